@@ -1,0 +1,111 @@
+"""What every driver does around its work: find its job, take it, and write down how it ended.
+
+    python -m jobs.NAME --config FILE     a request in YAML or JSON, as a user submits it by `ray job submit`
+    python -m jobs.NAME --job UUID        a job that the gateway has accepted, as the job supervisor submits it
+
+Both are rows of the store, so a job that was started by hand shows at both doors like any other.
+"""
+
+import argparse
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from stack.api.wire import Request, describe
+from stack.config import Config
+from stack.context import Context
+from stack.errors import BadInput, StackError
+from stack.store import Job
+
+R = TypeVar("R", bound=Request)
+
+
+def run(
+    request_type: type[R],
+    submit: Callable[[Context, R, str | None], Job],
+    work: Callable[[Context, R], dict[str, Any]],
+) -> int:
+    """Runs a driver. `submit` accepts a request by hand; `work` does the job and returns its result."""
+    arguments = _arguments(work.__doc__ or "")
+    try:
+        context = Context.open(Config.from_environment())
+        job = _job(context, arguments, request_type, submit)
+        request = request_type.model_validate(job.request)
+    except StackError as error:
+        print(f"refused: {error.message}", file=sys.stderr)
+        return 2
+    if not context.store.start_job(job.uuid):
+        print(f"the job {job.uuid!r} is {job.status}: nothing to do")
+        return 0
+    try:
+        result = work(context, request)
+    except BaseException as error:  # whatever it was, the row must say so; it is raised again
+        context.store.fail_job(job.uuid, reason(error))
+        if isinstance(error, StackError):
+            print(f"failed: {error.message}", file=sys.stderr)
+            return 1
+        raise
+    context.store.complete_job(job.uuid, result)
+    print(f"the job {job.uuid!r} is completed")
+    return 0
+
+
+def reason(error: BaseException) -> str:
+    """Why a job failed, in one line: the cause below what Ray wraps around it."""
+    chain = [error]
+    while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
+        chain.append(inner)
+    for one in chain:
+        if isinstance(one, StackError):
+            return one.message
+        if isinstance(one, OSError) and one.errno == errno.ENOSPC:
+            return f"the disk is full: {one}"
+    root = chain[-1]
+    lines = [line for line in str(root).strip().splitlines() if line.strip()]
+    return f"{type(root).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def _arguments(description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", type=Path, metavar="FILE", help="a file with the request, in YAML or JSON")
+    which.add_argument("--job", metavar="UUID", help="a job that has been accepted")
+    return parser.parse_args()
+
+
+def _job(
+    context: Context,
+    arguments: argparse.Namespace,
+    request_type: type[R],
+    submit: Callable[[Context, R, str | None], Job],
+) -> Job:
+    if arguments.job:
+        job = context.store.job(arguments.job)
+        if job is None:
+            raise BadInput(f"there is no job {arguments.job!r} in {context.config.store_url}")
+        return job
+    try:
+        request = request_type.model_validate(yaml.safe_load(arguments.config.read_text()))
+    except OSError as error:
+        raise BadInput(f"{arguments.config} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"{arguments.config} is not YAML: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        raise BadInput(f"{arguments.config}: {describe(error)}") from error
+    return submit(context, request, _submission_id())
+
+
+def _submission_id() -> str:
+    """The id of the Ray job that this process is, by which the supervisor watches it."""
+    ray_job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    submission_id = ray_job.get("metadata", {}).get("job_submission_id")
+    if not submission_id:
+        raise BadInput("--config is for `ray job submit -- python -m jobs.NAME --config FILE`: this is no Ray job")
+    return str(submission_id)

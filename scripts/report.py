@@ -1,0 +1,136 @@
+"""The quickstart's report: one HTML file with its plots inside."""
+
+import html
+import io
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+
+if TYPE_CHECKING:
+    from scripts.quickstart import Results
+
+BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #0f172a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+table { border-collapse: collapse; } th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #e2e8f0; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+svg { max-width: 100%; height: auto; } code { background: #f1f5f9; padding: .1rem .3rem; border-radius: .2rem; }
+.note { color: #475569; }
+"""
+
+
+def score_rows(results: "Results") -> list[tuple[str, float | None, float]]:
+    """(label, before, after) of every score. What was not measured before the tuning is None."""
+    test, other = results.splits["test"], results.splits["other_test"]
+    return [
+        (f"exact match, S-Labs test ({test.rows} examples)", results.before["em"], results.after["em"]),
+        ("F1, S-Labs test", results.before["f1"], results.after["f1"]),
+        ("always the commonest label, S-Labs test", None, test.commonest_share),
+        (f"exact match, neuralchemy test ({other.rows} examples)", None, results.other["em"]),
+        ("always the commonest label, neuralchemy test", None, other.commonest_share),
+    ]
+
+
+def figure_rows(results: "Results") -> list[tuple[str, str]]:
+    """(label, value) of everything that is not a score."""
+    training, after = results.training, results.after
+    tokens = after["prompt_tokens"] + after["completion_tokens"]
+    return [
+        ("training time", f"{training['seconds']:.0f} s"),
+        ("training speed", f"{training['tokens_per_second']:.0f} tokens/s"),
+        ("evaluation speed, tuned model", f"{tokens / after['seconds']:.0f} tokens/s"),
+        ("evaluation speed, tuned model", f"{after['examples'] / after['seconds']:.1f} examples/s"),
+    ]
+
+
+def write(file: Path, results: "Results") -> None:
+    """Writes the report."""
+    config = results.fine_tuning
+    lora, optimizer, training = config["algorithm_config"], config["optimizer_config"], config["training_config"]
+    train = results.splits["train"]
+    scores = "".join(
+        f"<tr><td>{html.escape(label)}</td><td class=number>{'–' if before is None else f'{before:.3f}'}</td>"
+        f"<td class=number>{after:.3f}</td><td class=number>{'' if before is None else f'{after - before:+.3f}'}</td></tr>"
+        for label, before, after in score_rows(results)
+    )
+    figures = "".join(
+        f"<tr><td>{html.escape(label)}</td><td class=number>{html.escape(value)}</td></tr>"
+        for label, value in [*figure_rows(results), ("the whole run", f"{results.seconds / 60:.1f} min")]
+    )
+    answers = "".join(
+        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in results.answers
+    )
+    dropped = sum(results.splits[name].dropped for name in ("test", "other_test"))
+    document = f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Quickstart {html.escape(results.started_at)}</title><style>{STYLE}</style>
+<h1>A small model learns to detect prompt injections</h1>
+<p class=note>{html.escape(results.started_at)} · {html.escape(platform.machine())}, {os.cpu_count()} CPUs ·
+model <code>{html.escape(config["model"])}</code> · tuned model <code>{html.escape(results.tuned_model)}</code></p>
+<h2>Scores</h2>
+<table><tr><th></th><th class=number>before</th><th class=number>after</th><th class=number>gain</th></tr>{scores}</table>
+<p class=note>The test rows were used for nothing but these scores; {dropped} of them also stood in the training rows
+and were left out. The neuralchemy set comes from other authors and was never trained on.</p>
+{score_plot(results)}
+<h2>Training</h2>
+{loss_plot(results)}
+<p>{train.rows} rows, {training["n_epochs"]} epoch, batches of {training["batch_size"]}; LoRA of rank {lora["rank"]} and
+alpha {lora["alpha"]} on all linear layers; {optimizer["optimizer_type"]}, learning rate {optimizer["lr"]} along a cosine;
+loss on the answer's tokens only.</p>
+<table>{figures}</table>
+<h2>Answers</h2>
+<table><tr><th>text</th><th>base model</th><th>tuned model</th></tr>{answers}</table>
+</html>
+"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(document)
+
+
+def loss_plot(results: "Results") -> str:
+    """Training and validation loss over the steps."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    for name, label, style in (
+        ("loss", "training", dict(color=BLUE, linewidth=1)),
+        ("validation_loss", "validation", dict(color=ORANGE, marker="o", linewidth=1.5)),
+    ):
+        points = [(point["step"], point["value"]) for point in results.series if point["name"] == name]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(frameon=False)
+    return svg(figure)
+
+
+def score_plot(results: "Results") -> str:
+    """Exact match before and after, beside what always answering the commonest label scores."""
+    test, other = results.splits["test"], results.splits["other_test"]
+    bars = [
+        ("base model", results.before["em"], BLUE),
+        ("tuned model", results.after["em"], ORANGE),
+        ("commonest label", test.commonest_share, GREY),
+        ("tuned model,\nneuralchemy", results.other["em"], ORANGE),
+        ("commonest label,\nneuralchemy", other.commonest_share, GREY),
+    ]
+    figure, axes = plt.subplots(figsize=(8, 2.8))
+    drawn = axes.bar([name for name, *_ in bars], [value for _, value, _ in bars], color=[color for *_, color in bars])
+    axes.bar_label(drawn, fmt="%.3f", padding=2)
+    axes.set(ylabel="exact match", ylim=(0, 1.1))
+    return svg(figure)
+
+
+def svg(figure: plt.Figure) -> str:
+    """A figure as an SVG element."""
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    plt.close(figure)
+    text = drawn.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,1 @@
+"""Ray Serve applications: everything that answers over the network."""

@@ -1,0 +1,88 @@
+"""The only public application: every route, behind request ids, bounds and one shape of errors."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve_apps.errors import add_error_handlers
+from serve_apps.job_supervisor import JobSupervisor
+from serve_apps.middleware import Bounds, RequestId
+from serve_apps.routes import datasets, evaluate, health, inference, openai, post_training
+from stack.config import Config
+from stack.context import Context
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application `gateway` of a Serve config file, whose args are the stack's Config."""
+    config = Config.parse(args, "args of the application 'gateway'")
+    supervisor = JobSupervisor.bind(config)  # type: ignore[attr-defined]
+    return Gateway.bind(config, supervisor)  # type: ignore[attr-defined,no-any-return]
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1_000)
+@serve.ingress()
+class Gateway:
+    """Serves `create_app`'s application, which is made in the replica, where the store is."""
+
+    def __init__(self, config: Config, supervisor: DeploymentHandle) -> None:
+        self._context = Context.open(config)
+        self._supervisor = supervisor
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self._context, ready=self._ready)
+
+    async def _ready(self) -> dict[str, str]:
+        """What is not ready, by name."""
+        status = await asyncio.to_thread(serve.status)
+        waiting = {}
+        for model in self._context.config.models:
+            application = status.applications.get(model.id)
+            if application is None or application.status != "RUNNING":
+                waiting[model.id] = application.status.value if application else "NOT DEPLOYED"
+        if problem := await self._supervisor.problem.remote():
+            waiting["job supervisor"] = problem
+        return waiting
+
+
+Ready = Callable[[], Awaitable[dict[str, str]]]
+
+
+def create_app(context: Context, ready: Ready) -> FastAPI:
+    """Every route on a context. `ready` tells what is not ready yet."""
+    app = FastAPI(
+        title="Llama Stack on Ray",
+        description="Every API of the Llama Stack, and OpenAI's under /v1.",
+        docs_url="/docs",
+        redoc_url=None,
+    )
+    app.state.context = context
+    app.state.ready = ready
+    for router in (health, inference, datasets, post_training, evaluate, openai):
+        app.include_router(router.router)
+    add_error_handlers(app)
+    app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes)
+    app.add_middleware(RequestId)
+    _drop_422(app)
+    return app
+
+
+def _drop_422(app: FastAPI) -> None:
+    """FastAPI documents 422 for every route that takes input; here such input is answered with 400."""
+    original = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = original()
+            for methods in document["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                document["components"]["schemas"].pop(name, None)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]

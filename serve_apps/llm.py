@@ -1,0 +1,120 @@
+"""A language model as a Serve deployment: vLLM behind ray.serve.llm, with adapters loaded at their first request.
+
+This is the one file that uses modules which Ray does not document as public: adapters that are not in a cloud bucket
+need a LoraModelLoader of our own, and ray.serve.llm exports neither that class nor what it returns.
+"""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from ray.llm._internal.common.models import global_id_manager
+from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
+from ray.serve import Application
+from ray.serve.llm import LLMConfig, LoraConfig, build_llm_deployment
+from ray.serve.llm.deployment import LLMServer
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+
+from stack.api.wire import describe
+from stack.artifacts import Artifacts
+from stack.config import LanguageModel, artifacts_url, home
+from stack.errors import BadInput, StackError
+from stack.models import Endpoint, Failure
+from stack.post_training import adapter_name
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of one model: `model` is its entry in the config, `artifacts` where its adapters lie."""
+    try:
+        model = LanguageModel.model_validate(args.get("model"))
+    except ValidationError as error:
+        raise BadInput(f"args.model of a model's application: {describe(error)}") from error
+    return build_llm_deployment(
+        engine_config(model),
+        deployment_cls=LLM,
+        bind_kwargs=dict(model_downloader=partial(AdapterLoader, artifacts_url(args.get("artifacts", "artifacts")))),
+    )
+
+
+def engine_config(model: LanguageModel) -> LLMConfig:
+    """How ray.serve.llm sets up the engine of a model."""
+    engine = dict(model.engine, dtype=model.dtype, max_model_len=model.context)
+    if model.adapters:
+        engine |= dict(enable_lora=True, max_loras=model.adapters, max_lora_rank=_supported_rank(model.adapter_rank))
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not model.gpus:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.kv_cache_gb)
+    bundle: dict[str, float] = {"GPU": 1} if model.gpus else {"CPU": model.cpus}
+    return LLMConfig(
+        model_loading_config=dict(model_id=model.id, model_source=str(model.folder)),
+        accelerator_type=None,
+        placement_group_config=dict(bundles=[bundle] * max(1, model.gpus)),
+        engine_kwargs=engine,
+        lora_config=LoraConfig(max_num_adapters_per_replica=model.adapters) if model.adapters else None,
+        runtime_env=dict(env_vars=environment),
+        deployment_config=dict(num_replicas=model.replicas, ray_actor_options=dict(num_cpus=0)),
+    )
+
+
+class LLM(LLMServer):
+    """ray.serve.llm's server, asked with plain dicts and answering with bytes, so that no caller needs to import vLLM."""
+
+    async def generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes | Failure]:
+        """The answer to an OpenAI request (see stack.models.Engine). A request that is refused yields a Failure."""
+        try:
+            request = _REQUESTS[endpoint].validate_python(body)
+            answers = await (self.chat(request) if endpoint == "chat" else self.completions(request))
+        except ValidationError as error:
+            yield Failure(400, describe(error))
+            return
+        except StackError as error:
+            yield Failure(error.status, error.message)
+            return
+        async with aclosing(answers):
+            async for answer in answers:
+                for item in _as_items(answer):
+                    yield item
+
+
+_REQUESTS: dict[Endpoint, TypeAdapter[Any]] = {
+    "chat": TypeAdapter(ChatCompletionRequest),
+    "completions": TypeAdapter(CompletionRequest),
+}
+
+
+def _as_items(answer: Any) -> list[bytes | Failure]:
+    """An answer of ray.serve.llm (server-sent events in a list, a response or an error object) as we send it on."""
+    if isinstance(answer, list):
+        if all(isinstance(event, str) for event in answer):
+            return ["".join(answer).encode()]
+        return [item for one in answer for item in _as_items(one)]
+    if isinstance(answer, str):
+        return [answer.encode()]
+    if isinstance(answer, ErrorResponse):
+        return [Failure(answer.error.code, answer.error.message, answer.error.param)]
+    return [answer.model_dump_json().encode()]
+
+
+class AdapterLoader(LoraModelLoader):
+    """Finds the adapter `base:job_uuid` among the artifacts. Serve keeps those used last and forgets the others."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        super().__init__(**options)
+        self._artifacts = Artifacts(url, cache=home() / "cache")
+
+    async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> DiskMultiplexConfig:
+        job_uuid = lora_model_id.removeprefix(f"{llm_config.model_id}:")
+        return DiskMultiplexConfig(
+            model_id=lora_model_id,
+            max_total_tokens=None,
+            local_path=str(self._artifacts.local(adapter_name(job_uuid))),
+            lora_assigned_int_id=global_id_manager.next(),
+        )
+
+
+def _supported_rank(rank: int) -> int:
+    """vLLM takes only certain greatest ranks: the next one that holds `rank`."""
+    return next(supported for supported in (8, 16, 32, 64, 128, 256, 320, 512) if supported >= rank)

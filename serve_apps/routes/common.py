@@ -1,0 +1,57 @@
+"""What routes share: the context, and streams of server-sent events."""
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+
+from serve_apps.errors import envelope
+from stack.context import Context
+from stack.errors import StackError
+
+
+def _context(request: Request) -> Context:
+    context = request.app.state.context
+    assert isinstance(context, Context)
+    return context
+
+
+ContextOf = Annotated[Context, Depends(_context)]
+
+
+def event_stream(request: Request, events: AsyncGenerator[bytes], last: bytes = b"") -> StreamingResponse:
+    """Sends events as they come. An error ends the stream with an event that says so, never silently.
+
+    `last` ends a stream that was answered whole. A client that leaves closes `events`.
+    """
+    return StreamingResponse(
+        _guarded(request, events, last),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+    )
+
+
+async def _guarded(request: Request, events: AsyncGenerator[bytes], last: bytes) -> AsyncGenerator[bytes]:
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield event
+        except StackError as error:
+            yield sse(envelope(request.scope, error))
+        yield last
+
+
+async def as_events(items: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:
+    """Wire types as server-sent events."""
+    async with aclosing(items):
+        async for item in items:
+            yield b"data: " + item.model_dump_json(exclude_none=True).encode() + b"\n\n"
+
+
+def sse(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + json.dumps(value).encode() + b"\n\n"

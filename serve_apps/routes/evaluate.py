@@ -1,0 +1,35 @@
+"""The evaluation API."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from serve_apps.routes.common import ContextOf
+from stack import evaluations
+from stack.api.evaluations import (
+    EvaluateQuestionAnsweringRequest,
+    EvaluationJob,
+    EvaluationJobArtifactsResponse,
+    EvaluationJobStatusResponse,
+)
+
+router = APIRouter(prefix="/evaluate", tags=["evaluations"])
+JobUuid = Annotated[str, Query(max_length=100)]
+
+
+@router.post("/question_answering/")
+def question_answering(context: ContextOf, body: EvaluateQuestionAnsweringRequest) -> EvaluationJob:
+    """Accepts an evaluation of a model's answers against the expected ones; it runs on its own."""
+    return EvaluationJob(job_uuid=evaluations.question_answering(context, body).uuid)
+
+
+@router.get("/job/status", response_model_exclude_none=True)
+def job_status(context: ContextOf, job_uuid: JobUuid) -> EvaluationJobStatusResponse:
+    """How far an evaluation is, and its scores when it is completed."""
+    return evaluations.job_status(context, job_uuid)
+
+
+@router.get("/job/artifacts", response_model_exclude_none=True)
+def job_artifacts(context: ContextOf, job_uuid: JobUuid) -> EvaluationJobArtifactsResponse:
+    """The files with an evaluation's results by example."""
+    return evaluations.job_artifacts(context, job_uuid)

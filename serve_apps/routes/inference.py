@@ -1,0 +1,35 @@
+"""The inference API at the Llama Stack door."""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serve_apps.routes.common import ContextOf, as_events, event_stream
+from stack import inference
+from stack.api.inference import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ChatCompletionResponseStreamChunk,
+    CompletionRequest,
+    CompletionResponse,
+    CompletionResponseStreamChunk,
+)
+
+router = APIRouter(prefix="/inference", tags=["inference"])
+
+
+@router.post("/chat_completion", response_model=ChatCompletionResponse | ChatCompletionResponseStreamChunk)
+async def chat_completion(request: Request, context: ContextOf, body: ChatCompletionRequest) -> Response:
+    """A model's answer to a conversation; with `stream`, as server-sent events."""
+    if body.stream:
+        return event_stream(request, as_events(await inference.stream_chat_completion(context, body)))
+    answer = await inference.chat_completion(context, body)
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+@router.post("/completion", response_model=CompletionResponse | CompletionResponseStreamChunk)
+async def completion(request: Request, context: ContextOf, body: CompletionRequest) -> Response:
+    """The continuation of a text; with `stream`, as server-sent events."""
+    if body.stream:
+        return event_stream(request, as_events(await inference.stream_completion(context, body)))
+    answer = await inference.completion(context, body)
+    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")

@@ -1,0 +1,41 @@
+"""The post-training API."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from serve_apps.routes.common import ContextOf
+from stack import post_training
+from stack.api.post_training import (
+    PostTrainingJob,
+    PostTrainingJobArtifactsResponse,
+    PostTrainingJobStatusResponse,
+    PostTrainingSFTRequest,
+)
+
+router = APIRouter(prefix="/post_training", tags=["post_training"])
+JobUuid = Annotated[str, Query(max_length=100)]
+
+
+@router.post("/supervised_fine_tune")
+def supervised_fine_tune(context: ContextOf, body: PostTrainingSFTRequest) -> PostTrainingJob:
+    """Accepts a fine-tuning job; it runs on its own."""
+    return PostTrainingJob(job_uuid=post_training.supervised_fine_tune(context, body).uuid)
+
+
+@router.get("/job/status", response_model_exclude_none=True)
+def job_status(context: ContextOf, job_uuid: JobUuid) -> PostTrainingJobStatusResponse:
+    """How far a fine-tuning job is."""
+    return post_training.job_status(context, job_uuid)
+
+
+@router.get("/job/artifacts", response_model_exclude_none=True)
+def job_artifacts(context: ContextOf, job_uuid: JobUuid) -> PostTrainingJobArtifactsResponse:
+    """The checkpoints and the metrics of a fine-tuning job."""
+    return post_training.job_artifacts(context, job_uuid)
+
+
+@router.get("/jobs")
+def list_jobs(context: ContextOf) -> list[PostTrainingJob]:
+    """All fine-tuning jobs, newest first."""
+    return post_training.list_jobs(context)

@@ -1,0 +1,1 @@
+"""The Llama Stack as a library: wire types, behaviours, store and artifacts. It knows nothing of HTTP."""

@@ -1,0 +1,1 @@
+"""The wire types of the Llama Stack APIs, one file per API."""

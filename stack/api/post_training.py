@@ -1,0 +1,96 @@
+"""Wire types of the post-training API."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from stack.api.datasets import DatasetReference
+from stack.api.jobs import ArtifactFile, JobState, JsonObject, MetricPoint
+from stack.api.wire import Id, ModelId, Request, Wire
+
+
+class FinetuningAlgorithm(StrEnum):
+    full = "full"
+    lora = "lora"
+    qlora = "qlora"
+    dora = "dora"
+
+
+class LoraFinetuningConfig(Wire):
+    """Which linear layers get an adapter, of which rank, scaled by alpha / rank (Hu et al. 2021, arXiv 2106.09685)."""
+
+    lora_attn_modules: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)]
+    apply_lora_to_mlp: bool
+    apply_lora_to_output: bool
+    rank: Annotated[int, Field(ge=1, le=1_024)]
+    alpha: Annotated[int, Field(ge=1, le=10_000)]
+
+
+class OptimizerType(StrEnum):
+    adam = "adam"
+    adamw = "adamw"
+    sgd = "sgd"
+
+
+class OptimizerConfig(Wire):
+    """The learning rate rises over the first 3 % of the steps to `lr` and falls along a cosine to `lr_min`."""
+
+    optimizer_type: OptimizerType
+    lr: Annotated[float, Field(gt=0, le=1)]
+    lr_min: Annotated[float, Field(ge=0, le=1)]
+    weight_decay: Annotated[float, Field(ge=0, le=1)]
+
+
+class TrainingConfig(Wire):
+    """Training ends after `n_epochs` or after `n_iters` steps (0: no such limit), whichever comes first.
+
+    `batch_size` counts the examples of one optimizer step.
+    """
+
+    n_epochs: Annotated[int, Field(ge=1, le=1_000)]
+    batch_size: Annotated[int, Field(ge=1, le=65_536)]
+    shuffle: bool
+    n_iters: Annotated[int, Field(ge=0, le=100_000_000)]
+    enable_activation_checkpointing: bool = False
+    memory_efficient_fsdp_wrap: bool = False
+    fsdp_cpu_offload: bool = False
+
+
+class PostTrainingSFTRequest(Request):
+    """`dataset` and `validation_dataset` are data sets, or the ids of registered ones."""
+
+    job_uuid: Id
+    model: ModelId
+    dataset: DatasetReference
+    validation_dataset: DatasetReference | None = None
+    algorithm: FinetuningAlgorithm
+    algorithm_config: LoraFinetuningConfig
+    optimizer_config: OptimizerConfig
+    training_config: TrainingConfig
+    hyperparam_search_config: JsonObject = {}
+    logger_config: JsonObject = {}
+
+
+class PostTrainingJob(Wire):
+    job_uuid: str
+
+
+class Checkpoint(Wire):
+    """A trained model: the id under which it is served, where it lies among the artifacts, and its files."""
+
+    model: str
+    path: str
+    iters: int
+    files: list[ArtifactFile]
+
+
+class PostTrainingJobStatusResponse(JobState):
+    resources_allocated: JsonObject | None = None
+    checkpoints: list[Checkpoint]
+
+
+class PostTrainingJobArtifactsResponse(Wire):
+    job_uuid: str
+    checkpoints: list[Checkpoint]
+    metrics: list[MetricPoint]

@@ -1,0 +1,124 @@
+"""The configuration: one frozen Config, read once.
+
+It is the `args` of the application `gateway` in a Serve config file (serve_apps/local.yaml). Relative paths in it are
+relative to the stack's home folder: the environment variable STACK_HOME, or ~/.llama-stack-ray. Job drivers, which no
+Serve application starts, find it by the environment variable STACK_CONFIG: the path of a Serve config file, or the
+JSON text of a Config, which is what the job supervisor hands to them. Without it they read serve_apps/local.yaml.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from stack.api.wire import ModelId, Wire, describe
+from stack.errors import BadInput
+
+DEFAULT_FILE = Path(__file__).resolve().parent.parent / "serve_apps" / "local.yaml"
+GATEWAY = "gateway"
+
+
+def home() -> Path:
+    """The folder of everything that the stack keeps on this machine."""
+    return Path(os.environ.get("STACK_HOME") or "~/.llama-stack-ray").expanduser().absolute()
+
+
+class LanguageModel(Wire):
+    """A language model that is served: its id, its weights, and how its engine is set up.
+
+    `context` is the greatest number of prompt and answer tokens together. `adapters` is how many LoRA adapters each
+    replica keeps loaded at once, each of at most rank `adapter_rank`. `cpus`, `gpus` and `kv_cache_gb` (CPU only) are
+    what one replica takes. `engine` holds further arguments of vLLM's engine as they are.
+    """
+
+    id: ModelId
+    path: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    context: Annotated[int, Field(ge=16, le=10_000_000)] = 2_048
+    adapters: Annotated[int, Field(ge=0, le=256)] = 4
+    adapter_rank: Annotated[int, Field(ge=1, le=512)] = 32
+    replicas: Annotated[int, Field(ge=1, le=1_000)] = 1
+    cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
+    gpus: Annotated[int, Field(ge=0, le=16)] = 0
+    kv_cache_gb: Annotated[int, Field(ge=1, le=1_024)] = 2
+    engine: dict[str, Any] = {}
+
+    @property
+    def folder(self) -> Path:
+        return home() / Path(self.path).expanduser()
+
+
+class Config(Wire):
+    """Where things are kept, what is served, and the bounds of what users may send.
+
+    `store` is a SQLite file or an SQLAlchemy address; `artifacts` a folder or an fsspec address (s3://bucket/prefix);
+    `data_roots` the folders whose files may become data sets.
+    """
+
+    store: str = "stack.db"
+    artifacts: str = "artifacts"
+    data_roots: Annotated[list[str], Field(min_length=1)] = ["data"]
+    max_body_bytes: Annotated[int, Field(ge=1_024)] = 8 * 2**20
+    max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
+    models: Annotated[list[LanguageModel], Field(min_length=1)]
+
+    @field_validator("models")
+    @classmethod
+    def _ids_are_unique(cls, models: list[LanguageModel]) -> list[LanguageModel]:
+        ids = [model.id for model in models]
+        repeated = [id for id in ids if ids.count(id) > 1]
+        if repeated:
+            raise ValueError(f"the model id {repeated[0]!r} is used more than once")
+        return models
+
+    @property
+    def store_url(self) -> str:
+        return self.store if "://" in self.store else f"sqlite:///{home() / self.store}"
+
+    @property
+    def artifacts_url(self) -> str:
+        return artifacts_url(self.artifacts)
+
+    @property
+    def data_folders(self) -> list[Path]:
+        return [(home() / Path(root).expanduser()).resolve() for root in self.data_roots]
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any], source: str) -> "Config":
+        """The Config of a mapping. Raises BadInput, naming `source`, the wrong key or value, and what is allowed."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise BadInput(f"{source}: {describe(error)}") from error
+
+    @classmethod
+    def from_file(cls, file: Path) -> "Config":
+        """The Config inside a Serve config file."""
+        try:
+            document = yaml.safe_load(file.read_text())
+        except FileNotFoundError as error:
+            raise BadInput(f"there is no config file {file}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise BadInput(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        applications = document.get("applications") if isinstance(document, dict) else None
+        if not isinstance(applications, list):
+            raise BadInput(f"{file} is not a Serve config file: it has no list `applications`")
+        for application in applications:
+            if isinstance(application, dict) and application.get("name") == GATEWAY:
+                return cls.parse(application.get("args") or {}, f"{file}, args of the application {GATEWAY!r}")
+        raise BadInput(f"{file} has no application named {GATEWAY!r}")
+
+    @classmethod
+    def from_environment(cls) -> "Config":
+        """The Config that STACK_CONFIG names, for processes that Serve does not start."""
+        value = os.environ.get("STACK_CONFIG", "")
+        if value.startswith("{"):
+            return cls.parse(yaml.safe_load(value), "STACK_CONFIG")
+        return cls.from_file(Path(value).expanduser() if value else DEFAULT_FILE)
+
+
+def artifacts_url(artifacts: str) -> str:
+    return artifacts if "://" in artifacts else f"file://{home() / Path(artifacts).expanduser()}"

@@ -1,0 +1,192 @@
+"""Data sets: files of JSON Lines that are checked when they are registered, and read row by row."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from pydantic import TypeAdapter, ValidationError
+
+from stack.api.datasets import (
+    CreateDatasetRequest,
+    RegisteredDataset,
+    TrainEvalDataset,
+    TrainEvalDatasetColumnType,
+)
+from stack.api.messages import CompletionMessage, Message
+from stack.api.wire import describe
+from stack.context import Context
+from stack.errors import BadInput, Conflict, NotFound, TooLarge
+from stack.inference import openai_message
+from stack.store import now
+
+MAX_ROW_BYTES = 16 * 2**20
+_DIALOG: TypeAdapter[list[Message]] = TypeAdapter(list[Message])
+
+
+@dataclass(frozen=True)
+class Example:
+    """What a model should say: the messages before its answer, in OpenAI's shape, and the answer."""
+
+    messages: list[dict[str, Any]]
+    answer: str
+
+
+def create(context: Context, request: CreateDatasetRequest) -> RegisteredDataset:
+    """Checks every row of a data set's file and registers it.
+
+    Registering the same again changes nothing. Raises BadInput with the row at fault, TooLarge, or Conflict where the
+    uuid stands for something else.
+    """
+    known = context.store.dataset(request.uuid)
+    if known is None:
+        rows, size, digest = check(context, request.dataset)
+        row = request.dataset.model_dump(mode="json") | dict(
+            uuid=request.uuid, rows=rows, bytes=size, sha256=digest, created_at=now()
+        )
+        if context.store.add_dataset(row):
+            return RegisteredDataset(**row)
+        known = context.store.dataset(request.uuid)
+    assert known is not None
+    if TrainEvalDataset(**{key: known[key] for key in TrainEvalDataset.model_fields}) != request.dataset:
+        raise Conflict(f"there is another data set with the uuid {request.uuid!r}", param="uuid")
+    return RegisteredDataset(**known)
+
+
+def get(context: Context, uuid: str) -> RegisteredDataset:
+    """A registered data set. Raises NotFound."""
+    row = context.store.dataset(uuid)
+    if row is None:
+        raise NotFound(f"there is no data set with the uuid {uuid!r}", param="dataset_uuid")
+    return RegisteredDataset(**row)
+
+
+def resolve(context: Context, reference: TrainEvalDataset | str) -> TrainEvalDataset:
+    """The data set that a request means. One that is described in the request is checked as if it were registered."""
+    if isinstance(reference, str):
+        registered = get(context, reference)
+        return TrainEvalDataset(**registered.model_dump(include=set(TrainEvalDataset.model_fields)))
+    check(context, reference)
+    return reference
+
+
+def require_examples(dataset: TrainEvalDataset) -> None:
+    """Raises BadInput unless the data set's columns hold examples (see TrainEvalDataset)."""
+    if _dialog_column(dataset) is None and not _has_prompt_and_completion(dataset):
+        columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.columns.items())
+        raise BadInput(
+            f"examples stand in one column of type dialog, or in two of type text, prompt and completion; "
+            f"this data set has: {columns}",
+            param="dataset.columns",
+        )
+
+
+def examples(context: Context, dataset: TrainEvalDataset) -> Iterator[Example]:
+    """The examples of a data set, in the order of its rows. Raises BadInput, naming the row, for one without answer."""
+    require_examples(dataset)
+    column = _dialog_column(dataset)
+    for number, row in rows(context, dataset):
+        if column is None:
+            yield Example([dict(role="user", content=row["prompt"])], row["completion"])
+            continue
+        dialog = _DIALOG.validate_python(row[column])
+        if len(dialog) < 2 or not isinstance(dialog[-1], CompletionMessage):
+            raise BadInput(f"row {number}: the dialog in {column!r} does not end with an answer of the assistant")
+        messages = [openai_message(message) for message in dialog]
+        yield Example(messages[:-1], messages[-1]["content"])
+
+
+def check(context: Context, dataset: TrainEvalDataset) -> tuple[int, int, str]:
+    """Reads a data set through. Returns its rows, its bytes and its SHA-256; raises BadInput with the row at fault."""
+    file = _file(context, dataset)
+    digest = hashlib.sha256()
+    size = count = 0
+    for number, line in _lines(file):
+        size += len(line)
+        if size > context.config.max_dataset_bytes:
+            raise TooLarge(f"{dataset.content_url} has more than {context.config.max_dataset_bytes} bytes")
+        digest.update(line)
+        _row(line, number, dataset)
+        count = number
+    if not count:
+        raise BadInput(f"{dataset.content_url} has no rows", param="dataset.content_url")
+    return count, size, digest.hexdigest()
+
+
+def rows(context: Context, dataset: TrainEvalDataset) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a data set with their numbers, from 1, checked one by one as they are read."""
+    for number, line in _lines(_file(context, dataset)):
+        yield number, _row(line, number, dataset)
+
+
+def _file(context: Context, dataset: TrainEvalDataset) -> Path:
+    """The local file of a data set, if it is one that users may read."""
+    address = urlsplit(dataset.content_url)
+    path = unquote(address.path)
+    if address.netloc not in ("", "localhost") or "\0" in path:
+        raise BadInput(f"{dataset.content_url!r} is no address of a local file: file:///folder/name.jsonl")
+    file = Path(path).resolve()
+    roots = context.config.data_folders
+    if not any(file.is_relative_to(root) for root in roots):
+        allowed = ", ".join(str(root) for root in roots)
+        raise BadInput(f"{dataset.content_url} is outside of the data folders: {allowed}", param="dataset.content_url")
+    if file.suffix != ".jsonl":
+        raise BadInput(f"{dataset.content_url} is not JSON Lines: its name must end with .jsonl")
+    if not file.is_file():
+        raise BadInput(f"there is no file {dataset.content_url}", param="dataset.content_url")
+    return file
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(MAX_ROW_BYTES + 1):
+            number += 1
+            if len(line) > MAX_ROW_BYTES:
+                raise BadInput(f"row {number} has more than {MAX_ROW_BYTES} bytes")
+            yield number, line
+
+
+def _row(line: bytes, number: int, dataset: TrainEvalDataset) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"row {number} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise BadInput(f"row {number} is not a JSON object with the declared columns")
+    for column, kind in dataset.columns.items():
+        if column not in row:
+            raise BadInput(f"row {number} lacks the declared column {column!r}; it has: {', '.join(row) or 'none'}")
+        problem = _problem(row[column], kind)
+        if problem:
+            raise BadInput(f"row {number}: the column {column!r} is declared as {kind}, but {problem}")
+    return row
+
+
+def _problem(value: Any, kind: TrainEvalDatasetColumnType) -> str | None:
+    match kind:
+        case TrainEvalDatasetColumnType.text | TrainEvalDatasetColumnType.media:
+            return None if isinstance(value, str) else f"holds a {type(value).__name__}"
+        case TrainEvalDatasetColumnType.number:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            return None if is_number else f"holds a {type(value).__name__}"
+        case TrainEvalDatasetColumnType.dialog:
+            try:
+                _DIALOG.validate_python(value)
+            except ValidationError as error:
+                return f"is not a list of messages: {describe(error)[:300]}"
+            return None
+        case TrainEvalDatasetColumnType.json:
+            return None
+
+
+def _dialog_column(dataset: TrainEvalDataset) -> str | None:
+    dialogs = [name for name, kind in dataset.columns.items() if kind == TrainEvalDatasetColumnType.dialog]
+    return dialogs[0] if len(dialogs) == 1 else None
+
+
+def _has_prompt_and_completion(dataset: TrainEvalDataset) -> bool:
+    return all(dataset.columns.get(name) == TrainEvalDatasetColumnType.text for name in ("prompt", "completion"))

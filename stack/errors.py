@@ -1,0 +1,65 @@
+"""Every error that the stack raises on purpose.
+
+    StackError
+    ├── BadInput       400  a value that can never be right; the message names it and what is allowed
+    ├── NotFound       404  an id that is not there (or not yours)
+    ├── Conflict       409  an id that is taken by something else
+    ├── TooLarge       413  a body or file over its bound
+    ├── EngineFailed   500  a model that failed while it answered
+    └── Unavailable    503  something that will work again; says after how many seconds to retry
+"""
+
+
+class StackError(Exception):
+    """An error with a place in the error envelope.
+
+    `status` is the HTTP status, `type` and `code` are what programs switch on, `param` names the field at fault.
+    """
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+    retry_after: int | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+
+class BadInput(StackError):
+    status = 400
+    type = "invalid_request_error"
+    code = "bad_input"
+
+
+class NotFound(StackError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class Conflict(StackError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
+
+
+class TooLarge(StackError):
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class EngineFailed(StackError):
+    status = 500
+    type = "server_error"
+    code = "engine_failed"
+
+
+class Unavailable(StackError):
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    retry_after = 5

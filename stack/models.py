@@ -1,0 +1,158 @@
+"""From the id of a model to what serves it, and the one way to ask it something.
+
+A model is one of the config, or a fine-tuned adapter of one, whose id is `base:job_uuid`. What serves a model is an
+Engine: Ray Serve's application of the model's name, or in tests a scripted one. Engines speak OpenAI's shapes, because
+vLLM does; the answer passes through as bytes, so that the OpenAI door does not parse it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from stack.config import Config, LanguageModel
+from stack.errors import BadInput, EngineFailed, NotFound, StackError, Unavailable
+from stack.store import Store
+
+Endpoint = Literal["chat", "completions"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be asked. `base` is its entry in the config; an adapter is loaded on top of it."""
+
+    id: str
+    base: LanguageModel
+    is_adapter: bool
+    created_at: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What an engine yields instead of an answer: a status as in HTTP and a message."""
+
+    status: int
+    message: str
+    param: str | None = None
+
+    def error(self) -> StackError:
+        if self.status == 404:
+            return NotFound(self.message, param=self.param)
+        if 400 <= self.status < 500:
+            return BadInput(self.message, param=self.param)
+        return EngineFailed(self.message)
+
+
+class Engine(Protocol):
+    """What answers for models.
+
+    `generate` yields the answer of an OpenAI request as bytes: one JSON object, or, when the body asks for a stream,
+    whole server-sent events, one or several at a time. Closing the iterator aborts the generation. It raises
+    StackError, before the first item where it can.
+    """
+
+    def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]: ...
+
+
+class ServeEngine:
+    """The engine behind Ray Serve: each model of the config is an application of its name (see serve_apps/llm.py)."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+
+    async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import RayServeException
+
+        try:
+            handle = await self._handle(model.base.id)
+            options: dict[str, Any] = {"multiplexed_model_id": model.id} if model.is_adapter else {}
+            answers = handle.options(stream=True, **options).generate.remote(endpoint, body)
+            try:
+                async for item in answers:
+                    if isinstance(item, Failure):
+                        raise item.error()
+                    yield item
+            finally:
+                answers.cancel()
+        except (RayActorError, RayServeException) as error:
+            raise Unavailable(f"the model {model.id!r} cannot answer now: {_first_line(error)}") from error
+        except RayTaskError as error:
+            raise EngineFailed(f"the model {model.id!r} failed: {_first_line(error.cause)}") from error
+
+    async def _handle(self, application: str) -> Any:
+        if application not in self._handles:
+            from ray import serve
+
+            self._handles[application] = await asyncio.to_thread(serve.get_app_handle, application)
+        return self._handles[application]
+
+
+class Models:
+    """The models that there are."""
+
+    def __init__(self, config: Config, store: Store, engine: Engine) -> None:
+        self._configured = {model.id: Model(model.id, model, is_adapter=False) for model in config.models}
+        self._store = store
+        self._engine = engine
+
+    def all(self) -> list[Model]:
+        """Those of the config, then the adapters, newest first."""
+        adapters = (self._of_adapter(row.model_id, row.base, row.created_at) for row in self._store.adapters())
+        return [*self._configured.values(), *(model for model in adapters if model)]
+
+    def get(self, id: str) -> Model:
+        """The model of this id. Raises NotFound, naming the known ones."""
+        if id in self._configured:
+            return self._configured[id]
+        row = self._store.adapter(id)
+        model = self._of_adapter(row.model_id, row.base, row.created_at) if row else None
+        if model is None:
+            known = [model.id for model in self.all()]
+            more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+            message = f"there is no model {id!r}; there are: {', '.join(known[:10])}{more}"
+            raise NotFound(message, param="model", code="model_not_found")
+        return model
+
+    async def find(self, id: str) -> Model:
+        """`get`, without blocking the event loop for those that the database knows."""
+        return self._configured.get(id) or await asyncio.to_thread(self.get, id)
+
+    async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
+        """The JSON answer to an OpenAI request, whose `model` names the model and whose `stream` is false."""
+        model = await self.find(body["model"])
+        async with aclosing(self._engine.generate(model, endpoint, body)) as items:
+            return b"".join([item async for item in items])
+
+    async def stream(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        """The server-sent events of an OpenAI request, as bytes.
+
+        The engine's first item is awaited before this returns, so that a request that cannot be answered raises here
+        and not in the middle of a stream.
+        """
+        model = await self.find(body["model"])
+        items = self._engine.generate(model, endpoint, body)
+        try:
+            first = await anext(items)
+        except StopAsyncIteration:
+            raise EngineFailed(f"the model {model.id!r} gave no answer") from None
+        return _chained(first, items)
+
+    def _of_adapter(self, id: str, base: str, created_at: str) -> Model | None:
+        """An adapter whose base model is no longer in the config is not served."""
+        if base not in self._configured:
+            return None
+        return Model(id, self._configured[base].base, is_adapter=True, created_at=created_at)
+
+
+async def _chained(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    async with aclosing(rest):
+        yield first
+        async for item in rest:
+            yield item
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
