@@ -7,7 +7,6 @@ Both are rows of the store, so a job that was started by hand shows at both door
 """
 
 import argparse
-import errno
 import json
 import os
 import sys
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
+from ray.exceptions import RayTaskError
+from ray.train import WorkerGroupError
 
 from stack.api.wire import Request, describe
 from stack.config import Config
@@ -59,17 +60,20 @@ def run(
 
 def reason(error: BaseException) -> str:
     """Why a job failed, in one line: the cause below what Ray wraps around it."""
-    chain = [error]
-    while (inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__) is not None and inner not in chain:
-        chain.append(inner)
-    for one in chain:
-        if isinstance(one, StackError):
-            return one.message
-        if isinstance(one, OSError) and one.errno == errno.ENOSPC:
-            return f"the disk is full: {one}"
-    root = chain[-1]
-    lines = [line for line in str(root).strip().splitlines() if line.strip()]
-    return f"{type(root).__name__}: {lines[-1].strip() if lines else 'no message'}"
+    if isinstance(error, WorkerGroupError):
+        # What a worker of Ray Train raised arrives as the text of its traceback, which ends with the error itself.
+        cause = str(next(iter(error.worker_failures.values())))
+    else:
+        while isinstance(error, RayTaskError):
+            error = error.cause
+        cause = f"{type(error).__module__}.{type(error).__name__}: {error}"
+    lines = [line.strip() for line in cause.splitlines() if line.strip()]
+    kind, _, message = lines[-1 if isinstance(error, WorkerGroupError) else 0].partition(": ")
+    if "No space left on device" in cause:
+        return f"the disk is full: {message}"
+    if kind.startswith(StackError.__module__):
+        return message
+    return f"{kind.removeprefix('builtins.').rstrip(':')}: {message or 'no message'}"
 
 
 def _arguments(description: str) -> argparse.Namespace:

@@ -92,11 +92,12 @@ def _score(
     folder: Path,
 ) -> dict[str, float]:
     """Scores the answers as they come, writes each to `examples.jsonl`, and returns the totals."""
-    sums = dict.fromkeys([*request.metrics, "prompt_tokens", "completion_tokens"], 0.0)
+    metrics = {metric.value: METRICS[metric] for metric in request.metrics}
+    sums = dict.fromkeys([*metrics, "prompt_tokens", "completion_tokens"], 0.0)
     first, last, done = float("inf"), 0.0, 0
     with (folder / "examples.jsonl").open("w") as lines:
         for row in _rows(answered):
-            scores = {metric: float(METRICS[metric](row["expected"], row["answer"])) for metric in request.metrics}
+            scores = {name: float(metric(row["expected"], row["answer"])) for name, metric in metrics.items()}
             for name in sums:
                 sums[name] += scores[name] if name in scores else row[name]
             first, last, done = min(first, row["started"]), max(last, row["ended"]), done + 1
@@ -106,8 +107,7 @@ def _score(
                 progress = {"done": done, "total": total, "unit": "examples"}
                 left = (last - first) / done * (total - done)
                 context.store.record_progress(request.job_uuid, progress | {"seconds_left": left}, [])
-    means = {str(metric): sums.pop(metric) / done for metric in request.metrics}
-    totals = means | {str(name): value for name, value in sums.items()}
+    totals = {name: value / done if name in metrics else value for name, value in sums.items()}
     return totals | {"examples": float(done), "seconds": last - first}
 
 

@@ -7,6 +7,7 @@ served at once as the model `base:job_uuid`.
 """
 
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -33,7 +34,8 @@ MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 def fine_tune(context: Context, request: PostTrainingSFTRequest) -> dict[str, Any]:
     """Fine-tunes a model with a LoRA adapter and registers the adapter as a model."""
     model = context.models.get(request.model).base
-    resources: dict[str, float] = {"CPU": 1}
+    resources: dict[str, float] = {"CPU": 1, "GPU": 1} if model.gpus else {"CPU": 1}
+    storage = home() / "training"
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
@@ -44,15 +46,17 @@ def fine_tune(context: Context, request: PostTrainingSFTRequest) -> dict[str, An
         },
         scaling_config=ScalingConfig(num_workers=1, use_gpu=model.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            name=request.job_uuid, storage_path=str(home() / "training"), failure_config=FailureConfig(max_failures=0)
+            name=request.job_uuid, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
         ),
     )
-    result = trainer.fit()
-    if result.checkpoint is None:
-        raise BadInput("the training ended without a checkpoint")
     name = post_training.adapter_name(request.job_uuid)
-    with result.checkpoint.as_directory() as folder:
-        files = context.artifacts.publish(name, Path(folder))
+    try:
+        result = trainer.fit()
+        assert result.checkpoint is not None, "the training ended without a checkpoint"
+        with result.checkpoint.as_directory() as folder:
+            files = context.artifacts.publish(name, Path(folder))
+    finally:
+        shutil.rmtree(storage / request.job_uuid, ignore_errors=True)
     model_id = post_training.model_id(request.model, request.job_uuid)
     context.store.add_adapter(model_id, request.model, request.job_uuid)
     checkpoint = {
@@ -102,7 +106,8 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 lr_scheduler_kwargs={"min_lr": request.optimizer_config.lr_min},
                 warmup_steps=max(1, round(0.03 * steps)),
                 learning_rate=request.optimizer_config.lr,
-                train_sampling_strategy="random" if training.shuffle else "sequential",
+                # In random order, but rows of like length beside each other: less of a batch is padding.
+                train_sampling_strategy="group_by_length" if training.shuffle else "sequential",
                 gradient_checkpointing=training.enable_activation_checkpointing,
                 completion_only_loss=True,
                 max_length=None,
@@ -176,7 +181,7 @@ def _recorder(context: Context, job_uuid: str) -> Any:
     """A callback that writes each step's figures to the store."""
     from transformers import TrainerCallback
 
-    class Recorder(TrainerCallback):
+    class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.start = time.monotonic()
 

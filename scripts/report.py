@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
+from matplotlib.figure import Figure
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib import pyplot as plt
 
 if TYPE_CHECKING:
     from scripts.quickstart import Results
@@ -19,7 +20,8 @@ BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #0f172a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-table { border-collapse: collapse; } th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #e2e8f0; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #e2e8f0; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 svg { max-width: 100%; height: auto; } code { background: #f1f5f9; padding: .1rem .3rem; border-radius: .2rem; }
 .note { color: #475569; }
@@ -30,11 +32,11 @@ def score_rows(results: "Results") -> list[tuple[str, float | None, float]]:
     """(label, before, after) of every score. What was not measured before the tuning is None."""
     test, other = results.splits["test"], results.splits["other_test"]
     return [
-        (f"exact match, S-Labs test ({test.rows} examples)", results.before["em"], results.after["em"]),
-        ("F1, S-Labs test", results.before["f1"], results.after["f1"]),
-        ("always the commonest label, S-Labs test", None, test.commonest_share),
-        (f"exact match, neuralchemy test ({other.rows} examples)", None, results.other["em"]),
-        ("always the commonest label, neuralchemy test", None, other.commonest_share),
+        (f"exact match, S-Labs test ({test.rows} rows)", results.before["em"], results.after["em"]),
+        ("F1", results.before["f1"], results.after["f1"]),
+        ("always the commonest label", None, test.commonest_share),
+        (f"exact match, neuralchemy ({other.rows} rows)", None, results.other["em"]),
+        ("always the commonest label", None, other.commonest_share),
     ]
 
 
@@ -45,8 +47,8 @@ def figure_rows(results: "Results") -> list[tuple[str, str]]:
     return [
         ("training time", f"{training['seconds']:.0f} s"),
         ("training speed", f"{training['tokens_per_second']:.0f} tokens/s"),
-        ("evaluation speed, tuned model", f"{tokens / after['seconds']:.0f} tokens/s"),
-        ("evaluation speed, tuned model", f"{after['examples'] / after['seconds']:.1f} examples/s"),
+        ("evaluation speed", f"{tokens / after['seconds']:.0f} tokens/s"),
+        ("", f"{after['examples'] / after['seconds']:.1f} examples/s"),
     ]
 
 
@@ -56,16 +58,14 @@ def write(file: Path, results: "Results") -> None:
     lora, optimizer, training = config["algorithm_config"], config["optimizer_config"], config["training_config"]
     train = results.splits["train"]
     scores = "".join(
-        f"<tr><td>{html.escape(label)}</td><td class=number>{'–' if before is None else f'{before:.3f}'}</td>"
-        f"<td class=number>{after:.3f}</td><td class=number>{'' if before is None else f'{after - before:+.3f}'}</td></tr>"
+        row([label, score(before), score(after), "" if before is None else f"{after - before:+.3f}"])
         for label, before, after in score_rows(results)
     )
     figures = "".join(
-        f"<tr><td>{html.escape(label)}</td><td class=number>{html.escape(value)}</td></tr>"
-        for label, value in [*figure_rows(results), ("the whole run", f"{results.seconds / 60:.1f} min")]
+        row(list(pair)) for pair in [*figure_rows(results), ("the whole run", f"{results.seconds / 60:.1f} min")]
     )
     answers = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>" for row in results.answers
+        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in texts)}</tr>" for texts in results.answers
     )
     dropped = sum(results.splits[name].dropped for name in ("test", "other_test"))
     document = f"""<!doctype html>
@@ -74,15 +74,17 @@ def write(file: Path, results: "Results") -> None:
 <p class=note>{html.escape(results.started_at)} · {html.escape(platform.machine())}, {os.cpu_count()} CPUs ·
 model <code>{html.escape(config["model"])}</code> · tuned model <code>{html.escape(results.tuned_model)}</code></p>
 <h2>Scores</h2>
-<table><tr><th></th><th class=number>before</th><th class=number>after</th><th class=number>gain</th></tr>{scores}</table>
+<table>
+<tr><th></th><th class=number>before</th><th class=number>after</th><th class=number>gain</th></tr>
+{scores}</table>
 <p class=note>The test rows were used for nothing but these scores; {dropped} of them also stood in the training rows
 and were left out. The neuralchemy set comes from other authors and was never trained on.</p>
 {score_plot(results)}
 <h2>Training</h2>
 {loss_plot(results)}
-<p>{train.rows} rows, {training["n_epochs"]} epoch, batches of {training["batch_size"]}; LoRA of rank {lora["rank"]} and
-alpha {lora["alpha"]} on all linear layers; {optimizer["optimizer_type"]}, learning rate {optimizer["lr"]} along a cosine;
-loss on the answer's tokens only.</p>
+<p>{train.rows} rows, {training["n_epochs"]} epoch, batches of {training["batch_size"]}; LoRA of rank {lora["rank"]}
+and alpha {lora["alpha"]} on all linear layers; {optimizer["optimizer_type"]}, learning rate {optimizer["lr"]} along a
+cosine; loss on the answer's tokens only.</p>
 <table>{figures}</table>
 <h2>Answers</h2>
 <table><tr><th>text</th><th>base model</th><th>tuned model</th></tr>{answers}</table>
@@ -92,16 +94,27 @@ loss on the answer's tokens only.</p>
     file.write_text(document)
 
 
+def row(cells: list[str]) -> str:
+    """A table row of a label and numbers."""
+    numbers = "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in cells[1:])
+    return f"<tr><td>{html.escape(cells[0])}</td>{numbers}</tr>"
+
+
+def score(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
 def loss_plot(results: "Results") -> str:
     """Training and validation loss over the steps."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
     for name, label, style in (
-        ("loss", "training", dict(color=BLUE, linewidth=1)),
-        ("validation_loss", "validation", dict(color=ORANGE, marker="o", linewidth=1.5)),
+        ("loss", "training", f"{BLUE} -"),
+        ("validation_loss", "validation", f"{ORANGE} o-"),
     ):
         points = [(point["step"], point["value"]) for point in results.series if point["name"] == name]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, **style)
+            color, line = style.split()
+            axes.plot(*zip(*points, strict=True), line, color=color, label=label)
     axes.set(xlabel="step", ylabel="loss", yscale="log")
     axes.legend(frameon=False)
     return svg(figure)
@@ -124,7 +137,7 @@ def score_plot(results: "Results") -> str:
     return svg(figure)
 
 
-def svg(figure: plt.Figure) -> str:
+def svg(figure: Figure) -> str:
     """A figure as an SVG element."""
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)

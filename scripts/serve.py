@@ -47,7 +47,7 @@ def serve(arguments: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
         signal.signal(number, lambda *_: stop.set())
     if arguments.stop_with_stdin:
-        threading.Thread(target=lambda: (sys.stdin.buffer.read(), stop.set()), daemon=True).start()
+        threading.Thread(target=set_at_end_of_input, args=[stop], daemon=True).start()
     try:
         say("deploying the applications")
         local_stack.deploy(arguments.config, arguments.port, ray_address)
@@ -74,6 +74,11 @@ def serve(arguments: argparse.Namespace) -> int:
 
         ray.shutdown()
     return 0
+
+
+def set_at_end_of_input(stop: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    stop.set()
 
 
 def say(text: str) -> None:

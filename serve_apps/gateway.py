@@ -6,6 +6,8 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_apps.errors import add_error_handlers
@@ -28,7 +30,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
 
-    def __init__(self, config: Config, supervisor: DeploymentHandle) -> None:
+    def __init__(self, config: Config, supervisor: DeploymentHandle[Any]) -> None:
         self._context = Context.open(config)
         self._supervisor = supervisor
 
@@ -43,7 +45,11 @@ class Gateway:
             application = status.applications.get(model.id)
             if application is None or application.status != "RUNNING":
                 waiting[model.id] = application.status.value if application else "NOT DEPLOYED"
-        if problem := await self._supervisor.problem.remote():
+        try:
+            problem = await self._supervisor.problem.remote()
+        except (RayActorError, RayServeException) as error:
+            problem = str(error)
+        if problem:
             waiting["job supervisor"] = problem
         return waiting
 

@@ -48,7 +48,7 @@ class JobSupervisor:
             try:
                 await asyncio.to_thread(self.reconcile)
                 self._problem = None
-            except (ConnectionError, RuntimeError) as error:
+            except (OSError, RuntimeError) as error:
                 # Ray's job API is away: jobs wait in the store until it is back.
                 self._problem = f"Ray's job API does not answer: {error}"
                 self._client = None

@@ -60,7 +60,7 @@ def engine_config(model: LanguageModel) -> LLMConfig:
 
 
 class LLM(LLMServer):
-    """ray.serve.llm's server, asked with plain dicts and answering with bytes, so that no caller needs to import vLLM."""
+    """ray.serve.llm's server, asked with dicts and answering with bytes, so that no caller has to import vLLM."""
 
     async def generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes | Failure]:
         """The answer to an OpenAI request (see stack.models.Engine). A request that is refused yields a Failure."""
@@ -98,7 +98,7 @@ def _as_items(answer: Any) -> list[bytes | Failure]:
     return [answer.model_dump_json().encode()]
 
 
-class AdapterLoader(LoraModelLoader):
+class AdapterLoader(LoraModelLoader):  # type: ignore[misc]  # Ray does not type it
     """Finds the adapter `base:job_uuid` among the artifacts. Serve keeps those used last and forgets the others."""
 
     def __init__(self, url: str, **options: Any) -> None:

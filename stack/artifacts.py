@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from stack.errors import BadInput, NotFound
 
@@ -36,7 +37,7 @@ class Artifacts:
         self._files, root = fsspec.core.url_to_fs(url)
         self._root = root.rstrip("/")
         self._cache = cache
-        self._is_local = "file" in ([self._files.protocol] if isinstance(self._files.protocol, str) else self._files.protocol)
+        self._is_local = isinstance(self._files, LocalFileSystem)
 
     def publish(self, name: str, folder: Path) -> list[File]:
         """Makes an artifact of the files in a local folder.
@@ -102,5 +103,6 @@ class Artifacts:
 
     def _path(self, name: str) -> str:
         if not _NAME.fullmatch(name) or ".." in name:
-            raise BadInput(f"{name!r} is no name of an artifact; allowed: letters, digits, '.', '_', '-', parted by '/'")
+            allowed = "letters, digits, '.', '_', '-', parted by '/'"
+            raise BadInput(f"{name!r} is no name of an artifact; allowed: {allowed}")
         return f"{self._root}/{name}"

@@ -69,9 +69,9 @@ class Config(Wire):
     @classmethod
     def _ids_are_unique(cls, models: list[LanguageModel]) -> list[LanguageModel]:
         ids = [model.id for model in models]
-        repeated = [id for id in ids if ids.count(id) > 1]
-        if repeated:
-            raise ValueError(f"the model id {repeated[0]!r} is used more than once")
+        for model_id in ids:
+            if ids.count(model_id) > 1:
+                raise ValueError(f"the model id {model_id!r} is used more than once")
         return models
 
     @property

@@ -1,12 +1,12 @@
 """Every error that the stack raises on purpose.
 
-    StackError
-    ├── BadInput       400  a value that can never be right; the message names it and what is allowed
-    ├── NotFound       404  an id that is not there (or not yours)
-    ├── Conflict       409  an id that is taken by something else
-    ├── TooLarge       413  a body or file over its bound
-    ├── EngineFailed   500  a model that failed while it answered
-    └── Unavailable    503  something that will work again; says after how many seconds to retry
+StackError
+├── BadInput       400  a value that can never be right; the message names it and what is allowed
+├── NotFound       404  an id that is not there (or not yours)
+├── Conflict       409  an id that is taken by something else
+├── TooLarge       413  a body or file over its bound
+├── EngineFailed   500  a model that failed while it answered
+└── Unavailable    503  something that will work again; says after how many seconds to retry
 """
 
 

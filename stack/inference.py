@@ -14,7 +14,6 @@ from stack.api.inference import (
     CompletionRequest,
     CompletionResponse,
     CompletionResponseStreamChunk,
-    LogProbConfig,
     SamplingParams,
     SamplingStrategy,
     TokenLogProbs,
@@ -60,9 +59,7 @@ async def completion(context: Context, request: CompletionRequest) -> Completion
     answer = json.loads(await context.models.answer("completions", completion_body(request)))
     choice = answer["choices"][0]
     message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice["finish_reason"]))
-    return CompletionResponse(
-        completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None
-    )
+    return CompletionResponse(completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None)
 
 
 async def stream_completion(
@@ -138,10 +135,8 @@ def _stop_reason(finish_reason: str) -> StopReason:
 
 def _chat_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
     positions = (choice.get("logprobs") or {}).get("content") or []
-    return [
-        TokenLogProbs(logprobs_by_token={one["token"]: one["logprob"] for one in position["top_logprobs"] or [position]})
-        for position in positions
-    ]
+    likeliest = (position["top_logprobs"] or [position] for position in positions)
+    return [TokenLogProbs(logprobs_by_token={one["token"]: one["logprob"] for one in top}) for top in likeliest]
 
 
 def _text_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
@@ -149,9 +144,7 @@ def _text_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
     tokens = zip(logprobs.get("tokens") or [], logprobs.get("token_logprobs") or [], strict=True)
     chosen = [{token: value} for token, value in tokens]
     likeliest = logprobs.get("top_logprobs") or chosen
-    return [
-        TokenLogProbs(logprobs_by_token=top or one) for top, one in zip(likeliest, chosen, strict=True)
-    ]
+    return [TokenLogProbs(logprobs_by_token=top or one) for top, one in zip(likeliest, chosen, strict=True)]
 
 
 async def _chat_events(
@@ -186,9 +179,7 @@ async def _text_chunks(
 
 
 def _event(kind: ChatCompletionResponseEventType, text: str, **fields: Any) -> ChatCompletionResponseStreamChunk:
-    return ChatCompletionResponseStreamChunk(
-        event=ChatCompletionResponseEvent(event_type=kind, delta=text, **fields)
-    )
+    return ChatCompletionResponseStreamChunk(event=ChatCompletionResponseEvent(event_type=kind, delta=text, **fields))
 
 
 async def _choices(items: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ supervisor (serve_apps/job_supervisor.py) submits them to Ray and notices those 
 from collections.abc import Sequence
 from typing import Any
 
-from stack.api.jobs import JobProgress, JobStatus
+from stack.api.jobs import JobProgress
 from stack.context import Context
 from stack.errors import Conflict, NotFound
 from stack.store import Job
@@ -21,12 +21,8 @@ EVALUATE = "evaluate"
 # What runs a job of each kind: the module of its driver.
 DRIVERS = {SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune", EVALUATE: "jobs.evaluate"}
 
-ENDED = (JobStatus.completed, JobStatus.failed, JobStatus.cancelled)
 
-
-def submit(
-    context: Context, kind: str, uuid: str, request: dict[str, Any], submission_id: str | None = None
-) -> Job:
+def submit(context: Context, kind: str, uuid: str, request: dict[str, Any], submission_id: str | None = None) -> Job:
     """Accepts a job; with a submission id, one that a user has submitted to Ray already.
 
     `uuid` is the client's idempotency key: the same request again is the same job. Raises Conflict for another request
@@ -60,5 +56,3 @@ def state(context: Context, job: Job) -> dict[str, Any]:
         metrics=context.store.newest_metrics_of(job.uuid),
         error=job.error,
     )
-
-

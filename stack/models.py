@@ -109,7 +109,7 @@ class Models:
         row = self._store.adapter(id)
         model = self._of_adapter(row.model_id, row.base, row.created_at) if row else None
         if model is None:
-            known = [model.id for model in self.all()]
+            known = [one.id for one in self.all()]
             more = f" and {len(known) - 10} more" if len(known) > 10 else ""
             message = f"there is no model {id!r}; there are: {', '.join(known[:10])}{more}"
             raise NotFound(message, param="model", code="model_not_found")
@@ -117,7 +117,9 @@ class Models:
 
     async def find(self, id: str) -> Model:
         """`get`, without blocking the event loop for those that the database knows."""
-        return self._configured.get(id) or await asyncio.to_thread(self.get, id)
+        if id in self._configured:
+            return self._configured[id]
+        return await asyncio.to_thread(self.get, id)
 
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         """The JSON answer to an OpenAI request, whose `model` names the model and whose `stream` is false."""

@@ -17,9 +17,7 @@ from stack.store import Job
 KINDS = (jobs.SUPERVISED_FINE_TUNE,)
 
 
-def supervised_fine_tune(
-    context: Context, request: PostTrainingSFTRequest, submission_id: str | None = None
-) -> Job:
+def supervised_fine_tune(context: Context, request: PostTrainingSFTRequest, submission_id: str | None = None) -> Job:
     """Accepts a fine-tuning job. Raises BadInput for what cannot be trained, NotFound, Conflict."""
     known = context.store.job(request.job_uuid)
     if known is None:
@@ -84,7 +82,9 @@ def _check(context: Context, request: PostTrainingSFTRequest) -> None:
         message = "an adapter of the output layer cannot be served yet; allowed: false"
         raise BadInput(message, param="algorithm_config.apply_lora_to_output")
     if request.algorithm_config.rank > model.base.adapter_rank:
-        message = f"{request.model} serves adapters up to rank {model.base.adapter_rank}, not {request.algorithm_config.rank}"
+        allowed = model.base.adapter_rank
+        rank = request.algorithm_config.rank
+        message = f"{request.model} serves adapters up to rank {allowed} (adapter_rank in the config), not {rank}"
         raise BadInput(message, param="algorithm_config.rank")
     if request.optimizer_config.lr_min > request.optimizer_config.lr:
         raise BadInput("lr_min is above lr", param="optimizer_config.lr_min")

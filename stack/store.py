@@ -196,9 +196,7 @@ class Store:
 
     def complete_job(self, uuid: str, result: dict[str, Any]) -> bool:
         """running -> completed; False if it was not running."""
-        return self._moved(
-            uuid, (JobStatus.running,), status=JobStatus.completed, completed_at=now(), result=result
-        )
+        return self._moved(uuid, (JobStatus.running,), status=JobStatus.completed, completed_at=now(), result=result)
 
     def fail_job(self, uuid: str, reason: str) -> bool:
         """scheduled or running -> failed; False if it had ended already."""
@@ -228,7 +226,7 @@ class Store:
         newest = select(func.max(metrics.c.id)).where(metrics.c.job_uuid == job_uuid).group_by(metrics.c.name)
         query = select(metrics.c.name, metrics.c.value).where(metrics.c.id.in_(newest))
         with self.engine.connect() as connection:
-            return {name: value for name, value in connection.execute(query)}
+            return dict(connection.execute(query).tuples().all())
 
     # Adapters
 

@@ -70,6 +70,4 @@ class CompletionMessage(Wire):
     tool_calls: Annotated[list[ToolCall], Field(max_length=100)] = []
 
 
-Message = Annotated[
-    UserMessage | SystemMessage | ToolResponseMessage | CompletionMessage, Field(discriminator="role")
-]
+Message = Annotated[UserMessage | SystemMessage | ToolResponseMessage | CompletionMessage, Field(discriminator="role")]

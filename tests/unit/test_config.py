@@ -1,0 +1,192 @@
+"""The configuration: what it takes, what it refuses and how it says so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stack.config import DEFAULT_FILE, GATEWAY, Config, LanguageModel
+from stack.config import home as stack_home
+from stack.errors import BadInput
+
+MODEL = {"id": "small", "path": "models/small"}
+
+
+def refusal(value: Any) -> str:
+    with pytest.raises(BadInput) as caught:
+        Config.parse(value, "stack.yaml")
+    return caught.value.message
+
+
+def written(folder: Path, document: Any) -> Path:
+    file = folder / "stack.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ({"models": [MODEL], "stor": "a.db"}, ["unknown key 'stor'", "allowed:", "store", "data_roots", "models"]),
+        ({"models": [MODEL | {"dtyp": "auto"}]}, ["models.0", "unknown key 'dtyp'", "dtype", "context"]),
+        ({"models": [MODEL | {"dtype": "int3"}]}, ["models.0.dtype", "'int3'", "'float32'", "'bfloat16'"]),
+        ({"models": [MODEL | {"context": 0}]}, ["models.0.context", "greater than or equal to 16", "not 0"]),
+        ({"models": [MODEL | {"context": "long"}]}, ["models.0.context", "integer", "'long'"]),
+        ({"models": [MODEL | {"adapter_rank": 10_000}]}, ["models.0.adapter_rank", "512", "10000"]),
+        ({"models": [{"id": "small"}]}, ["models.0.path", "is required"]),
+        ({"models": [MODEL | {"id": ""}]}, ["models.0.id", "at least 1 character"]),
+        ({"models": []}, ["models", "at least 1 item"]),
+        ({}, ["models", "is required"]),
+        ({"models": [MODEL, MODEL]}, ["'small'", "more than once"]),
+        ({"models": [MODEL], "data_roots": []}, ["data_roots", "at least 1 item"]),
+        ({"models": [MODEL], "max_body_bytes": -1}, ["max_body_bytes", "1024", "-1"]),
+        (["models"], ["dictionary", "['models']"]),
+    ],
+)
+def test_a_wrong_config_is_refused_with_the_key_and_what_is_allowed(value: Any, words: list[str]) -> None:
+    message = refusal(value)
+    assert message.startswith("stack.yaml: ")
+    for word in words:
+        assert word in message
+
+
+def test_defaults_need_only_a_model() -> None:
+    config = Config.parse({"models": [MODEL]}, "test")
+    assert (config.store, config.artifacts, config.data_roots) == ("stack.db", "artifacts", ["data"])
+    assert config.models == [LanguageModel(id="small", path="models/small")]
+
+
+def test_the_home_folder_is_stack_home_or_in_the_users_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stack_home() == home
+    monkeypatch.delenv("STACK_HOME")
+    assert stack_home() == Path.home() / ".llama-stack-ray"
+
+
+def test_a_relative_home_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STACK_HOME", "here")
+    assert stack_home() == tmp_path / "here"
+
+
+def test_relative_paths_are_relative_to_the_home_folder(home: Path) -> None:
+    config = Config.parse({"models": [MODEL]}, "test")
+    assert config.store_url == f"sqlite:///{home}/stack.db"
+    assert config.artifacts_url == f"file://{home}/artifacts"
+    assert config.data_folders == [home / "data"]
+    assert config.models[0].folder == home / "models" / "small"
+
+
+def test_absolute_paths_stay_as_they_are(home: Path) -> None:
+    paths = {"store": "/srv/a.db", "artifacts": "/srv/a", "data_roots": ["/srv/d"], "models": [MODEL | {"path": "/srv/m"}]}
+    config = Config.parse(paths, "test")
+    assert config.store_url == "sqlite:////srv/a.db"
+    assert config.artifacts_url == "file:///srv/a"
+    assert config.data_folders == [Path("/srv/d")]
+    assert config.models[0].folder == Path("/srv/m")
+
+
+def test_a_tilde_is_the_users_own_folder_in_every_path(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    paths = {"store": "~/a.db", "artifacts": "~/a", "data_roots": ["~/d"], "models": [MODEL | {"path": "~/m"}]}
+    config = Config.parse(paths, "test")
+    assert config.artifacts_url == "file:///home/ann/a"
+    assert config.data_folders == [Path("/home/ann/d")]
+    assert config.models[0].folder == Path("/home/ann/m")
+    assert config.store_url == "sqlite:////home/ann/a.db"
+
+
+def test_addresses_stay_as_they_are(home: Path) -> None:
+    addresses = {"store": "postgresql://db/stack", "artifacts": "s3://bucket/stack", "models": [MODEL]}
+    config = Config.parse(addresses, "test")
+    assert (config.store_url, config.artifacts_url) == (addresses["store"], addresses["artifacts"])
+
+
+def test_a_config_survives_the_way_to_a_driver() -> None:
+    config = Config.parse({"models": [MODEL | {"engine": {"enforce_eager": True}}]}, "test")
+    assert Config.parse(json.loads(json.dumps(config.model_dump(mode="json"))), "test") == config
+
+
+def test_the_config_is_the_args_of_the_gateway(tmp_path: Path) -> None:
+    other = {"name": "small", "args": {"model": MODEL}}
+    file = written(tmp_path, {"applications": [other, {"name": GATEWAY, "args": {"models": [MODEL]}}]})
+    assert Config.from_file(file) == Config.parse({"models": [MODEL]}, "test")
+
+
+def test_a_wrong_key_in_a_file_is_told_with_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, {"applications": [{"name": GATEWAY, "args": {"models": [MODEL], "stor": 1}}]})
+    with pytest.raises(BadInput) as caught:
+        Config.from_file(file)
+    for word in (str(file), GATEWAY, "'stor'", "allowed: store"):
+        assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"applications: [", "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        (b"", "has no list `applications`"),
+        (b"just text", "has no list `applications`"),
+        (b"applications: gateway", "has no list `applications`"),
+        (b"applications: []", "has no application named 'gateway'"),
+        (b"applications: [gateway, {name: small}]", "has no application named 'gateway'"),
+        (b"applications: [{name: gateway}]", "models: is required"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused_with_the_reason(tmp_path: Path, content: bytes, words: str) -> None:
+    file = tmp_path / "stack.yaml"
+    file.write_bytes(content)
+    with pytest.raises(BadInput) as caught:
+        Config.from_file(file)
+    assert str(file) in caught.value.message
+    assert words in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"there is no config file {tmp_path}/none.yaml"):
+        Config.from_file(tmp_path / "none.yaml")
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=str(tmp_path)):
+        Config.from_file(tmp_path)
+
+
+def test_the_environment_names_a_file(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = written(tmp_path, {"applications": [{"name": GATEWAY, "args": {"models": [MODEL]}}]})
+    monkeypatch.setenv("STACK_CONFIG", str(file))
+    assert Config.from_environment() == Config.parse({"models": [MODEL]}, "test")
+
+
+def test_the_environment_holds_a_config(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = Config.parse({"models": [MODEL], "store": "other.db"}, "test")
+    monkeypatch.setenv("STACK_CONFIG", json.dumps(config.model_dump(mode="json")))
+    assert Config.from_environment() == config
+
+
+@pytest.mark.parametrize("value", ["{", '{"models": []}'], ids=["cut off", "no models"])
+def test_a_wrong_config_in_the_environment_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("STACK_CONFIG", value)
+    with pytest.raises(BadInput, match="^STACK_CONFIG"):
+        Config.from_environment()
+
+
+def test_without_anything_in_the_environment_it_is_the_local_one(home: Path) -> None:
+    assert Config.from_environment() == Config.from_file(DEFAULT_FILE)
+
+
+def test_the_local_config_serves_every_one_of_its_models() -> None:
+    document = yaml.safe_load(DEFAULT_FILE.read_text())
+    config = Config.from_file(DEFAULT_FILE)
+    applications = {application["name"]: application for application in document["applications"]}
+    assert applications[GATEWAY]["import_path"] == "serve_apps.gateway:build"
+    assert set(applications) == {GATEWAY, *(model.id for model in config.models)}
+    for model in config.models:
+        application = applications[model.id]
+        assert application["import_path"] == "serve_apps.llm:build"
+        assert application["route_prefix"] is None, "only the gateway is public"
+        assert LanguageModel.model_validate(application["args"]["model"]) == model
+        assert application["args"]["artifacts"] == config.artifacts

@@ -1,0 +1,305 @@
+"""Data sets: which files may be read, what is wrong with a row, and the examples in them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stack import datasets
+from stack.api.datasets import CreateDatasetRequest, TrainEvalDataset
+from stack.api.wire import describe
+from stack.context import Context
+from stack.errors import BadInput, Conflict, NotFound, TooLarge
+from tests.samples import DIALOG, dataset, dialogs, write_rows
+
+QUESTION = {"role": "user", "content": "What is the capital of France?"}
+
+
+@pytest.fixture
+def data(context: Context, home: Path) -> Path:
+    """The folder whose files may be read."""
+    return home / "data"
+
+
+def described(file: Path, **columns: str) -> TrainEvalDataset:
+    return TrainEvalDataset.model_validate(dataset(file, **columns))
+
+
+def at(url: str) -> TrainEvalDataset:
+    return TrainEvalDataset.model_validate({"columns": {"dialog": "dialog"}, "content_url": url})
+
+
+def create_request(uuid: str, file: Path, **columns: str) -> CreateDatasetRequest:
+    return CreateDatasetRequest.model_validate({"uuid": uuid, "dataset": dataset(file, **columns)})
+
+
+def refusal(context: Context, checked: TrainEvalDataset) -> str:
+    with pytest.raises(BadInput) as caught:
+        datasets.check(context, checked)
+    return caught.value.message
+
+
+def test_a_data_set_is_registered_with_its_rows_bytes_and_hash(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(3))
+    registered = datasets.create(context, create_request("a", file))
+    assert (registered.uuid, registered.rows, registered.bytes) == ("a", 3, file.stat().st_size)
+    assert registered.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert datasets.get(context, "a") == registered
+
+
+def test_registering_the_same_again_changes_nothing(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(3))
+    first = datasets.create(context, create_request("a", file))
+    file.unlink()
+    assert datasets.create(context, create_request("a", file)) == first
+
+
+def test_registering_something_else_under_the_same_uuid_is_a_conflict(context: Context, data: Path) -> None:
+    first = datasets.create(context, create_request("a", write_rows(data / "a.jsonl", dialogs(3))))
+    with pytest.raises(Conflict, match="'a'"):
+        datasets.create(context, create_request("a", write_rows(data / "b.jsonl", dialogs(3))))
+    assert datasets.get(context, "a") == first
+
+
+def test_a_refused_data_set_is_not_registered(context: Context, data: Path) -> None:
+    with pytest.raises(BadInput):
+        datasets.create(context, create_request("a", write_rows(data / "a.jsonl", [])))
+    with pytest.raises(NotFound, match="'a'"):
+        datasets.get(context, "a")
+
+
+def test_a_reference_is_a_registered_data_set_or_a_described_one(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(1))
+    datasets.create(context, create_request("a", file))
+    assert datasets.resolve(context, "a") == datasets.resolve(context, described(file)) == described(file)
+
+
+def test_a_described_data_set_is_checked_when_it_is_used(context: Context, data: Path) -> None:
+    with pytest.raises(BadInput, match="there is no file"):
+        datasets.resolve(context, described(data / "none.jsonl"))
+    with pytest.raises(NotFound, match="'none'"):
+        datasets.resolve(context, "none")
+
+
+# Which files may be read
+
+
+def test_a_missing_file_is_named(context: Context, data: Path) -> None:
+    assert refusal(context, described(data / "none.jsonl")) == f"there is no file file://{data}/none.jsonl"
+
+
+def test_a_folder_is_no_file(context: Context, data: Path) -> None:
+    (data / "folder.jsonl").mkdir()
+    assert "there is no file" in refusal(context, described(data / "folder.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["outside.jsonl", "data/../outside.jsonl", "data/%2e%2e/outside.jsonl", "data2/a.jsonl"])
+def test_a_file_outside_of_the_data_folders_is_refused(context: Context, data: Path, home: Path, name: str) -> None:
+    write_rows(home / "outside.jsonl", dialogs(1))
+    (home / "data2").mkdir()
+    write_rows(home / "data2" / "a.jsonl", dialogs(1))
+    message = refusal(context, at(f"file://{home}/{name}"))
+    assert "is outside of the data folders" in message
+    assert message.endswith(str(data))
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "file:///", "file://", "file:///proc/self/environ"])
+def test_the_systems_files_are_refused(context: Context, url: str) -> None:
+    assert "is outside of the data folders" in refusal(context, at(url))
+
+
+def test_a_symbolic_link_that_leaves_the_data_folder_is_refused(context: Context, data: Path, home: Path) -> None:
+    write_rows(home / "outside.jsonl", dialogs(1))
+    (data / "link.jsonl").symlink_to(home / "outside.jsonl")
+    (data / "folder").symlink_to(home)
+    for url in (f"file://{data}/link.jsonl", f"file://{data}/folder/outside.jsonl"):
+        assert "is outside of the data folders" in refusal(context, at(url))
+
+
+def test_a_symbolic_link_within_the_data_folder_is_followed(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    (data / "link.jsonl").symlink_to(file)
+    assert datasets.check(context, at(f"file://{data}/link.jsonl"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file://other-machine/data/a.jsonl", "file://[/a.jsonl", "file://{data}/a%00.jsonl", "file://{data}/{long}.jsonl"],
+    ids=["another machine", "half an address", "NUL", "a name that is too long"],
+)
+def test_addresses_that_no_file_can_have_are_refused(context: Context, data: Path, url: str) -> None:
+    assert "file://" in refusal(context, at(url.format(data=data, long="x" * 300)))
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.jsonl", "s3://bucket/a.jsonl", "/srv/a.jsonl", "", "a.jsonl"])
+def test_only_addresses_of_files_are_taken(url: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        at(url)
+    assert "content_url" in describe(caught.value)
+    assert "^file://" in describe(caught.value)
+
+
+def test_an_escaped_address_leads_to_its_file(context: Context, data: Path) -> None:
+    file = write_rows(data / "a b ä.jsonl", dialogs(1))
+    assert "%20" in file.as_uri()
+    assert datasets.check(context, described(file))[0] == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl.gz", "a"])
+def test_only_json_lines_are_taken(context: Context, data: Path, name: str) -> None:
+    assert "its name must end with .jsonl" in refusal(context, described(write_rows(data / name, dialogs(1))))
+
+
+# What is wrong with a file
+
+
+def test_an_empty_file_is_refused(context: Context, data: Path) -> None:
+    assert refusal(context, described(write_rows(data / "a.jsonl", []))).endswith("a.jsonl has no rows")
+
+
+def test_a_file_over_its_bound_is_refused(context: Context, data: Path) -> None:
+    limit = context.config.max_dataset_bytes
+    row = json.dumps({"dialog": DIALOG})
+    line = f"{row}{' ' * (1024 - len(row) - 1)}\n"
+    file = data / "a.jsonl"
+    file.write_text(line * (limit // 1024))
+    assert datasets.check(context, described(file))[1] == limit
+    file.write_text(line * (limit // 1024) + line)
+    with pytest.raises(TooLarge, match=f"more than {limit} bytes"):
+        datasets.check(context, described(file))
+
+
+def test_a_row_over_its_bound_is_refused(context: Context, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "MAX_ROW_BYTES", 1_000)
+    file = write_rows(data / "a.jsonl", [*dialogs(1), {"dialog": DIALOG, "more": "x" * 1_000}])
+    assert refusal(context, described(file)) == "row 2 has more than 1000 bytes"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b'{"dialog": [', b"", b"nonsense", b"{'dialog': []}", b'{"dialog": "\xff"}', b"[" * 20_000, b"9" * 10_000],
+    ids=["cut off", "empty", "no JSON", "single quotes", "not UTF-8", "too deep", "too long a number"],
+)
+def test_a_malformed_row_is_named(context: Context, data: Path, line: bytes) -> None:
+    rows = [json.dumps({"dialog": DIALOG}).encode()] * 20
+    rows[16] = line
+    file = data / "a.jsonl"
+    file.write_bytes(b"\n".join(rows) + b"\n")
+    assert refusal(context, described(file)).startswith("row 17 is not JSON")
+
+
+@pytest.mark.parametrize("row", [[], "text", 5, None])
+def test_a_row_that_is_no_object_is_named(context: Context, data: Path, row: Any) -> None:
+    file = write_rows(data / "a.jsonl", [*dialogs(1), row])
+    assert refusal(context, described(file)) == "row 2 is not a JSON object with the declared columns"
+
+
+def test_a_row_that_lacks_a_declared_column_is_named_with_what_it_has(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "answer": "b"}, {}])
+    message = refusal(context, described(file, prompt="text", completion="text"))
+    assert message == "row 2 lacks the declared column 'completion'; it has: prompt, answer"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "found"),
+    [
+        ("text", 5, "holds a int"),
+        ("text", None, "holds a NoneType"),
+        ("media", ["a"], "holds a list"),
+        ("number", "5", "holds a str"),
+        ("number", True, "holds a bool"),
+        ("dialog", "hello", "is not a list of messages"),
+        ("dialog", [{"role": "robot", "content": "a"}], "'robot'"),
+        ("dialog", [{"role": "user"}], "0.user.content: is required"),
+        ("dialog", [{"role": "user", "content": "a", "nmae": 1}], "unknown key 'nmae'"),
+    ],
+)
+def test_a_value_of_another_type_than_declared_is_named(
+    context: Context, data: Path, kind: str, value: Any, found: str
+) -> None:
+    right = {"text": "a", "media": "file:///a.png", "number": 1.5, "dialog": DIALOG}
+    file = write_rows(data / "a.jsonl", [{"x": right[kind]}, {"x": value}])
+    message = refusal(context, described(file, x=kind))
+    assert message.startswith(f"row 2: the column 'x' is declared as {kind}, but ")
+    assert found in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [("text", ""), ("media", "a"), ("number", 5), ("number", -0.5), ("json", None), ("json", {"a": [1]}), ("dialog", DIALOG)],
+)
+def test_values_of_the_declared_type_are_taken(context: Context, data: Path, kind: str, value: Any) -> None:
+    checked = described(write_rows(data / "a.jsonl", [{"x": value, "undeclared": 1}]), x=kind)
+    assert list(datasets.rows(context, checked)) == [(1, {"x": value, "undeclared": 1})]
+
+
+def test_a_last_line_without_its_end_counts(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    file.write_text(file.read_text().removesuffix("\n"))
+    assert datasets.check(context, described(file))[0] == 2
+
+
+def test_a_file_that_changed_after_it_was_checked_is_checked_as_it_is_read(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    checked = described(file)
+    datasets.check(context, checked)
+    write_rows(file, [*dialogs(1), {}])
+    with pytest.raises(BadInput, match="row 2 lacks"):
+        list(datasets.rows(context, checked))
+
+
+# Examples
+
+
+def test_examples_of_dialogs_are_the_messages_and_the_last_answer(context: Context, data: Path) -> None:
+    chat = [QUESTION, {"role": "assistant", "content": ["Par", "is"]}]
+    file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": chat}])
+    first, second = datasets.examples(context, described(file))
+    assert (first.messages, first.answer) == (DIALOG[:2], "Paris")
+    assert (second.messages, second.answer) == ([QUESTION], "Paris")
+
+
+def test_the_dialog_column_may_have_any_name(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", [{"chat": DIALOG, "prompt": "a"}])
+    (example,) = datasets.examples(context, described(file, chat="dialog", prompt="text"))
+    assert example.answer == "Paris"
+
+
+def test_examples_of_prompts_are_a_user_message_and_the_completion(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", [{"prompt": "One, two", "completion": ", three", "source": "me"}])
+    (example,) = datasets.examples(context, described(file, prompt="text", completion="text", source="text"))
+    assert example == datasets.Example([{"role": "user", "content": "One, two"}], ", three")
+
+
+@pytest.mark.parametrize(
+    "dialog", [[], DIALOG[2:], DIALOG[:2], [*DIALOG, QUESTION]], ids=["empty", "only an answer", "no answer", "after it"]
+)
+def test_a_dialog_that_does_not_end_with_an_answer_is_named(
+    context: Context, data: Path, dialog: list[dict[str, Any]]
+) -> None:
+    file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": dialog}])
+    with pytest.raises(BadInput, match="row 2: the dialog in 'dialog' does not end with an answer of the assistant"):
+        list(datasets.examples(context, described(file)))
+
+
+def test_a_dialog_with_tool_calls_is_refused_with_its_row(context: Context, data: Path) -> None:
+    call = {"call_id": "1", "tool_name": "brave_search", "arguments": {}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": [QUESTION, answer]}])
+    with pytest.raises(BadInput, match=r"row 2.*tool calls"):
+        list(datasets.examples(context, described(file)))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"prompt": "text"}, {"prompt": "text", "completion": "json"}, {"a": "dialog", "b": "dialog"}, {"question": "text"}],
+)
+def test_columns_without_examples_are_refused_with_what_is_allowed(columns: dict[str, str]) -> None:
+    checked = TrainEvalDataset.model_validate({"columns": columns, "content_url": "file:///a.jsonl"})
+    with pytest.raises(BadInput) as caught:
+        datasets.require_examples(checked)
+    for word in ("dialog", "prompt and completion", *(f"{name} ({kind})" for name, kind in columns.items())):
+        assert word in caught.value.message

@@ -1,0 +1,276 @@
+"""What every driver does around its work: finding its job, taking it, and writing down how it ended."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import driver
+from stack import evaluations
+from stack.api.evaluations import EvaluateQuestionAnsweringRequest
+from stack.context import Context
+from stack.errors import BadInput
+from stack.store import Job
+from tests.conftest import CONFIG
+from tests.samples import dataset, dialogs, evaluation, write_rows
+
+Work = Callable[[Context, EvaluateQuestionAnsweringRequest], dict[str, Any]]
+
+
+class RayError(Exception):
+    """Keeps its cause as Ray's errors do."""
+
+    def __init__(self, message: str, cause: BaseException | None = None) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
+def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
+    """An error as it is once it was raised from another one."""
+    try:
+        raise error from cause
+    except BaseException as caught:  # noqa: BLE001  this is what the tests are about
+        return caught
+
+
+FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/a")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (BadInput("row 5 is not JSON"), "row 5 is not JSON"),
+        (ValueError("wrong"), "ValueError: wrong"),
+        (ValueError("first line\n  last line \n\n"), "ValueError: last line"),
+        (ValueError(), "ValueError: no message"),
+        (KeyboardInterrupt(), "KeyboardInterrupt: no message"),
+        (RayError("actor died\ntraceback", BadInput("row 5")), "row 5"),
+        (RayError("task failed", RayError("worker failed", ValueError("wrong"))), "ValueError: wrong"),
+        (raised(RuntimeError("outside"), cause=ValueError("inside")), "ValueError: inside"),
+        (raised(RuntimeError("outside"), cause=raised(BadInput("middle"), cause=ValueError("inside"))), "middle"),
+        (FULL_DISK, "the disk is full: [Errno 28] No space left on device: '/data/a'"),
+        (RayError("failed", FULL_DISK), "the disk is full: [Errno 28] No space left on device: '/data/a'"),
+        (PermissionError(errno.EACCES, "Permission denied"), "PermissionError: [Errno 13] Permission denied"),
+    ],
+)
+def test_the_reason_of_a_failure_is_its_cause_in_one_line(error: BaseException, reason: str) -> None:
+    assert driver.reason(error) == reason
+
+
+def test_causes_that_lead_in_a_circle_have_an_end() -> None:
+    inner, outer = RayError("inner"), RayError("outer")
+    inner.cause, outer.cause = outer, inner
+    assert driver.reason(outer) == "RayError: inner"
+
+
+@pytest.fixture
+def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a driver as a Ray job with the given arguments and work."""
+    monkeypatch.setenv("STACK_CONFIG", json.dumps(CONFIG))
+    ray_job = {"metadata": {"job_submission_id": "raysubmit_1"}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(ray_job))
+
+    def run(*arguments: str | Path, work: Work = found_nothing) -> int:
+        monkeypatch.setattr("sys.argv", ["jobs.evaluate", *map(str, arguments)])
+        return driver.run(EvaluateQuestionAnsweringRequest, evaluations.question_answering, work)
+
+    return run
+
+
+def found_nothing(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+    """Evaluates nothing."""
+    return {"path": "file:///nothing", "files": []}
+
+
+@pytest.fixture
+def data(home: Path) -> dict[str, Any]:
+    return dataset(write_rows(home / "data" / "test.jsonl", dialogs(2)))
+
+
+@pytest.fixture
+def config(tmp_path: Path, data: dict[str, Any]) -> Path:
+    """A file with a right request."""
+    file = tmp_path / "request.yaml"
+    file.write_text(yaml.safe_dump(evaluation(data)))
+    return file
+
+
+def job(context: Context, uuid: str = "evaluation-1") -> Job:
+    found = context.store.job(uuid)
+    assert found is not None
+    return found
+
+
+def accepted(context: Context, data: dict[str, Any]) -> Job:
+    return evaluations.question_answering(
+        context, EvaluateQuestionAnsweringRequest.model_validate(evaluation(data))
+    )
+
+
+def test_a_request_from_a_file_becomes_a_job_and_is_completed(
+    context: Context, run: Callable[..., int], config: Path, data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def work(opened: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+        seen.append((request.job_uuid, job(opened).status))
+        return {"files": [], "path": "file:///a"}
+
+    assert run("--config", config, work=work) == 0
+    assert seen == [("evaluation-1", "running")]
+    done = job(context)
+    assert (done.status, done.submission_id) == ("completed", "raysubmit_1")
+    assert done.request == EvaluateQuestionAnsweringRequest.model_validate(evaluation(data)).model_dump(mode="json")
+    assert done.result == {"files": [], "path": "file:///a"}
+    assert "'evaluation-1' is completed" in capsys.readouterr().out
+
+
+def test_a_file_may_be_json_and_wrapped(
+    context: Context, run: Callable[..., int], tmp_path: Path, data: dict[str, Any]
+) -> None:
+    file = tmp_path / "request.json"
+    file.write_text(json.dumps({"request": evaluation(data)}))
+    assert run("--config", file) == 0
+    assert job(context).status == "completed"
+
+
+def test_a_job_that_the_gateway_has_accepted_is_found_by_its_uuid(
+    context: Context, run: Callable[..., int], data: dict[str, Any]
+) -> None:
+    accepted(context, data)
+    assert run("--job", "evaluation-1") == 0
+    assert job(context).status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"job_uuid: [", "is not YAML"),
+        (b"\xff\xfe\x00\x01", "is not YAML"),
+        (b"", "dictionary"),
+        (b"- a\n- b\n", "dictionary"),
+        (b"job_uid: a", "unknown key 'job_uid'; allowed: job_uuid, dataset"),
+        (b"job_uuid: a", "dataset: is required"),
+        (b"{job_uuid: a, dataset: b, checkpoint: small, sampling_params: {}, metrics: [bleu]}", "'em' or 'f1'"),
+        (b"{job_uuid: a, dataset: none, checkpoint: small, sampling_params: {}, metrics: [em]}", "'none'"),
+        (b"{job_uuid: a, dataset: none, checkpoint: big, sampling_params: {}, metrics: [em]}", "there are: small"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_the_reason_and_makes_no_job(
+    context: Context,
+    run: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: bytes,
+    words: str,
+) -> None:
+    file = tmp_path / "request.yaml"
+    file.write_bytes(content)
+    assert run("--config", file) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("refused: ")
+    assert words in printed
+    assert printed.count("\n") == 1
+    assert context.store.unfinished_jobs() == []
+
+
+def test_a_missing_file_is_refused(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--config", tmp_path / "none.yaml") == 2
+    assert f"{tmp_path}/none.yaml cannot be read: {os.strerror(errno.ENOENT)}" in capsys.readouterr().err
+
+
+def test_an_unknown_job_is_refused(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--job", "none") == 2
+    assert "there is no job 'none' in sqlite:///" in capsys.readouterr().err
+
+
+def test_a_wrong_config_of_the_stack_is_refused(
+    run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STACK_CONFIG", '{"models": []}')
+    assert run("--job", "evaluation-1") == 2
+    assert "refused: STACK_CONFIG: models" in capsys.readouterr().err
+
+
+def test_a_file_outside_of_a_ray_job_is_refused(
+    context: Context,
+    run: Callable[..., int],
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    assert run("--config", config) == 2
+    assert "ray job submit" in capsys.readouterr().err
+    assert context.store.unfinished_jobs() == []
+
+
+@pytest.mark.parametrize("arguments", [[], ["--job", "a", "--config", "b"], ["--uuid", "a"]])
+def test_other_arguments_are_refused(
+    run: Callable[..., int], arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments)
+    assert caught.value.code == 2
+    assert "--config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["running", "completed", "failed"])
+def test_a_job_that_is_not_waiting_is_left_alone(
+    context: Context, run: Callable[..., int], data: dict[str, Any], capsys: pytest.CaptureFixture[str], end: str
+) -> None:
+    accepted(context, data)
+    if end == "failed":
+        context.store.fail_job("evaluation-1", "before")
+    else:
+        context.store.start_job("evaluation-1")
+    if end == "completed":
+        context.store.complete_job("evaluation-1", {"path": None, "files": []})
+    before = job(context)
+
+    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+        raise AssertionError("it must not run")
+
+    assert run("--job", "evaluation-1", work=work) == 0
+    assert job(context) == before
+    assert f"is {end}: nothing to do" in capsys.readouterr().out
+
+
+def failing(error: BaseException) -> Work:
+    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+        raise error
+
+    return work
+
+
+def test_work_that_is_refused_fails_the_job_with_the_reason(
+    context: Context, run: Callable[..., int], data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    accepted(context, data)
+    assert run("--job", "evaluation-1", work=failing(BadInput("row 5 is not JSON"))) == 1
+    assert (job(context).status, job(context).error) == ("failed", "row 5 is not JSON")
+    assert capsys.readouterr().err == "failed: row 5 is not JSON\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(FULL_DISK, "the disk is full"), (ValueError("wrong"), "ValueError: wrong"), (KeyboardInterrupt(), "KeyboardInterrupt")],
+)
+def test_whatever_ends_the_work_fails_the_job_and_is_raised_again(
+    context: Context, run: Callable[..., int], data: dict[str, Any], error: BaseException, reason: str
+) -> None:
+    accepted(context, data)
+    with pytest.raises(type(error)) as caught:
+        run("--job", "evaluation-1", work=failing(error))
+    assert caught.value is error
+    failed = job(context)
+    assert failed.status == "failed"
+    assert failed.error is not None
+    assert failed.error.startswith(reason)

@@ -1,0 +1,307 @@
+"""Inference: requests in OpenAI's shape, and OpenAI's answers in the Llama Stack's."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stack import inference
+from stack.api.inference import ChatCompletionRequest, CompletionRequest, SamplingParams
+from stack.api.messages import Message
+from stack.api.wire import describe
+from stack.context import Context
+from stack.errors import BadInput, EngineFailed, NotFound, StackError, Unavailable
+from tests.scripted_engine import ScriptedEngine
+
+TEXT = "Paris is big."
+CALL = {"call_id": "1", "tool_name": "brave_search", "arguments": {"query": "a"}}
+
+
+def chat(**changes: Any) -> ChatCompletionRequest:
+    body = {"model": "small", "messages": [{"role": "user", "content": "Where?"}]}
+    return ChatCompletionRequest.model_validate(body | changes)
+
+
+def text(**changes: Any) -> CompletionRequest:
+    return CompletionRequest.model_validate({"model": "small", "content": "The capital is"} | changes)
+
+
+async def listed(items: AsyncIterator[Any]) -> list[dict[str, Any]]:
+    return [json.loads(item.model_dump_json(exclude_none=True)) async for item in items]
+
+
+# Requests
+
+
+@pytest.mark.parametrize(
+    ("params", "body"),
+    [
+        ({}, {"temperature": 0}),
+        ({"strategy": "greedy"}, {"temperature": 0}),
+        ({"strategy": "greedy", "temperature": 0.7}, {"temperature": 0}),
+        ({"strategy": "greedy", "top_p": 0.5, "top_k": 5}, {"temperature": 0}),
+        ({"strategy": "top_p"}, {"top_p": 1.0}),
+        ({"strategy": "top_p", "top_p": 0}, {"top_p": 1.0}),
+        ({"strategy": "top_p", "top_p": 0.9, "temperature": 0.7}, {"top_p": 0.9, "temperature": 0.7}),
+        ({"strategy": "top_p", "top_p": 0.9, "top_k": 5}, {"top_p": 0.9}),
+        ({"strategy": "top_k", "top_k": 5}, {"top_k": 5}),
+        ({"strategy": "top_k", "top_k": 5, "temperature": 0}, {"top_k": 5, "temperature": 0}),
+        ({"max_tokens": 0, "top_k": 0, "top_p": 0, "repetition_penalty": 0}, {"temperature": 0}),
+        ({"max_tokens": 9, "repetition_penalty": 1.1}, {"temperature": 0, "max_tokens": 9, "repetition_penalty": 1.1}),
+    ],
+)
+def test_sampling_parameters_of_each_strategy(params: dict[str, Any], body: dict[str, Any]) -> None:
+    assert inference.sampling_body(SamplingParams.model_validate(params)) == body
+
+
+@pytest.mark.parametrize("params", [{}, {"top_k": 0}, {"top_k": None}])
+def test_the_strategy_top_k_needs_a_top_k(params: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="at least 1") as caught:
+        inference.sampling_body(SamplingParams.model_validate({"strategy": "top_k"} | params))
+    assert caught.value.param == "sampling_params.top_k"
+
+
+@pytest.mark.parametrize(
+    ("params", "words"),
+    [
+        ({"strategy": "beam"}, ["strategy", "'beam'", "'greedy', 'top_p' or 'top_k'"]),
+        ({"temperature": -0.1}, ["temperature", "greater than or equal to 0", "-0.1"]),
+        ({"temperature": 11}, ["temperature", "less than or equal to 10", "11"]),
+        ({"temperature": float("nan")}, ["temperature", "nan"]),
+        ({"temperature": float("inf")}, ["temperature", "inf"]),
+        ({"top_p": 1.1}, ["top_p", "less than or equal to 1", "1.1"]),
+        ({"top_k": -1}, ["top_k", "greater than or equal to 0", "-1"]),
+        ({"max_tokens": -5}, ["max_tokens", "greater than or equal to 0", "-5"]),
+        ({"max_tokens": 10**30}, ["max_tokens", "less than or equal to 1000000"]),
+        ({"max_tokens": 1.5}, ["max_tokens", "1.5"]),
+        ({"repetition_penalty": -1}, ["repetition_penalty", "-1"]),
+        ({"maxtokens": 5}, ["unknown key 'maxtokens'", "max_tokens"]),
+    ],
+)
+def test_sampling_parameters_out_of_bounds_are_refused(params: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SamplingParams.model_validate(params)
+    for word in words:
+        assert word in describe(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({"role": "system", "content": ["Be ", "brief."]}, {"role": "system", "content": "Be brief."}),
+        ({"role": "user", "content": "Where?"}, {"role": "user", "content": "Where?"}),
+        ({"role": "user", "content": ["Whe", "re?"]}, {"role": "user", "content": "Where?"}),
+        ({"role": "user", "content": "Where?", "context": "A map."}, {"role": "user", "content": "Where?\n\nA map."}),
+        ({"role": "user", "content": "Where?", "context": ["A ", "map."]}, {"role": "user", "content": "Where?\n\nA map."}),
+        ({"role": "user", "content": "Where?", "context": ""}, {"role": "user", "content": "Where?"}),
+        ({"role": "user", "content": "Where?", "context": []}, {"role": "user", "content": "Where?"}),
+        ({"role": "assistant", "content": "There.", "stop_reason": "out_of_tokens"}, {"role": "assistant", "content": "There."}),
+        (
+            {"role": "ipython", "call_id": "7", "tool_name": "brave_search", "content": ["a", "b"]},
+            {"role": "tool", "tool_call_id": "7", "content": "ab"},
+        ),
+    ],
+)
+def test_messages_in_openais_shape(message: dict[str, Any], expected: dict[str, Any]) -> None:
+    (parsed,) = chat(messages=[message]).messages
+    assert inference.openai_message(parsed) == expected
+
+
+def test_a_chat_in_openais_shape() -> None:
+    request = chat(
+        messages=[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}],
+        sampling_params={"strategy": "top_p", "top_p": 0.9, "temperature": 0.7, "max_tokens": 32},
+        stream=True,
+        logprobs={"top_k": 2},
+    )
+    assert inference.chat_body(request) == {
+        "model": "small",
+        "messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Where?"}],
+        "top_p": 0.9,
+        "temperature": 0.7,
+        "max_tokens": 32,
+        "stream": True,
+        "logprobs": True,
+        "top_logprobs": 2,
+    }
+
+
+def test_a_chat_asks_for_nothing_that_was_not_asked_for() -> None:
+    body = {"model": "small", "messages": [{"role": "user", "content": "Where?"}], "temperature": 0, "stream": False}
+    assert inference.chat_body(chat()) == body
+
+
+def test_a_text_in_openais_shape() -> None:
+    request = text(content=["The capital", " is"], sampling_params={"max_tokens": 5}, logprobs={"top_k": 3})
+    expected = {"model": "small", "prompt": "The capital is", "temperature": 0, "max_tokens": 5, "stream": False}
+    assert inference.completion_body(request) == expected | {"logprobs": 3}
+
+
+def test_a_text_without_max_tokens_may_fill_the_context() -> None:
+    assert inference.completion_body(text())["max_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    ("request_", "param"),
+    [
+        (chat(tools=[{"tool_name": "brave_search"}]), "tools"),
+        (chat(messages=[{"role": "assistant", "content": "", "tool_calls": [CALL]}]), "messages"),
+    ],
+    ids=["tools", "tool calls"],
+)
+def test_what_cannot_be_used_yet_is_refused_with_its_field(request_: ChatCompletionRequest, param: str) -> None:
+    with pytest.raises(BadInput, match="leave them out") as caught:
+        inference.chat_body(request_)
+    assert caught.value.param == param
+
+
+# Answers
+
+
+async def test_a_chat_is_answered(context: Context, engine: ScriptedEngine) -> None:
+    answer = await inference.chat_completion(context, chat())
+    message = {"role": "assistant", "content": TEXT, "stop_reason": "end_of_turn", "tool_calls": []}
+    assert answer.model_dump(mode="json", exclude_none=True) == {"completion_message": message}
+    (asked,) = engine.asked
+    assert (asked.model.id, asked.endpoint, asked.body) == ("small", "chat", inference.chat_body(chat()))
+
+
+async def test_a_text_is_continued(context: Context, engine: ScriptedEngine) -> None:
+    answer = await inference.completion(context, text())
+    assert (answer.completion_message.content, answer.logprobs) == (TEXT, None)
+    (asked,) = engine.asked
+    assert (asked.endpoint, asked.body) == ("completions", inference.completion_body(text()))
+
+
+async def test_a_chat_is_streamed_as_start_progress_and_complete(context: Context) -> None:
+    events = await listed(await inference.stream_chat_completion(context, chat(stream=True)))
+    assert events == [
+        {"event": {"event_type": "start", "delta": ""}},
+        {"event": {"event_type": "progress", "delta": "Paris"}},
+        {"event": {"event_type": "progress", "delta": " is"}},
+        {"event": {"event_type": "progress", "delta": " big."}},
+        {"event": {"event_type": "complete", "delta": "", "stop_reason": "end_of_turn"}},
+    ]
+
+
+async def test_a_text_is_streamed_in_chunks(context: Context) -> None:
+    chunks = await listed(await inference.stream_completion(context, text(stream=True)))
+    deltas = [{"delta": "Paris"}, {"delta": " is"}, {"delta": " big."}]
+    assert chunks == [*deltas, {"delta": "", "stop_reason": "end_of_turn"}]
+
+
+@pytest.mark.parametrize(("finish", "reason"), [("stop", "end_of_turn"), ("length", "out_of_tokens")])
+async def test_stop_reasons(context: Context, engine: ScriptedEngine, finish: str, reason: str) -> None:
+    engine.finish_reason = finish
+    whole = [await inference.chat_completion(context, chat()), await inference.completion(context, text())]
+    assert [answer.completion_message.stop_reason for answer in whole] == [reason, reason]
+    events = await listed(await inference.stream_chat_completion(context, chat(stream=True)))
+    assert events[-1]["event"]["stop_reason"] == reason
+    chunks = await listed(await inference.stream_completion(context, text(stream=True)))
+    assert chunks[-1]["stop_reason"] == reason
+
+
+@pytest.mark.parametrize(
+    ("top_k", "likeliest"),
+    [(0, {"Paris": -0.25}), (1, {"Paris": -0.25}), (2, {"Paris": -0.25, " other": -1.5})],
+)
+async def test_logprobs_are_told_by_token(context: Context, top_k: int, likeliest: dict[str, float]) -> None:
+    asked = {"logprobs": {"top_k": top_k}}
+    answers = [
+        await inference.chat_completion(context, chat(**asked)),
+        await inference.completion(context, text(**asked)),
+    ]
+    for answer in answers:
+        assert answer.logprobs is not None
+        assert len(answer.logprobs) == 3
+        assert answer.logprobs[0].logprobs_by_token == likeliest
+    asked["stream"] = True
+    events = await listed(await inference.stream_chat_completion(context, chat(**asked)))
+    assert events[1]["event"]["logprobs"] == [{"logprobs_by_token": likeliest}]
+    assert sum(len(event["event"].get("logprobs", [])) for event in events) == 3
+    chunks = await listed(await inference.stream_completion(context, text(**asked)))
+    assert chunks[0]["logprobs"] == [{"logprobs_by_token": likeliest}]
+    assert sum(len(chunk.get("logprobs", [])) for chunk in chunks) == 3
+
+
+async def test_an_empty_answer_is_an_answer(context: Context, engine: ScriptedEngine) -> None:
+    engine.tokens = ()
+    assert (await inference.chat_completion(context, chat())).completion_message.content == ""
+    events = await listed(await inference.stream_chat_completion(context, chat(stream=True)))
+    assert [event["event"]["event_type"] for event in events] == ["start", "complete"]
+
+
+# Failures
+
+
+async def test_an_unknown_model_is_not_found(context: Context, engine: ScriptedEngine) -> None:
+    for call in (inference.chat_completion, inference.stream_chat_completion):
+        with pytest.raises(NotFound, match="there is no model 'big'; there are: small"):
+            await call(context, chat(model="big"))
+    assert engine.asked == []
+
+
+@pytest.mark.parametrize("fault", [Unavailable("not now"), BadInput("too long"), EngineFailed("broken")])
+async def test_a_fault_before_the_first_token_is_raised_before_the_stream(
+    context: Context, engine: ScriptedEngine, fault: StackError
+) -> None:
+    engine.fail(fault)
+    with pytest.raises(type(fault), match=fault.message):
+        await inference.stream_chat_completion(context, chat(stream=True))
+    with pytest.raises(type(fault), match=fault.message):
+        await inference.stream_completion(context, text(stream=True))
+    with pytest.raises(type(fault), match=fault.message):
+        await inference.chat_completion(context, chat())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [("error", "the engine died"), ("break off", "broke off"), (Unavailable("the replica is gone"), "the replica is gone")],
+    ids=["error event", "break off", "raised"],
+)
+async def test_a_fault_in_a_stream_is_raised_after_what_came(
+    context: Context, engine: ScriptedEngine, fault: Any, message: str
+) -> None:
+    engine.fail(fault, after=2)
+    streams = [
+        await inference.stream_chat_completion(context, chat(stream=True)),
+        await inference.stream_completion(context, text(stream=True)),
+    ]
+    for stream in streams:
+        came = []
+        with pytest.raises(StackError, match=message):
+            async for item in stream:
+                came.append(item.model_dump_json())  # noqa: PERF401  what came before the fault counts
+        assert sum("Paris" in one or " is" in one for one in came) == 2
+        assert not any("end_of_turn" in one for one in came)
+
+
+async def test_a_stream_that_is_closed_closes_the_generation(context: Context, engine: ScriptedEngine) -> None:
+    stream = await inference.stream_chat_completion(context, chat(stream=True))
+    await anext(stream)
+    await anext(stream)
+    assert not engine.closed_early.is_set()
+    await stream.aclose()
+    assert engine.closed_early.is_set()
+
+
+async def test_a_stream_that_is_read_to_its_end_is_not_aborted(context: Context, engine: ScriptedEngine) -> None:
+    await listed(await inference.stream_chat_completion(context, chat(stream=True)))
+    await listed(await inference.stream_completion(context, text(stream=True)))
+    assert not engine.closed_early.is_set()
+
+
+def test_every_kind_of_message_has_an_openai_shape() -> None:
+    kinds: list[Message] = list(
+        chat(
+            messages=[
+                {"role": "system", "content": "a"},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "a"},
+                {"role": "ipython", "content": "a", "call_id": "1", "tool_name": "t"},
+            ]
+        ).messages
+    )
+    assert [inference.openai_message(kind)["role"] for kind in kinds] == ["system", "user", "assistant", "tool"]

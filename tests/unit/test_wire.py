@@ -1,0 +1,97 @@
+"""Wire types refuse what they do not know, and say in words what is allowed."""
+
+from typing import Annotated
+
+import pytest
+from pydantic import Field, TypeAdapter, ValidationError
+
+from stack.api.wire import Id, Request, Wire, describe, explain
+
+
+class Inner(Wire):
+    size: Annotated[int, Field(ge=1, le=9)] = 1
+
+
+class Outer(Request):
+    name: str
+    inner: Inner = Inner()
+
+
+def refusal(value: object) -> str:
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate(value)
+    return describe(caught.value)
+
+
+def test_an_unknown_key_is_refused_with_the_known_ones() -> None:
+    assert refusal({"name": "a", "nmae": "b"}) == "unknown key 'nmae'; allowed: name, inner"
+
+
+def test_an_unknown_key_further_down_is_refused_at_its_place() -> None:
+    assert refusal({"name": "a", "inner": {"sise": 2}}) == "inner: unknown key 'sise'; allowed: size"
+
+
+def test_a_body_is_the_same_flat_and_wrapped() -> None:
+    flat = {"name": "a", "inner": {"size": 3}}
+    assert Outer.model_validate(flat) == Outer.model_validate({"request": flat}) == Outer(name="a", inner=Inner(size=3))
+
+
+def test_a_wrapped_body_is_checked_like_a_flat_one() -> None:
+    assert refusal({"request": {"name": "a", "inner": {"size": 0}}}) == refusal({"name": "a", "inner": {"size": 0}})
+
+
+def test_only_a_request_may_be_wrapped() -> None:
+    with pytest.raises(ValidationError, match="unknown key 'request'; allowed: size"):
+        Inner.model_validate({"request": {"size": 1}})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"request": {"request": {"name": "a"}}}, {"request": {"name": "a"}, "name": "b"}, {"request": "a"}],
+    ids=["wrapped twice", "wrapped and flat", "wrapped text"],
+)
+def test_other_wrappings_are_refused(value: object) -> None:
+    assert "unknown key 'request'; allowed: name, inner" in refusal(value)
+
+
+def test_wire_types_cannot_be_changed() -> None:
+    inner = Inner(size=1)
+    with pytest.raises(ValidationError, match="frozen"):
+        inner.size = 2
+
+
+def test_a_missing_field_is_named() -> None:
+    assert refusal({}) == "name: is required"
+
+
+def test_a_value_out_of_bounds_is_shown_with_its_bound() -> None:
+    assert refusal({"name": "a", "inner": {"size": 10}}) == "inner.size: Input should be less than or equal to 9, not 10"
+
+
+def test_a_long_value_is_cut() -> None:
+    words = refusal({"name": ["x" * 10_000]})
+    assert words.endswith("...")
+    assert len(words) < 200
+
+
+def test_all_problems_are_told() -> None:
+    assert refusal({"inner": {"size": 0}}) == (
+        "name: is required; inner.size: Input should be greater than or equal to 1, not 0"
+    )
+
+
+def test_explain_gives_the_place_and_the_description() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Outer.model_validate({"name": "a", "inner": {"size": 0}})
+    assert explain(caught.value.errors()[0]) == ("inner.size", "Input should be greater than or equal to 1, not 0")
+
+
+@pytest.mark.parametrize("value", ["a", "tune-1", "A.b_c-9", "0" * 100])
+def test_ids_that_are_safe_as_file_names_are_taken(value: str) -> None:
+    assert TypeAdapter(Id).validate_python(value) == value
+
+
+@pytest.mark.parametrize("value", ["", ".", "..", "-a", "a/b", "a b", "a\n", "a\0", "ä", "../a", "0" * 101])
+def test_ids_that_are_not_safe_as_file_names_are_refused(value: str) -> None:
+    with pytest.raises(ValidationError):
+        TypeAdapter(Id).validate_python(value)
