@@ -106,8 +106,9 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 lr_scheduler_kwargs={"min_lr": request.optimizer_config.lr_min},
                 warmup_steps=max(1, round(0.03 * steps)),
                 learning_rate=request.optimizer_config.lr,
-                # In random order, but rows of like length beside each other: less of a batch is padding.
-                train_sampling_strategy="group_by_length" if training.shuffle else "sequential",
+                # Not grouped by length: that saves a fifth of the time, but where length tells something of the answer
+                # it makes lopsided batches, and the quickstart's model lost 0.08 of exact match by it.
+                train_sampling_strategy="random" if training.shuffle else "sequential",
                 gradient_checkpointing=training.enable_activation_checkpointing,
                 completion_only_loss=True,
                 max_length=None,

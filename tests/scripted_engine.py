@@ -81,7 +81,7 @@ class ScriptedEngine:
             shape = {"delta": {"content": token}} if endpoint == "chat" else {"text": token}
             choice = shape | {"index": 0, "finish_reason": None} | _logprobs(endpoint, body, (token,))
             yield _event({"id": "answer-1", "choices": [choice]})
-        last = {"delta": {}} if endpoint == "chat" else {"text": ""}
+        last: dict[str, Any] = {"delta": {}} if endpoint == "chat" else {"text": ""}
         end = _event({"id": "answer-1", "choices": [last | {"index": 0, "finish_reason": self.finish_reason}]})
         usage = _event({"id": "answer-1", "choices": [], "usage": {"completion_tokens": len(self.tokens)}})
         yield end + usage  # vLLM too sends several events at a time

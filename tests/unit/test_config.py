@@ -79,7 +79,12 @@ def test_relative_paths_are_relative_to_the_home_folder(home: Path) -> None:
 
 
 def test_absolute_paths_stay_as_they_are(home: Path) -> None:
-    paths = {"store": "/srv/a.db", "artifacts": "/srv/a", "data_roots": ["/srv/d"], "models": [MODEL | {"path": "/srv/m"}]}
+    paths = {
+        "store": "/srv/a.db",
+        "artifacts": "/srv/a",
+        "data_roots": ["/srv/d"],
+        "models": [MODEL | {"path": "/srv/m"}],
+    }
     config = Config.parse(paths, "test")
     assert config.store_url == "sqlite:////srv/a.db"
     assert config.artifacts_url == "file:///srv/a"
@@ -170,7 +175,7 @@ def test_the_environment_holds_a_config(home: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("value", ["{", '{"models": []}'], ids=["cut off", "no models"])
 def test_a_wrong_config_in_the_environment_is_refused(home: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("STACK_CONFIG", value)
-    with pytest.raises(BadInput, match="^STACK_CONFIG"):
+    with pytest.raises(BadInput, match=r"^STACK_CONFIG"):
         Config.from_environment()
 
 

@@ -96,7 +96,9 @@ def test_a_folder_is_no_file(context: Context, data: Path) -> None:
     assert "there is no file" in refusal(context, described(data / "folder.jsonl"))
 
 
-@pytest.mark.parametrize("name", ["outside.jsonl", "data/../outside.jsonl", "data/%2e%2e/outside.jsonl", "data2/a.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["outside.jsonl", "data/../outside.jsonl", "data/%2e%2e/outside.jsonl", "data2/a.jsonl"]
+)
 def test_a_file_outside_of_the_data_folders_is_refused(context: Context, data: Path, home: Path, name: str) -> None:
     write_rows(home / "outside.jsonl", dialogs(1))
     (home / "data2").mkdir()
@@ -229,7 +231,15 @@ def test_a_value_of_another_type_than_declared_is_named(
 
 @pytest.mark.parametrize(
     ("kind", "value"),
-    [("text", ""), ("media", "a"), ("number", 5), ("number", -0.5), ("json", None), ("json", {"a": [1]}), ("dialog", DIALOG)],
+    [
+        ("text", ""),
+        ("media", "a"),
+        ("number", 5),
+        ("number", -0.5),
+        ("json", None),
+        ("json", {"a": [1]}),
+        ("dialog", DIALOG),
+    ],
 )
 def test_values_of_the_declared_type_are_taken(context: Context, data: Path, kind: str, value: Any) -> None:
     checked = described(write_rows(data / "a.jsonl", [{"x": value, "undeclared": 1}]), x=kind)
@@ -275,7 +285,9 @@ def test_examples_of_prompts_are_a_user_message_and_the_completion(context: Cont
 
 
 @pytest.mark.parametrize(
-    "dialog", [[], DIALOG[2:], DIALOG[:2], [*DIALOG, QUESTION]], ids=["empty", "only an answer", "no answer", "after it"]
+    "dialog",
+    [[], DIALOG[2:], DIALOG[:2], [*DIALOG, QUESTION]],
+    ids=["empty", "only an answer", "no answer", "after it"],
 )
 def test_a_dialog_that_does_not_end_with_an_answer_is_named(
     context: Context, data: Path, dialog: list[dict[str, Any]]
@@ -295,7 +307,12 @@ def test_a_dialog_with_tool_calls_is_refused_with_its_row(context: Context, data
 
 @pytest.mark.parametrize(
     "columns",
-    [{"prompt": "text"}, {"prompt": "text", "completion": "json"}, {"a": "dialog", "b": "dialog"}, {"question": "text"}],
+    [
+        {"prompt": "text"},
+        {"prompt": "text", "completion": "json"},
+        {"a": "dialog", "b": "dialog"},
+        {"question": "text"},
+    ],
 )
 def test_columns_without_examples_are_refused_with_what_is_allowed(columns: dict[str, str]) -> None:
     checked = TrainEvalDataset.model_validate({"columns": columns, "content_url": "file:///a.jsonl"})

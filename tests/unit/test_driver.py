@@ -3,12 +3,15 @@
 import errno
 import json
 import os
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.train import WorkerGroupError
 
 from jobs import driver
 from stack import evaluations
@@ -22,50 +25,54 @@ from tests.samples import dataset, dialogs, evaluation, write_rows
 Work = Callable[[Context, EvaluateQuestionAnsweringRequest], dict[str, Any]]
 
 
-class RayError(Exception):
-    """Keeps its cause as Ray's errors do."""
-
-    def __init__(self, message: str, cause: BaseException | None = None) -> None:
-        super().__init__(message)
-        self.cause = cause
-
-
-def raised(error: BaseException, cause: BaseException | None = None) -> BaseException:
-    """An error as it is once it was raised from another one."""
-    try:
-        raise error from cause
-    except BaseException as caught:  # noqa: BLE001  this is what the tests are about
-        return caught
-
-
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/a")
 
 
+def as_it_is(error: Exception) -> Exception:
+    return error
+
+
+def in_a_ray_task(error: Exception) -> Exception:
+    """As Ray raises what was raised in a task or an actor."""
+    return RayTaskError("work", "Traceback", error).make_dual_exception_instance()  # type: ignore[no-untyped-call]
+
+
+def in_a_training_worker(error: Exception) -> Exception:
+    """As Ray Train raises it: with the worker's traceback as a text."""
+    try:
+        raise error
+    except type(error) as raised:
+        text = "".join(traceback.format_exception(raised))
+    return WorkerGroupError("worker 1 failed", {1: Exception(text)})
+
+
+@pytest.mark.parametrize("wrapped", [as_it_is, in_a_ray_task, in_a_training_worker])
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (BadInput("row 5 is not JSON"), "row 5 is not JSON"),
-        (ValueError("wrong"), "ValueError: wrong"),
-        (ValueError("first line\n  last line \n\n"), "ValueError: last line"),
+        (BadInput("row 5 is not JSON: here"), "row 5 is not JSON: here"),
+        (ValueError("wrong: this one"), "ValueError: wrong: this one"),
+        (ValueError("first line\n  last line \n\n"), "ValueError: first line"),
         (ValueError(), "ValueError: no message"),
-        (KeyboardInterrupt(), "KeyboardInterrupt: no message"),
-        (RayError("actor died\ntraceback", BadInput("row 5")), "row 5"),
-        (RayError("task failed", RayError("worker failed", ValueError("wrong"))), "ValueError: wrong"),
-        (raised(RuntimeError("outside"), cause=ValueError("inside")), "ValueError: inside"),
-        (raised(RuntimeError("outside"), cause=raised(BadInput("middle"), cause=ValueError("inside"))), "middle"),
         (FULL_DISK, "the disk is full: [Errno 28] No space left on device: '/data/a'"),
-        (RayError("failed", FULL_DISK), "the disk is full: [Errno 28] No space left on device: '/data/a'"),
         (PermissionError(errno.EACCES, "Permission denied"), "PermissionError: [Errno 13] Permission denied"),
     ],
+    ids=["ours", "built in", "several lines", "no message", "full disk", "another OSError"],
 )
-def test_the_reason_of_a_failure_is_its_cause_in_one_line(error: BaseException, reason: str) -> None:
-    assert driver.reason(error) == reason
+def test_the_reason_of_a_failure_is_the_error_in_one_line_wherever_it_was_raised(
+    error: Exception, reason: str, wrapped: Callable[[Exception], Exception]
+) -> None:
+    assert driver.reason(wrapped(error)) == reason
 
 
-def test_causes_that_lead_in_a_circle_have_an_end() -> None:
-    inner, outer = RayError("inner"), RayError("outer")
-    inner.cause, outer.cause = outer, inner
-    assert driver.reason(outer) == "RayError: inner"
+def test_the_reason_of_an_interrupted_job_is_the_interruption() -> None:
+    assert driver.reason(KeyboardInterrupt()) == "KeyboardInterrupt: no message"
+
+
+def test_the_reason_of_a_worker_that_died_is_what_ray_says_of_it() -> None:
+    reason = driver.reason(WorkerGroupError("worker 1 failed", {1: ActorDiedError()}))
+    assert "The actor died unexpectedly" in reason
+    assert "no message" not in reason
 
 
 @pytest.fixture
@@ -107,9 +114,7 @@ def job(context: Context, uuid: str = "evaluation-1") -> Job:
 
 
 def accepted(context: Context, data: dict[str, Any]) -> Job:
-    return evaluations.question_answering(
-        context, EvaluateQuestionAnsweringRequest.model_validate(evaluation(data))
-    )
+    return evaluations.question_answering(context, EvaluateQuestionAnsweringRequest.model_validate(evaluation(data)))
 
 
 def test_a_request_from_a_file_becomes_a_job_and_is_completed(
@@ -179,9 +184,7 @@ def test_a_wrong_file_is_refused_with_the_reason_and_makes_no_job(
     assert context.store.unfinished_jobs() == []
 
 
-def test_a_missing_file_is_refused(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_missing_file_is_refused(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--config", tmp_path / "none.yaml") == 2
     assert f"{tmp_path}/none.yaml cannot be read: {os.strerror(errno.ENOENT)}" in capsys.readouterr().err
 
@@ -250,18 +253,27 @@ def failing(error: BaseException) -> Work:
     return work
 
 
+@pytest.mark.parametrize("wrapped", [as_it_is, in_a_ray_task])
 def test_work_that_is_refused_fails_the_job_with_the_reason(
-    context: Context, run: Callable[..., int], data: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    context: Context,
+    run: Callable[..., int],
+    data: dict[str, Any],
+    capsys: pytest.CaptureFixture[str],
+    wrapped: Callable[[Exception], Exception],
 ) -> None:
     accepted(context, data)
-    assert run("--job", "evaluation-1", work=failing(BadInput("row 5 is not JSON"))) == 1
+    assert run("--job", "evaluation-1", work=failing(wrapped(BadInput("row 5 is not JSON")))) == 1
     assert (job(context).status, job(context).error) == ("failed", "row 5 is not JSON")
     assert capsys.readouterr().err == "failed: row 5 is not JSON\n"
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
-    [(FULL_DISK, "the disk is full"), (ValueError("wrong"), "ValueError: wrong"), (KeyboardInterrupt(), "KeyboardInterrupt")],
+    [
+        (FULL_DISK, "the disk is full"),
+        (ValueError("wrong"), "ValueError: wrong"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+    ],
 )
 def test_whatever_ends_the_work_fails_the_job_and_is_raised_again(
     context: Context, run: Callable[..., int], data: dict[str, Any], error: BaseException, reason: str

@@ -80,7 +80,9 @@ def test_an_unknown_checkpoint_is_told_with_its_field(context: Context, data: di
     ],
     ids=str,
 )
-def test_a_request_of_the_wrong_shape_is_refused_with_what_is_allowed(changes: dict[str, Any], words: list[str]) -> None:
+def test_a_request_of_the_wrong_shape_is_refused_with_what_is_allowed(
+    changes: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(ValidationError) as caught:
         request("test", **changes)
     for word in words:

@@ -32,6 +32,11 @@ async def listed(items: AsyncIterator[Any]) -> list[dict[str, Any]]:
     return [json.loads(item.model_dump_json(exclude_none=True)) async for item in items]
 
 
+async def collect(items: AsyncIterator[Any], came: list[str]) -> None:
+    async for item in items:
+        came.append(item.model_dump_json())  # noqa: PERF401  what came before a fault must be kept
+
+
 # Requests
 
 
@@ -94,10 +99,16 @@ def test_sampling_parameters_out_of_bounds_are_refused(params: dict[str, Any], w
         ({"role": "user", "content": "Where?"}, {"role": "user", "content": "Where?"}),
         ({"role": "user", "content": ["Whe", "re?"]}, {"role": "user", "content": "Where?"}),
         ({"role": "user", "content": "Where?", "context": "A map."}, {"role": "user", "content": "Where?\n\nA map."}),
-        ({"role": "user", "content": "Where?", "context": ["A ", "map."]}, {"role": "user", "content": "Where?\n\nA map."}),
+        (
+            {"role": "user", "content": "Where?", "context": ["A ", "map."]},
+            {"role": "user", "content": "Where?\n\nA map."},
+        ),
         ({"role": "user", "content": "Where?", "context": ""}, {"role": "user", "content": "Where?"}),
         ({"role": "user", "content": "Where?", "context": []}, {"role": "user", "content": "Where?"}),
-        ({"role": "assistant", "content": "There.", "stop_reason": "out_of_tokens"}, {"role": "assistant", "content": "There."}),
+        (
+            {"role": "assistant", "content": "There.", "stop_reason": "out_of_tokens"},
+            {"role": "assistant", "content": "There."},
+        ),
         (
             {"role": "ipython", "call_id": "7", "tool_name": "brave_search", "content": ["a", "b"]},
             {"role": "tool", "tool_call_id": "7", "content": "ab"},
@@ -195,8 +206,8 @@ async def test_a_text_is_streamed_in_chunks(context: Context) -> None:
 @pytest.mark.parametrize(("finish", "reason"), [("stop", "end_of_turn"), ("length", "out_of_tokens")])
 async def test_stop_reasons(context: Context, engine: ScriptedEngine, finish: str, reason: str) -> None:
     engine.finish_reason = finish
-    whole = [await inference.chat_completion(context, chat()), await inference.completion(context, text())]
-    assert [answer.completion_message.stop_reason for answer in whole] == [reason, reason]
+    assert (await inference.chat_completion(context, chat())).completion_message.stop_reason == reason
+    assert (await inference.completion(context, text())).completion_message.stop_reason == reason
     events = await listed(await inference.stream_chat_completion(context, chat(stream=True)))
     assert events[-1]["event"]["stop_reason"] == reason
     chunks = await listed(await inference.stream_completion(context, text(stream=True)))
@@ -209,15 +220,19 @@ async def test_stop_reasons(context: Context, engine: ScriptedEngine, finish: st
 )
 async def test_logprobs_are_told_by_token(context: Context, top_k: int, likeliest: dict[str, float]) -> None:
     asked = {"logprobs": {"top_k": top_k}}
-    answers = [
-        await inference.chat_completion(context, chat(**asked)),
-        await inference.completion(context, text(**asked)),
-    ]
-    for answer in answers:
-        assert answer.logprobs is not None
-        assert len(answer.logprobs) == 3
-        assert answer.logprobs[0].logprobs_by_token == likeliest
-    asked["stream"] = True
+    chatted = await inference.chat_completion(context, chat(**asked))
+    completed = await inference.completion(context, text(**asked))
+    for logprobs in (chatted.logprobs, completed.logprobs):
+        assert logprobs is not None
+        assert len(logprobs) == 3
+        assert logprobs[0].logprobs_by_token == likeliest
+
+
+@pytest.mark.parametrize(("top_k", "likeliest"), [(0, {"Paris": -0.25}), (2, {"Paris": -0.25, " other": -1.5})])
+async def test_logprobs_are_streamed_with_their_tokens(
+    context: Context, top_k: int, likeliest: dict[str, float]
+) -> None:
+    asked = {"logprobs": {"top_k": top_k}, "stream": True}
     events = await listed(await inference.stream_chat_completion(context, chat(**asked)))
     assert events[1]["event"]["logprobs"] == [{"logprobs_by_token": likeliest}]
     assert sum(len(event["event"].get("logprobs", [])) for event in events) == 3
@@ -258,7 +273,11 @@ async def test_a_fault_before_the_first_token_is_raised_before_the_stream(
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("error", "the engine died"), ("break off", "broke off"), (Unavailable("the replica is gone"), "the replica is gone")],
+    [
+        ("error", "the engine died"),
+        ("break off", "broke off"),
+        (Unavailable("the replica is gone"), "the replica is gone"),
+    ],
     ids=["error event", "break off", "raised"],
 )
 async def test_a_fault_in_a_stream_is_raised_after_what_came(
@@ -270,12 +289,11 @@ async def test_a_fault_in_a_stream_is_raised_after_what_came(
         await inference.stream_completion(context, text(stream=True)),
     ]
     for stream in streams:
-        came = []
+        came: list[str] = []
         with pytest.raises(StackError, match=message):
-            async for item in stream:
-                came.append(item.model_dump_json())  # noqa: PERF401  what came before the fault counts
-        assert sum("Paris" in one or " is" in one for one in came) == 2
-        assert not any("end_of_turn" in one for one in came)
+            await collect(stream, came)
+        assert sum("Paris" in item or " is" in item for item in came) == 2
+        assert not any("end_of_turn" in item for item in came)
 
 
 async def test_a_stream_that_is_closed_closes_the_generation(context: Context, engine: ScriptedEngine) -> None:

@@ -18,7 +18,9 @@ def refusal(value: object) -> str:
 
 
 @pytest.mark.parametrize(
-    ("content", "text"), [("a", "a"), ("", ""), (["a", "b c", ""], "ab c"), ([], "")], ids=["text", "no text", "parts", "no parts"]
+    ("content", "text"),
+    [("a", "a"), ("", ""), (["a", "b c", ""], "ab c"), ([], "")],
+    ids=["text", "no text", "parts", "no parts"],
 )
 def test_parts_are_put_together_without_anything_between(content: str | list[str], text: str) -> None:
     assert text_of(content) == text

@@ -74,7 +74,9 @@ async def test_what_the_engine_refuses_is_raised_before_the_stream(context: Cont
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_an_engine_that_gives_no_answer_has_failed(context: Context, engine: ScriptedEngine, stream: bool) -> None:
+async def test_an_engine_that_gives_no_answer_has_failed(
+    context: Context, engine: ScriptedEngine, stream: bool
+) -> None:
     engine.fail("break off")
     ask = context.models.stream if stream else context.models.answer
     with pytest.raises(EngineFailed, match="'small' gave no answer"):

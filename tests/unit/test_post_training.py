@@ -12,7 +12,13 @@ from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StackError
 from tests.samples import dataset, dialogs, fine_tuning, write_rows
 
-LORA = {"lora_attn_modules": ["q_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": False, "rank": 8, "alpha": 16}
+LORA: dict[str, Any] = {
+    "lora_attn_modules": ["q_proj"],
+    "apply_lora_to_mlp": True,
+    "apply_lora_to_output": False,
+    "rank": 8,
+    "alpha": 16,
+}
 TRAINING = {"n_epochs": 1, "n_iters": 0, "batch_size": 8, "shuffle": True}
 OPTIMIZER = {"optimizer_type": "adamw", "lr": 0.001, "lr_min": 0.0, "weight_decay": 0.1}
 
@@ -45,7 +51,8 @@ def test_data_sets_may_be_registered_ones(context: Context, data: dict[str, Any]
 
 
 def test_only_attention_or_only_mlp_layers_may_get_an_adapter(context: Context, data: dict[str, Any]) -> None:
-    for number, layers in enumerate(({"lora_attn_modules": []}, {"apply_lora_to_mlp": False})):
+    choices: list[dict[str, Any]] = [{"lora_attn_modules": []}, {"apply_lora_to_mlp": False}]
+    for number, layers in enumerate(choices):
         accepted = request(data, job_uuid=f"tune-{number}", algorithm_config=LORA | layers)
         assert post_training.supervised_fine_tune(context, accepted).status == "scheduled"
 
@@ -189,7 +196,10 @@ def test_a_completed_job_tells_its_checkpoints_resources_and_metrics(context: Co
     assert [one.model_dump() for one in status.checkpoints] == [checkpoint]
     artifacts = post_training.job_artifacts(context, "tune-1")
     assert artifacts.checkpoints == status.checkpoints
-    assert [(point.name, point.step, point.value) for point in artifacts.metrics] == [("loss", 1, 2.0), ("loss", 2, 1.0)]
+    assert [(point.name, point.step, point.value) for point in artifacts.metrics] == [
+        ("loss", 1, 2.0),
+        ("loss", 2, 1.0),
+    ]
 
 
 def test_jobs_of_other_kinds_are_not_found(context: Context) -> None:

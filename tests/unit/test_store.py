@@ -228,7 +228,10 @@ def test_adapters_are_unique_and_listed_newest_first(store: Store) -> None:
     store.add_adapter("small:b", "small", "b")
     store.add_adapter("small:a", "small", "a")
     store.add_adapter("small:b", "other", "b")
-    assert [(adapter.model_id, adapter.base) for adapter in store.adapters()] == [("small:a", "small"), ("small:b", "small")]
+    assert [(adapter.model_id, adapter.base) for adapter in store.adapters()] == [
+        ("small:a", "small"),
+        ("small:b", "small"),
+    ]
     found = store.adapter("small:b")
     assert found is not None
     assert (found.base, found.job_uuid) == ("small", "b")

@@ -57,7 +57,7 @@ def test_other_wrappings_are_refused(value: object) -> None:
 def test_wire_types_cannot_be_changed() -> None:
     inner = Inner(size=1)
     with pytest.raises(ValidationError, match="frozen"):
-        inner.size = 2
+        inner.size = 2  # type: ignore[misc]
 
 
 def test_a_missing_field_is_named() -> None:
@@ -65,7 +65,9 @@ def test_a_missing_field_is_named() -> None:
 
 
 def test_a_value_out_of_bounds_is_shown_with_its_bound() -> None:
-    assert refusal({"name": "a", "inner": {"size": 10}}) == "inner.size: Input should be less than or equal to 9, not 10"
+    assert (
+        refusal({"name": "a", "inner": {"size": 10}}) == "inner.size: Input should be less than or equal to 9, not 10"
+    )
 
 
 def test_a_long_value_is_cut() -> None:

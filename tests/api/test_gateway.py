@@ -1,0 +1,319 @@
+"""What every route has in common: envelopes, request ids, bounds, health and the OpenAPI document."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from serve_apps import gateway
+from stack.config import Config
+from stack.context import Context
+from stack.errors import BadInput
+from tests.api.envelope import INTERNALS, error_of
+from tests.api.test_inference import CHAT
+from tests.scripted_engine import ScriptedEngine
+
+POSTS = [
+    "/inference/chat_completion",
+    "/inference/completion",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/datasets/create",
+    "/post_training/supervised_fine_tune",
+    "/evaluate/question_answering/",
+]
+GETS = [
+    "/datasets/get",
+    "/post_training/job/status",
+    "/post_training/job/artifacts",
+    "/evaluate/job/status",
+    "/evaluate/job/artifacts",
+]
+OTHERS = ["/health", "/v1/models", "/v1/models/{model}", "/post_training/jobs"]
+JSON = {"content-type": "application/json"}
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("body", [b"{", b"nonsense", b"{'model': 'small'}", b'{"model": "small",}', b'"'], ids=repr)
+def test_a_body_that_is_not_json_is_400(client: TestClient, path: str, body: bytes) -> None:
+    error = error_of(client.post(path, content=body, headers=JSON), 400)
+    assert error["code"] == "not_json"
+    assert error["message"].startswith("the body is not JSON")
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    "body",
+    [b"\xff\xfe", b'{"model": "\xff"}', b"[" * 50_000, b'{"model": ' + b"9" * 10_000 + b"}"],
+    ids=["not UTF-8", "half UTF-8", "too deep", "too long a number"],
+)
+def test_a_body_that_cannot_be_read_is_400(client: TestClient, path: str, body: bytes) -> None:
+    error_of(client.post(path, content=body, headers=JSON), 400)
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b"5", b'"text"', b"{}", b'{"request": {}}'], ids=repr)
+def test_a_body_that_is_no_request_is_400(client: TestClient, path: str, body: bytes) -> None:
+    error_of(client.post(path, content=body, headers=JSON), 400)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "nonsense", ""])
+def test_json_under_another_content_type_is_400_with_the_right_one(client: TestClient, content_type: str) -> None:
+    body = json.dumps(CHAT).encode()
+    reply = client.post("/inference/chat_completion", content=body, headers={"content-type": content_type})
+    assert "application/json" in error_of(reply, 400)["message"]
+
+
+LONE = b"\\ud83d"  # one half of a character that takes two
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/inference/chat_completion", b'{"%s": 1}'),
+        ("/inference/chat_completion", b'{"model": "%s", "messages": [{"role": "user", "content": "a"}]}'),
+        ("/inference/chat_completion", b'{"model": "small", "messages": [{"role": "%s", "content": "a"}]}'),
+        ("/inference/chat_completion", b'{"model": "small", "messages": [{"role": "user", "content": "%s"}]}'),
+        ("/v1/chat/completions", b'{"model": "%s", "messages": [{"role": "user", "content": "a"}]}'),
+        ("/datasets/create", b'{"uuid": "a", "dataset": {"columns": {"%s": "x"}, "content_url": "file:///a.jsonl"}}'),
+        (
+            "/datasets/create",
+            b'{"uuid": "a", "dataset": {"columns": {"x": "text"}, "content_url": "file:///%s.jsonl"}}',
+        ),
+    ],
+)
+def test_half_a_character_is_400(client: TestClient, path: str, body: bytes) -> None:
+    error_of(client.post(path, content=body.replace(b"%s", LONE), headers=JSON), 400)
+
+
+def test_a_body_of_just_the_greatest_size_is_taken(client: TestClient, context: Context) -> None:
+    body = json.dumps(CHAT).encode()
+    body += b" " * (context.config.max_body_bytes - len(body))
+    assert client.post("/inference/chat_completion", content=body, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize("path", [*POSTS, "/health", "/nowhere"])
+def test_a_body_that_declares_too_great_a_size_is_413(client: TestClient, context: Context, path: str) -> None:
+    limit = context.config.max_body_bytes
+    error = error_of(client.post(path, content=b" " * (limit + 1), headers=JSON), 413)
+    assert error["code"] == "too_large"
+    assert str(limit) in error["message"]
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_a_body_that_grows_too_great_as_it_arrives_is_413(client: TestClient, context: Context, path: str) -> None:
+    limit = context.config.max_body_bytes
+
+    def chunks() -> Iterator[bytes]:
+        for _ in range(limit // 1024 + 1):
+            yield b" " * 1024
+
+    reply = client.post(path, content=chunks(), headers=JSON)
+    assert "content-length" not in reply.request.headers
+    error = error_of(reply, 413)
+    assert error["code"] == "too_large"
+    assert str(limit) in error["message"]
+
+
+def test_a_body_in_chunks_is_taken(client: TestClient) -> None:
+    body = json.dumps(CHAT).encode()
+    chunks = (body[start : start + 7] for start in range(0, len(body), 7))
+    assert client.post("/inference/chat_completion", content=chunks, headers=JSON).status_code == 200
+
+
+# Request ids
+
+
+def test_an_answer_has_a_new_request_id_each_time(client: TestClient) -> None:
+    ids = [client.get("/health").headers["x-request-id"] for _ in range(3)]
+    assert len(set(ids)) == 3
+    assert all(re.fullmatch(r"[0-9a-f]{32}", request_id) for request_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("DELETE", "/health", 405),
+        ("POST", "/datasets/create", 400),
+        ("GET", "/datasets/get", 400),
+    ],
+)
+def test_an_error_names_the_request_id_of_its_answer(client: TestClient, method: str, path: str, status: int) -> None:
+    reply = client.request(method, path)
+    assert error_of(reply, status)["request_id"] == reply.headers["x-request-id"]
+
+
+def test_an_answer_to_too_great_a_body_has_a_request_id(client: TestClient, context: Context) -> None:
+    reply = client.post("/datasets/create", content=b" " * (context.config.max_body_bytes + 1), headers=JSON)
+    assert error_of(reply, 413)["request_id"] == reply.headers["x-request-id"]
+
+
+def test_a_fault_of_our_own_has_a_request_id(client: TestClient, engine: ScriptedEngine) -> None:
+    engine.fail(RuntimeError("secret"))
+    reply = client.post("/v1/chat/completions", json=CHAT)
+    assert error_of(reply, 500)["request_id"] == reply.headers["x-request-id"]
+
+
+@pytest.mark.parametrize("request_id", ["abc", "A-b_c.9", "0" * 128])
+def test_a_given_request_id_is_kept(client: TestClient, request_id: str) -> None:
+    assert error_of(client.get("/nowhere", headers={"x-request-id": request_id}), 404)["request_id"] == request_id
+
+
+@pytest.mark.parametrize("request_id", ["", " ", "a b", "a\tb", "ä", "<script>", "0" * 129])
+def test_a_request_id_that_is_not_safe_in_logs_is_replaced(client: TestClient, request_id: str) -> None:
+    reply = client.get("/nowhere", headers=[(b"x-request-id", request_id.encode("latin-1"))])
+    made = error_of(reply, 404)["request_id"]
+    assert re.fullmatch(r"[0-9a-f]{32}", made)
+    assert reply.headers["x-request-id"] == made
+
+
+# Paths and methods
+
+
+@pytest.mark.parametrize("path", ["/", "/nowhere", "/v1", "/v2/models", "/inference", "/inference/chat_completion/x"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_an_unknown_path_is_404_and_named(client: TestClient, method: str, path: str) -> None:
+    error = error_of(client.request(method, path), 404)
+    assert error["code"] == "not_found"
+    assert f"{method} {path}" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [*(("GET", path) for path in POSTS), *(("POST", path) for path in [*GETS, "/health"]), ("DELETE", "/v1/models")],
+)
+def test_a_wrong_method_is_405_and_named(client: TestClient, method: str, path: str) -> None:
+    error = error_of(client.request(method, path), 405)
+    assert error["type"] == "invalid_request_error"
+    assert f"{method} {path}" in error["message"]
+
+
+@pytest.mark.parametrize("path", GETS)
+def test_a_missing_or_too_long_query_is_400_and_named(client: TestClient, path: str) -> None:
+    name = "dataset_uuid" if path == "/datasets/get" else "job_uuid"
+    missing = error_of(client.get(path), 400)
+    assert (missing["param"], missing["message"]) == (name, f"{name}: is required")
+    long = error_of(client.get(path, params={name: "x" * 101}), 400)
+    assert long["param"] == name
+    assert "at most 100 characters" in long["message"]
+
+
+@pytest.mark.parametrize("path", GETS)
+@pytest.mark.parametrize("id", ["none", "", "../../etc/passwd", "' OR 1=1 --", "\0", "ä"])
+def test_an_unknown_id_is_404_and_named(client: TestClient, path: str, id: str) -> None:
+    name = "dataset_uuid" if path == "/datasets/get" else "job_uuid"
+    error = error_of(client.get(path, params={name: id}), 404)
+    assert (error["code"], error["param"]) == ("not_found", name)
+    assert repr(id) in error["message"]
+
+
+# Faults
+
+
+def test_a_fault_of_the_database_is_500_without_internals(client: TestClient, context: Context) -> None:
+    with context.store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE jobs")
+    reply = client.get("/post_training/jobs")
+    error = error_of(reply, 500)
+    assert (error["code"], error["type"]) == ("internal_error", "server_error")
+    assert not INTERNALS.search(reply.text)
+    assert "jobs" not in reply.text
+    assert client.get("/health").status_code == 200
+
+
+# Health
+
+
+def test_when_everything_is_ready_health_is_200(client: TestClient) -> None:
+    reply = client.get("/health")
+    assert (reply.status_code, reply.json()) == (200, {"status": "ready"})
+
+
+def test_before_that_health_is_503_with_what_is_not(client: TestClient, waiting_for: dict[str, str]) -> None:
+    waiting_for["small"] = "DEPLOYING"
+    reply = client.get("/health")
+    assert (reply.status_code, reply.json()) == (503, {"status": "starting", "waiting_for": {"small": "DEPLOYING"}})
+    assert int(reply.headers["retry-after"]) > 0
+    waiting_for.clear()
+    assert client.get("/health").status_code == 200
+
+
+# Models
+
+
+def test_models_are_listed_with_their_adapters(client: TestClient, context: Context) -> None:
+    context.store.add_adapter("small:tune-1", "small", "tune-1")
+    context.store.add_adapter("gone:tune-2", "gone", "tune-2")
+    listed = client.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [(model["id"], model["root"], model["object"]) for model in listed["data"]] == [
+        ("small", "small", "model"),
+        ("small:tune-1", "small", "model"),
+    ]
+    assert all(isinstance(model["created"], int) and model["created"] > 1_700_000_000 for model in listed["data"])
+
+
+def test_a_model_is_found_by_its_id(client: TestClient, context: Context) -> None:
+    context.store.add_adapter("small:tune-1", "small", "tune-1")
+    for name in ("small", "small:tune-1"):
+        model = client.get(f"/v1/models/{name}").json()
+        assert (model["id"], model["root"]) == (name, "small")
+        assert model in client.get("/v1/models").json()["data"]
+
+
+@pytest.mark.parametrize("id", ["big", "org/big", "small:tune-9"])
+def test_an_unknown_model_is_404(client: TestClient, id: str) -> None:
+    error = error_of(client.get(f"/v1/models/{id}"), 404)
+    assert error["code"] == "model_not_found"
+    assert error["message"] == f"there is no model '{id}'; there are: small"
+
+
+# The application
+
+
+def test_the_openapi_document_has_every_route_and_no_422(client: TestClient) -> None:
+    document: dict[str, Any] = client.get("/openapi.json").json()
+    served = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert served == {*(("POST", path) for path in POSTS), *(("GET", path) for path in [*GETS, *OTHERS])}
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+            assert operation.get("description")
+    assert "ValidationError" not in json.dumps(document)
+    assert client.get("/openapi.json").json() == document
+
+
+def test_every_reference_in_the_openapi_document_leads_somewhere(client: TestClient) -> None:
+    text = client.get("/openapi.json").text
+    schemas = json.loads(text)["components"]["schemas"]
+    assert set(re.findall(r"#/components/schemas/([^\"]+)", text)) <= set(schemas)
+
+
+def test_the_documentation_is_a_page(client: TestClient) -> None:
+    reply = client.get("/docs")
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/html")
+
+
+def test_a_wrong_config_is_refused_when_the_application_is_built() -> None:
+    with pytest.raises(BadInput, match="args of the application 'gateway': unknown key 'modles'"):
+        gateway.build({"modles": []})
+
+
+def test_an_application_of_a_smaller_bound_refuses_smaller_bodies(context: Context) -> None:
+    config = context.config.model_copy(update={"max_body_bytes": 1_024})
+    assert isinstance(config, Config)
+    app = gateway.create_app(Context(config, context.store, context.artifacts, context.models), ready=never)
+    with TestClient(app) as client:
+        error_of(client.post("/v1/completions", content=b" " * 1_025, headers=JSON), 413)
+
+
+async def never() -> dict[str, str]:
+    return {"everything": "NOT DEPLOYED"}
