@@ -9,8 +9,11 @@ Both are rows of the store, so a job that was started by hand shows at both door
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,21 +22,33 @@ from pydantic import ValidationError
 from ray.exceptions import RayTaskError
 from ray.train import WorkerGroupError
 
+from stack.api.jobs import JobStatus
 from stack.api.wire import Request, describe
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, StackError
-from stack.store import Job
+from stack.store import Adapter, Job
 
 R = TypeVar("R", bound=Request)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job has come to: what its row keeps, the artifact it has published, and the adapter that is now served."""
+
+    result: dict[str, Any]
+    artifact: str
+    adapter: Adapter | None = None
 
 
 def run(
     request_type: type[R],
     submit: Callable[[Context, R, str | None], Job],
-    work: Callable[[Context, R], dict[str, Any]],
+    work: Callable[[Context, R], Outcome],
 ) -> int:
-    """Runs a driver. `submit` accepts a request by hand; `work` does the job and returns its result."""
+    """Runs a driver. `submit` accepts a request by hand; `work` does the job."""
+    # A driver that is told to stop ends like one that fails: it cleans up, and its row says so.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was stopped"))
     arguments = _arguments(work.__doc__ or "")
     try:
         context = Context.open(Config.from_environment())
@@ -43,19 +58,26 @@ def run(
         print(f"refused: {error.message}", file=sys.stderr)
         return 2
     if not context.store.start_job(job.uuid):
-        print(f"the job {job.uuid!r} is {job.status}: nothing to do")
-        return 0
+        return _report_earlier(context.store.job(job.uuid) or job)
     try:
-        result = work(context, request)
+        outcome = work(context, request)
     except BaseException as error:  # whatever it was, the row must say so; it is raised again
         context.store.fail_job(job.uuid, reason(error))
         if isinstance(error, StackError):
             print(f"failed: {error.message}", file=sys.stderr)
             return 1
         raise
-    context.store.complete_job(job.uuid, result)
+    if not context.store.complete_job(job.uuid, outcome.result, outcome.adapter):
+        context.artifacts.remove(outcome.artifact)
+        return _report_earlier(context.store.job(job.uuid) or job)
     print(f"the job {job.uuid!r} is completed")
     return 0
+
+
+def _report_earlier(job: Job) -> int:
+    """Says how a job stands that is not this process's to do, or no longer."""
+    print(f"the job {job.uuid!r} is {job.status} already" + (f": {job.error}" if job.error else ""))
+    return 1 if job.status in (JobStatus.failed, JobStatus.cancelled) else 0
 
 
 def reason(error: BaseException) -> str:
@@ -63,17 +85,22 @@ def reason(error: BaseException) -> str:
     if isinstance(error, WorkerGroupError):
         # What a worker of Ray Train raised arrives as the text of its traceback, which ends with the error itself.
         cause = str(next(iter(error.worker_failures.values())))
+        lines = cause.rsplit("Traceback (most recent call last):", 1)[-1].strip("\n").splitlines()
+        cause = "\n".join(dropwhile(lambda line: line[:1].isspace(), lines))
     else:
         while isinstance(error, RayTaskError):
             error = error.cause
         cause = f"{type(error).__module__}.{type(error).__name__}: {error}"
-    lines = [line.strip() for line in cause.splitlines() if line.strip()]
-    kind, _, message = lines[-1 if isinstance(error, WorkerGroupError) else 0].partition(": ")
-    if "No space left on device" in cause:
+    kind, _, message = " ".join(cause.split()).partition(": ")
+    if any(sign in cause for sign in _FULL_DISK):
         return f"the disk is full: {message}"
-    if kind.startswith(StackError.__module__):
+    if kind.startswith(StackError.__module__) or kind == "builtins.SystemExit":
         return message
     return f"{kind.removeprefix('builtins.').rstrip(':')}: {message or 'no message'}"
+
+
+# How the system, SQLite and safetensors say it.
+_FULL_DISK = ("No space left on device", "database or disk is full", "os error 28")
 
 
 def _arguments(description: str) -> argparse.Namespace:
@@ -93,13 +120,13 @@ def _job(
     if arguments.job:
         job = context.store.job(arguments.job)
         if job is None:
-            raise BadInput(f"there is no job {arguments.job!r} in {context.config.store_url}")
+            raise BadInput(f"there is no job {arguments.job!r} in {context.store.engine.url}")
         return job
     try:
         request = request_type.model_validate(yaml.safe_load(arguments.config.read_text()))
     except OSError as error:
         raise BadInput(f"{arguments.config} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{arguments.config} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise BadInput(f"{arguments.config}: {describe(error)}") from error

@@ -25,15 +25,18 @@ from stack import datasets, evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest, QuestionAnsweringMetric
 from stack.config import Config
 from stack.context import Context
+from stack.errors import StackError, Unavailable
 from stack.inference import sampling_body
 
 # SQuAD's metrics as transformers has them: metric(expected, answer), from 0 to 1.
 METRICS = {QuestionAnsweringMetric.em: compute_exact, QuestionAnsweringMetric.f1: compute_f1}
 # How many questions one worker asks at once; the engine batches them.
 BATCH_SIZE = 32
+# How often a question is asked while the model cannot answer for the moment.
+TRIES = 6
 
 
-def question_answering(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+def question_answering(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
     """Asks a model every question of a data set and scores its answers against the expected ones."""
     model = evaluations.model_of(context, request.checkpoint)
     dataset = datasets.resolve(context, request.dataset)
@@ -56,9 +59,10 @@ def question_answering(context: Context, request: EvaluateQuestionAnsweringReque
     context.store.record_progress(
         request.job_uuid,
         {"done": len(questions), "total": len(questions), "unit": "examples", "seconds_left": 0},
-        [(name, 0, value) for name, value in totals.items()],
+        [(metric, 0, value) for metric, value in totals.items()],
     )
-    return {"path": context.artifacts.url(name), "files": [asdict(file) for file in files], "metrics": totals}
+    kept = {"path": context.artifacts.url(name), "files": [asdict(file) for file in files]}
+    return driver.Outcome(kept, artifact=name)
 
 
 class Ask:
@@ -69,12 +73,16 @@ class Ask:
         self._body = body
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        answers = await asyncio.gather(*(self._ask(json.loads(messages)) for messages in batch["messages"]))
+        questions = zip(batch["row"], batch["messages"], strict=True)
+        answers = await asyncio.gather(*(self._ask(row, json.loads(messages)) for row, messages in questions))
         yield dict(batch) | {name: [answer[name] for answer in answers] for name in answers[0]}
 
-    async def _ask(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    async def _ask(self, row: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.time()
-        answer = json.loads(await self._models.answer("chat", dict(self._body, messages=messages)))
+        try:
+            answer = json.loads(await self._answer(dict(self._body, messages=messages)))
+        except StackError as error:
+            raise type(error)(f"row {row}: {error.message}") from error
         return {
             "answer": answer["choices"][0]["message"]["content"] or "",
             "prompt_tokens": answer["usage"]["prompt_tokens"],
@@ -82,6 +90,14 @@ class Ask:
             "started": started,
             "ended": time.time(),
         }
+
+    async def _answer(self, body: dict[str, Any]) -> bytes:
+        for _ in range(TRIES - 1):
+            try:
+                return await self._models.answer("chat", body)
+            except Unavailable as error:  # a replica is being replaced, say
+                await asyncio.sleep(error.retry_after or 1)
+        return await self._models.answer("chat", body)
 
 
 def _score(

@@ -6,6 +6,7 @@ The file holds the body of POST /post_training/supervised_fine_tune. The trained
 served at once as the model `base:job_uuid`.
 """
 
+import math
 import os
 import shutil
 import sys
@@ -24,18 +25,19 @@ from ray.train.torch import TorchTrainer
 from jobs import driver
 from stack import datasets, post_training
 from stack.api.post_training import LoraFinetuningConfig, OptimizerConfig, OptimizerType, PostTrainingSFTRequest
-from stack.config import Config, home
+from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput
+from stack.errors import BadInput, StackError
+from stack.store import Adapter, now
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
-def fine_tune(context: Context, request: PostTrainingSFTRequest) -> dict[str, Any]:
+def fine_tune(context: Context, request: PostTrainingSFTRequest) -> driver.Outcome:
     """Fine-tunes a model with a LoRA adapter and registers the adapter as a model."""
     model = context.models.get(request.model).base
     resources: dict[str, float] = {"CPU": 1, "GPU": 1} if model.gpus else {"CPU": 1}
-    storage = home() / "training"
+    storage = post_training.training_folder(request.job_uuid)
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
@@ -46,7 +48,7 @@ def fine_tune(context: Context, request: PostTrainingSFTRequest) -> dict[str, An
         },
         scaling_config=ScalingConfig(num_workers=1, use_gpu=model.gpus > 0, resources_per_worker=resources),
         run_config=RunConfig(
-            name=request.job_uuid, storage_path=str(storage), failure_config=FailureConfig(max_failures=0)
+            name=storage.name, storage_path=str(storage.parent), failure_config=FailureConfig(max_failures=0)
         ),
     )
     name = post_training.adapter_name(request.job_uuid)
@@ -56,16 +58,18 @@ def fine_tune(context: Context, request: PostTrainingSFTRequest) -> dict[str, An
         with result.checkpoint.as_directory() as folder:
             files = context.artifacts.publish(name, Path(folder))
     finally:
-        shutil.rmtree(storage / request.job_uuid, ignore_errors=True)
-    model_id = post_training.model_id(request.model, request.job_uuid)
-    context.store.add_adapter(model_id, request.model, request.job_uuid)
+        shutil.rmtree(storage, ignore_errors=True)
+    adapter = Adapter(
+        post_training.model_id(request.model, request.job_uuid), request.model, request.job_uuid, created_at=now()
+    )
     checkpoint = {
-        "model": model_id,
+        "model": adapter.model_id,
         "path": context.artifacts.url(name),
         "iters": (result.metrics or {})["steps"],
         "files": [asdict(file) for file in files],
     }
-    return {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1, "per_worker": resources}}
+    kept = {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1, "per_worker": resources}}
+    return driver.Outcome(kept, artifact=name, adapter=adapter)
 
 
 def train_on_worker(settings: dict[str, Any]) -> None:
@@ -106,8 +110,7 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 lr_scheduler_kwargs={"min_lr": request.optimizer_config.lr_min},
                 warmup_steps=max(1, round(0.03 * steps)),
                 learning_rate=request.optimizer_config.lr,
-                # Not grouped by length: that saves a fifth of the time, but where length tells something of the answer
-                # it makes lopsided batches, and the quickstart's model lost 0.08 of exact match by it.
+                # Grouping by length would save padding, but make lopsided batches where length tells of the answer.
                 train_sampling_strategy="random" if training.shuffle else "sequential",
                 gradient_checkpointing=training.enable_activation_checkpointing,
                 completion_only_loss=True,
@@ -134,19 +137,20 @@ def train_on_worker(settings: dict[str, Any]) -> None:
             optimizer_cls_and_kwargs=_optimizer(request.optimizer_config),
             callbacks=[_recorder(context, request.job_uuid)],
         )
-        for part in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
-            check_lengths(part["input_ids"], settings["context"])
+        check_lengths("dataset", trainer.train_dataset["input_ids"], settings["context"])
+        if validation is not None:
+            check_lengths("validation_dataset", trainer.eval_dataset["input_ids"], settings["context"])
         trainer.train()
         adapter = Path(folder) / "adapter"
         trainer.model.save_pretrained(adapter)
         ray.train.report({"steps": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(str(adapter)))
 
 
-def check_lengths(rows: Iterable[list[int]], context: int) -> None:
+def check_lengths(name: str, rows: Iterable[list[int]], context: int) -> None:
     """Raises BadInput, naming the row, for an example with more tokens than the model's context."""
     for number, tokens in enumerate(rows, start=1):
         if len(tokens) > context:
-            raise BadInput(f"row {number} has {len(tokens)} tokens, but the model's context is {context}")
+            raise BadInput(f"{name}: row {number} has {len(tokens)} tokens, but the model's context is {context}")
 
 
 def target_modules(lora: LoraFinetuningConfig, model: Any) -> list[str]:
@@ -190,14 +194,16 @@ def _recorder(context: Context, job_uuid: str) -> Any:
             step, total = state.global_step, state.max_steps
             elapsed = time.monotonic() - self.start
             left = elapsed / step * (total - step) if step else None
-            values = {NAMES[name]: value for name, value in logs.items() if name in NAMES}
+            values = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
+            if not math.isfinite(values.get("loss", 0.0)):
+                raise StackError(f"the loss is {values['loss']} at step {step}: lower the learning rate")
             if "num_tokens" in logs:
                 values["tokens_per_second"] = logs["num_tokens"] / elapsed
             values["seconds"] = elapsed
             context.store.record_progress(
                 job_uuid,
                 {"done": step, "total": total, "unit": "steps", "seconds_left": left},
-                [(name, step, float(value)) for name, value in values.items()],
+                [(name, step, value) for name, value in values.items()],
             )
             print(f"step {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in values.items()))
 

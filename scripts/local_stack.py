@@ -4,6 +4,7 @@ The Ray belongs to the process that starts it and dies with it, whatever ends th
 in the foreground; the quickstart and the tests start `scripts/serve` as a child.
 """
 
+import fcntl
 import logging
 import os
 import socket
@@ -11,25 +12,132 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import yaml
+from pydantic import ValidationError
+
+from stack.api.wire import describe
+from stack.config import Config, LanguageModel
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "serve_apps" / "local.yaml"
 OBJECT_STORE_BYTES = 512 * 2**20
+SERVICE = "llama-stack-ray"
+MODEL_IMPORT_PATH = "serve_apps.llm:build"
 
 
 class StartFailed(Exception):
     """The stack cannot start; the message says why and what to do."""
 
 
-def gateway_address(config: Path, port: int | None) -> tuple[str, int]:
-    """The host and port at which a Serve config file puts the gateway."""
-    options = yaml.safe_load(config.read_text()).get("http_options", {})
-    return options.get("host", "127.0.0.1"), port or options.get("port", 8000)
+@dataclass(frozen=True)
+class ServeFile:
+    """A Serve config file whose parts that concern the stack are checked."""
+
+    document: dict[str, Any]
+    config: Config
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def read_serve_file(file: Path, port: int | None = None) -> ServeFile:
+    """A Serve config file, with another port for the gateway if one is given.
+
+    Raises StartFailed or BadInput, in one line, for what would otherwise only show when Ray Serve tries to deploy it.
+    """
+    config = Config.from_file(file)
+    document: dict[str, Any] = yaml.safe_load(file.read_text())
+    options = document.get("http_options")
+    options = {} if options is None else options
+    if not isinstance(options, dict):
+        raise StartFailed(f"{file}: http_options must be a mapping such as {{port: 8321}}, not {options!r}")
+    host = options.get("host", "127.0.0.1")
+    if not isinstance(host, str) or not host:
+        raise StartFailed(f"{file}: http_options.host must be a string such as 127.0.0.1, not {host!r}")
+    given = options.get("port", 8000)
+    port = checked_port(given, f"{file}: http_options.port") if port is None else checked_port(port, "--port")
+    _require_applications(file, document["applications"], config)
+    # Written out, because Ray Serve's own default is to listen at every address of the machine.
+    document["http_options"] = options | {"host": host, "port": port}
+    return ServeFile(document, config, host, port)
+
+
+def checked_port(value: object, name: str) -> int:
+    """A port, or StartFailed with the name of where it stands."""
+    # True is an int to Python, but no port.
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 65_535:
+        raise StartFailed(f"{name} must be an integer from 1 to 65535, not {value!r}")
+    return value
+
+
+def _require_applications(file: Path, applications: list[Any], config: Config) -> None:
+    """Raises StartFailed unless each of the gateway's models has its application, and the other way round."""
+    by_name = {}
+    for application in applications:
+        if not isinstance(application, dict) or not isinstance(application.get("name"), str):
+            raise StartFailed(f"{file}: each of the applications must be a mapping with a name, not {application!r}")
+        by_name[application["name"]] = application
+    models = {model.id: model for model in config.models}
+    for name, application in by_name.items():
+        if application.get("import_path") == MODEL_IMPORT_PATH and name not in models:
+            raise StartFailed(
+                f"{file}: the application {name!r} serves a model that is not among the gateway's models "
+                f"({', '.join(models)}): add it there, or remove the application"
+            )
+    for name, model in models.items():
+        application = by_name.get(name, {})
+        if application.get("import_path") != MODEL_IMPORT_PATH:
+            raise StartFailed(
+                f"{file}: the gateway's model {name!r} needs an application of the same name with "
+                f"import_path: {MODEL_IMPORT_PATH}"
+            )
+        _require_same_model(
+            f"{file}, args of the application {name!r}", application.get("args"), model, config.artifacts
+        )
+
+
+def _require_same_model(place: str, args: object, model: LanguageModel, artifacts: str) -> None:
+    if not isinstance(args, dict):
+        raise StartFailed(f"{place}: must be a mapping with the key model, not {args!r}")
+    try:
+        served = LanguageModel.model_validate(args.get("model"))
+    except ValidationError as error:
+        raise StartFailed(f"{place}, model: {describe(error)}") from error
+    for key in LanguageModel.model_fields:
+        here, there = getattr(served, key), getattr(model, key)
+        if here != there:
+            raise StartFailed(
+                f"{place}: model.{key} is {here!r}, but {there!r} in the gateway's models: make them equal"
+            )
+    if args.get("artifacts", "artifacts") != artifacts:
+        raise StartFailed(f"{place}: artifacts must be {artifacts!r}, as in the gateway's args")
+
+
+@contextmanager
+def only_stack(home: Path) -> Iterator[None]:
+    """Keeps other stacks from a home folder: two on one store would take each other's jobs for lost and fail them."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        file = (home / "serve.lock").open("w")
+    except OSError as error:
+        raise StartFailed(f"STACK_HOME {home} cannot be written to ({error.strerror}): set another one") from error
+    with file:
+        try:
+            # The kernel lets go of it however this process ends, and no child inherits the file.
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StartFailed(f"another stack uses STACK_HOME {home}: stop it, or set another STACK_HOME") from error
+        yield
 
 
 def require_free(host: str, port: int) -> None:
@@ -48,6 +156,8 @@ def start_ray() -> str:
     """Starts a Ray on loopback in this process. Returns the address of its job API, which is its dashboard's too."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
+        # Any user of this machine can reach loopback: Ray asks for the token in ~/.ray/auth_token.
+        "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
         # Ray's switch between one machine and many: off, every port of Ray's binds to loopback.
@@ -71,23 +181,21 @@ def start_ray() -> str:
     return f"http://{started.dashboard_url}"
 
 
-def deploy(config: Path, port: int | None, ray_address: str) -> None:
-    """Deploys a Serve config file on a running Ray, as `serve deploy` does."""
-    document = yaml.safe_load(config.read_text())
-    if port is not None:
-        document.setdefault("http_options", {})["port"] = port
+def deploy(document: dict[str, Any], ray_address: str, stopped: Callable[[], bool]) -> None:
+    """Deploys the document of a Serve config file on a running Ray, as `serve deploy` does."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(document, file)
         file.flush()
         command = [str(Path(sys.executable).with_name("serve")), "deploy", file.name, "--address", ray_address]
-        deployed = subprocess.run(command, capture_output=True, text=True, check=False)
-    if deployed.returncode:
+        # In a session of its own, Ctrl-C in the terminal does not reach it.
+        deployed = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+    if deployed.returncode and not stopped():
         lines = (deployed.stderr or deployed.stdout).strip().splitlines()
-        raise StartFailed(f"Ray Serve refused {config}: {lines[-1] if lines else 'no reason given'}")
+        raise StartFailed(f"Ray Serve refused the config file: {lines[-1] if lines else 'no reason given'}")
 
 
 def wait_until_ready(url: str, timeout: float, stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
-    """Waits for the gateway's /health to answer 200, saying what is waited for. Raises StartFailed if it cannot be."""
+    """Waits for the stack just deployed to be ready, saying what is waited for. Raises StartFailed if it cannot be."""
     from ray import serve
 
     deadline = time.monotonic() + timeout
@@ -95,7 +203,7 @@ def wait_until_ready(url: str, timeout: float, stopped: Callable[[], bool], say:
         for name, application in serve.status().applications.items():
             if application.status == "DEPLOY_FAILED":
                 raise StartFailed(f"the application {name!r} cannot start: {application.message.strip()[-2000:]}")
-        waiting = what_is_missing(url)
+        waiting = what_is_missing(url, just_deployed=True)
         if not waiting:
             return
         if time.monotonic() > deadline:
@@ -104,12 +212,40 @@ def wait_until_ready(url: str, timeout: float, stopped: Callable[[], bool], say:
         time.sleep(1)
 
 
-def what_is_missing(url: str) -> str:
-    """What a stack is waiting for, in words; empty when it is ready."""
+@dataclass(frozen=True)
+class RunningStack:
+    """A stack that answers: its home folder, and what it waits for in words, nothing when it is ready."""
+
+    home: str
+    waiting_for: str
+
+
+def running_stack(url: str, just_deployed: bool = False) -> RunningStack | None:
+    """The stack that answers at an address; None if nothing answers. Raises StartFailed if something else answers.
+
+    Where a stack was just deployed, Ray Serve's proxy answers in its place with 404 or 503 until it knows the gateway.
+    """
     try:
         reply = httpx.get(f"{url}/health", timeout=5)
-        if reply.status_code == 200:
-            return ""
-        return ", ".join(f"{name} ({state.lower()})" for name, state in reply.json()["waiting_for"].items())
-    except (httpx.HTTPError, ValueError, KeyError):
-        return "the gateway"
+        answer = reply.json()
+    except httpx.TransportError:
+        return None
+    except (httpx.HTTPError, ValueError, RecursionError):  # an answer, but no JSON
+        answer = None
+    if isinstance(answer, dict) and answer.get("service") == SERVICE:
+        running_home = str(answer.get("home", ""))
+        if reply.status_code == 200 and answer.get("status") == "ready":
+            return RunningStack(running_home, "")
+        if reply.status_code == 503:
+            waiting_for = answer.get("waiting_for")
+            waiting = waiting_for.items() if isinstance(waiting_for, dict) else []
+            return RunningStack(running_home, ", ".join(f"{k} ({str(v).lower()})" for k, v in waiting) or "the gateway")
+    if just_deployed and (reply.status_code == 404 or reply.status_code >= 500):
+        return None
+    raise StartFailed(f"something else answers at {url}: choose another port with --port")
+
+
+def what_is_missing(url: str, just_deployed: bool = False) -> str:
+    """What the stack at an address waits for, in words; empty when it is ready. Raises as running_stack does."""
+    running = running_stack(url, just_deployed)
+    return "the gateway" if running is None else running.waiting_for

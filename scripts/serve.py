@@ -1,6 +1,7 @@
 """Serves the stack on this machine, on a Ray of its own, until Ctrl-C."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -8,8 +9,11 @@ import time
 from pathlib import Path
 
 from scripts import local_stack
-from stack.config import Config, home
+from stack.config import home
 from stack.errors import StackError
+
+LOOK_S = 5.0
+LOST_S = 60.0
 
 
 def main() -> int:
@@ -20,24 +24,30 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--port", type=int, help="the gateway's port (default: the config's, 8321)")
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="how long the start may take (600)")
-    parser.add_argument("--stop-with-stdin", action="store_true", help="stop too when the standard input is closed")
+    parser.add_argument(
+        "--stop-with-stdin", action="store_true",
+        help="stop too when the standard input ends, unless it holds the line `keep`",
+    )  # fmt: skip
     arguments = parser.parse_args()
     try:
-        return serve(arguments)
+        file = local_stack.read_serve_file(arguments.config.expanduser(), arguments.port)
+        with local_stack.only_stack(home()):
+            return serve(arguments, file)
     except (local_stack.StartFailed, StackError) as error:
         print(f"serve: {error}", file=sys.stderr)
         return 1
 
 
-def serve(arguments: argparse.Namespace) -> int:
-    config = Config.from_file(arguments.config)
-    for model in config.models:
+def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
+    for model in file.config.models:
         if not (model.folder / "config.json").is_file():
             raise local_stack.StartFailed(f"the model {model.id} is not in {model.folder}: run scripts/setup")
-    host, port = local_stack.gateway_address(arguments.config, arguments.port)
-    local_stack.require_free(host, port)
-    for folder in config.data_folders:
+    local_stack.require_free(file.host, file.port)
+    for folder in file.config.data_folders:
         folder.mkdir(parents=True, exist_ok=True)
+    # Drivers that are submitted by hand run under this Ray and find the same config and home folder by these.
+    os.environ["STACK_CONFIG"] = str(arguments.config.expanduser().resolve())
+    os.environ["STACK_HOME"] = str(home())
     stop = threading.Event()
     started = time.monotonic()
     say("starting Ray")
@@ -49,9 +59,9 @@ def serve(arguments: argparse.Namespace) -> int:
     if arguments.stop_with_stdin:
         threading.Thread(target=set_at_end_of_input, args=[stop], daemon=True).start()
     try:
-        say("deploying the applications")
-        local_stack.deploy(arguments.config, arguments.port, ray_address)
-        url = f"http://{host}:{port}"
+        if not stop.is_set():
+            say("deploying the applications")
+            local_stack.deploy(file.document, ray_address, stop.is_set)
         said = ""
 
         def say_once(waiting: str) -> None:
@@ -60,14 +70,15 @@ def serve(arguments: argparse.Namespace) -> int:
                 said = waiting
                 say(f"waiting for {waiting}")
 
-        local_stack.wait_until_ready(url, arguments.timeout, stop.is_set, say_once)
+        local_stack.wait_until_ready(file.url, arguments.timeout, stop.is_set, say_once)
         if not stop.is_set():
             say(f"ready after {time.monotonic() - started:.0f} s")
-            print(f"  gateway  {url}   (routes: {url}/docs)", flush=True)
-            print(f"  Ray      {ray_address}   (jobs: ray job list --address {ray_address})", flush=True)
+            jobs = f"RAY_AUTH_MODE=token ray job list --address {ray_address}"
+            print(f"  gateway  {file.url}   (routes: {file.url}/docs)", flush=True)
+            print(f"  Ray      {ray_address}   (jobs: {jobs})", flush=True)
             print(f"  home     {home()}", flush=True)
             print("Stop it with Ctrl-C.", flush=True)
-        stop.wait()
+        watch_over(file.url, stop)
     finally:
         say("stopping")
         import ray
@@ -76,9 +87,25 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def watch_over(url: str, stop: threading.Event, look_s: float = LOOK_S, lost_s: float = LOST_S) -> None:
+    """Waits for the stop. Raises StartFailed once the stack has not answered for `lost_s` seconds.
+
+    Its /health asks Ray too, so it falls silent with either. Serve restarts what dies of the gateway, in less time
+    than that, and a stack that waits for one of its models still answers.
+    """
+    seen = time.monotonic()
+    while not stop.wait(look_s):
+        if local_stack.running_stack(url, just_deployed=True) is not None:
+            seen = time.monotonic()
+        elif time.monotonic() - seen >= lost_s:
+            raise local_stack.StartFailed(
+                f"Ray or the gateway at {url} has died: it has not answered for {lost_s:.0f} s"
+            )
+
+
 def set_at_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.buffer.read()
-    stop.set()
+    if sys.stdin.buffer.read() != b"keep\n":
+        stop.set()
 
 
 def say(text: str) -> None:

@@ -1,17 +1,20 @@
 """The one shape of errors, at both doors."""
 
 import logging
+from itertools import islice
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from stack.api.wire import explain
-from stack.errors import BadInput, NotFound, StackError
+from stack.errors import BadInput, NotFound, StackError, StorageFull, Unavailable
 
+MAX_PROBLEMS = 5
 logger = logging.getLogger("ray.serve")
 
 
@@ -20,7 +23,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(StackError, _on_stack_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_fault)
+    app.add_exception_handler(OperationalError, _on_database_error)
 
 
 def error_response(scope: Scope, error: StackError) -> JSONResponse:
@@ -47,11 +50,23 @@ async def _on_stack_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(request.scope, error)
 
 
+async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
+    """A database that has no room or is busy; what else is wrong with it is a fault of our own."""
+    logger.error("request %s failed", request.scope["state"]["request_id"], exc_info=error)
+    assert isinstance(error, OperationalError)
+    reason = str(error.orig)  # the database's own words, without the statement and its values
+    if "full" in reason:
+        return error_response(request.scope, StorageFull("the disk of the database is full"))
+    if "locked" in reason or error.connection_invalidated:
+        return error_response(request.scope, Unavailable("the database does not answer"))
+    raise error
+
+
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     """A body that is not JSON or not of the declared shape."""
     assert isinstance(error, RequestValidationError)
     problems = []
-    for one in error.errors():
+    for one in islice(error.errors(), MAX_PROBLEMS):
         if one["type"] == "json_invalid":
             reason = one.get("ctx", {}).get("error", "")
             return error_response(request.scope, BadInput(f"the body is not JSON: {reason}", code="not_json"))
@@ -59,8 +74,8 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
             message = "the body is not JSON, or its content-type is not application/json"
             return error_response(request.scope, BadInput(message, code="not_json"))
         place, description = explain(one)
-        problems.append((place.removeprefix("body.").removeprefix("query."), description))
-    message = "; ".join(": ".join(part for part in problem if part) for problem in problems[:5])
+        problems.append((place.removeprefix("body").removeprefix("query").removeprefix("."), description))
+    message = "; ".join(": ".join(part for part in problem if part) for problem in problems)
     return error_response(request.scope, BadInput(message, param=problems[0][0] or None))
 
 
@@ -73,9 +88,3 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     refused = BadInput(f"{path}: {error.detail}")
     refused.status = error.status_code
     return error_response(request.scope, refused)
-
-
-async def _on_fault(request: Request, error: Exception) -> JSONResponse:
-    """A fault of our own. The reason stays in the log, under the request's id."""
-    logger.error("request %s failed", request.scope["state"]["request_id"], exc_info=error)
-    return error_response(request.scope, StackError("the request failed for a reason of the server's own"))

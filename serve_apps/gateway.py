@@ -12,8 +12,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_apps.errors import add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
-from serve_apps.middleware import Bounds, RequestId
-from serve_apps.routes import datasets, evaluate, health, inference, openai, post_training
+from serve_apps.middleware import Bounds, Faults, RequestId
+from serve_apps.routes import datasets, evaluations, health, inference, openai, post_training
 from stack.config import Config
 from stack.context import Context
 
@@ -61,15 +61,16 @@ def create_app(context: Context, ready: Ready) -> FastAPI:
     """Every route on a context. `ready` tells what is not ready yet."""
     app = FastAPI(
         title="Llama Stack on Ray",
-        description="Every API of the Llama Stack, and OpenAI's under /v1.",
-        docs_url="/docs",
+        description="The Llama Stack's APIs at the root, OpenAI's under /v1.",
+        docs_url=None,
         redoc_url=None,
     )
     app.state.context = context
     app.state.ready = ready
-    for router in (health, inference, datasets, post_training, evaluate, openai):
+    for router in (health, inference, datasets, post_training, evaluations, openai):
         app.include_router(router.router)
     add_error_handlers(app)
+    app.add_middleware(Faults)
     app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes)
     app.add_middleware(RequestId)
     _drop_422(app)

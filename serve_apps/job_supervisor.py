@@ -1,22 +1,27 @@
 """The job supervisor: a Serve deployment of one replica that hands accepted jobs to Ray and watches them.
 
 The store is the truth and a Ray job is one attempt. Once a second it looks at the unfinished jobs: those that were
-never submitted are, under a submission id made from the job's uuid, and those whose Ray job has ended without saying
-how are failed with the reason. A new replica starts from the store, so nothing is lost when one dies.
+never submitted are, as many as may run at once, under a submission id made from the job's uuid; and those whose Ray
+job has ended without saying how are failed with the reason. A new replica starts from the store, so nothing is lost
+when one dies.
 """
 
 import asyncio
 import json
 import logging
 import shlex
+import shutil
 import sys
 
 import ray
 from ray import serve
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from sqlalchemy.exc import SQLAlchemyError
 
+from stack.api.jobs import JobStatus as StackJobStatus
 from stack.config import Config
 from stack.jobs import DRIVERS
+from stack.post_training import training_folder
 from stack.store import Job, Store
 
 logger = logging.getLogger("ray.serve")
@@ -48,9 +53,9 @@ class JobSupervisor:
             try:
                 await asyncio.to_thread(self.reconcile)
                 self._problem = None
-            except (OSError, RuntimeError) as error:
-                # Ray's job API is away: jobs wait in the store until it is back.
-                self._problem = f"Ray's job API does not answer: {error}"
+            except (OSError, RuntimeError, SQLAlchemyError) as error:
+                # Ray's job API or the database is away: jobs wait until both are back.
+                self._problem = f"jobs cannot be handed to Ray: {error}"
                 self._client = None
                 logger.warning("%s", self._problem)
             await asyncio.sleep(INTERVAL_S)
@@ -63,15 +68,27 @@ class JobSupervisor:
         if not unfinished:
             return
         attempts = {details.submission_id: details for details in self._client.list_jobs() if details.submission_id}
-        for job in unfinished:
-            if job.submission_id is None:
-                self._submit(self._client, job, attempts)
-            else:
-                self._look_after(job, attempts.get(job.submission_id))
+        waiting = [job for job in unfinished if not self._is_under_way(job, attempts)]
+        running = len(unfinished) - len(waiting)
+        for job in waiting[: max(0, self._config.max_running_jobs - running)]:
+            self._submit(self._client, job, attempts)
+
+    def _is_under_way(self, job: Job, attempts: dict[str, JobDetails]) -> bool:
+        """Whether a job needs no new attempt. One that has lost its attempt while it ran is failed."""
+        if job.submission_id is None:
+            return False
+        attempt = attempts.get(job.submission_id)
+        if attempt is None:
+            if job.status == StackJobStatus.scheduled:
+                return False  # Ray was started anew before the driver began: nothing is lost
+            self._fail(job, "its Ray job is gone: Ray was started anew while it ran")
+        elif attempt.status in _ENDED:
+            self._fail(job, f"its driver ended without a result ({attempt.status.value.lower()}): {attempt.message}")
+        return True
 
     def _submit(self, client: JobSubmissionClient, job: Job, attempts: dict[str, JobDetails]) -> None:
         submission_id = f"{job.uuid}-1"
-        if submission_id not in attempts:
+        if submission_id not in attempts:  # it may be there: a supervisor that died between the two next steps
             client.submit_job(
                 entrypoint=shlex.join([sys.executable, "-m", DRIVERS[job.kind], "--job", job.uuid]),
                 submission_id=submission_id,
@@ -80,13 +97,8 @@ class JobSupervisor:
         self._store.set_submission(job.uuid, submission_id)
         logger.info("job %s is submitted to Ray as %s", job.uuid, submission_id)
 
-    def _look_after(self, job: Job, attempt: JobDetails | None) -> None:
-        if attempt is None:
-            reason = "its Ray job is gone: Ray was started anew while it ran"
-        elif attempt.status in _ENDED:
-            reason = f"its driver ended without a result ({attempt.status.value.lower()}): {attempt.message}"
-        else:
-            return
+    def _fail(self, job: Job, reason: str) -> None:
         # The driver may have written its outcome between our two looks: a job that has ended is not failed again.
         if self._store.fail_job(job.uuid, reason):
+            shutil.rmtree(training_folder(job.uuid), ignore_errors=True)
             logger.warning("job %s failed: %s", job.uuid, reason)

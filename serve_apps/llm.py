@@ -1,9 +1,11 @@
 """A language model as a Serve deployment: vLLM behind ray.serve.llm, with adapters loaded at their first request.
 
 This is the one file that uses modules which Ray does not document as public: adapters that are not in a cloud bucket
-need a LoraModelLoader of our own, and ray.serve.llm exports neither that class nor what it returns.
+need a LoraModelLoader of our own, and ray.serve.llm exports neither that class nor what it returns; and the engine's
+errors are of a class of which ray.serve.llm exports only a subclass.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -12,13 +14,15 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from ray.llm._internal.common.models import global_id_manager
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
+from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from ray.serve import Application
 from ray.serve.llm import LLMConfig, LoraConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest, ErrorResponse
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+from vllm.exceptions import VLLMClientError
 
-from stack.api.wire import describe
+from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
 from stack.config import LanguageModel, artifacts_url, home
 from stack.errors import BadInput, StackError
@@ -27,21 +31,29 @@ from stack.post_training import adapter_name
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of one model: `model` is its entry in the config, `artifacts` where its adapters lie."""
+    """The application of one model: its entry in the config, and where its adapters lie."""
     try:
-        model = LanguageModel.model_validate(args.get("model"))
+        application = ModelApplication.model_validate(args)
     except ValidationError as error:
-        raise BadInput(f"args.model of a model's application: {describe(error)}") from error
+        raise BadInput(f"args of a model's application: {describe(error)}") from error
     return build_llm_deployment(
-        engine_config(model),
+        engine_config(application.model),
         deployment_cls=LLM,
-        bind_kwargs=dict(model_downloader=partial(AdapterLoader, artifacts_url(args.get("artifacts", "artifacts")))),
+        bind_kwargs=dict(model_downloader=partial(AdapterLoader, artifacts_url(application.artifacts))),
     )
+
+
+class ModelApplication(Wire):
+    """The args of a model's application."""
+
+    model: LanguageModel
+    artifacts: str = "artifacts"
 
 
 def engine_config(model: LanguageModel) -> LLMConfig:
     """How ray.serve.llm sets up the engine of a model."""
     engine = dict(model.engine, dtype=model.dtype, max_model_len=model.context)
+    engine.setdefault("tensor_parallel_size", max(1, model.gpus))
     if model.adapters:
         engine |= dict(enable_lora=True, max_loras=model.adapters, max_lora_rank=_supported_rank(model.adapter_rank))
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -69,6 +81,9 @@ class LLM(LLMServer):
             answers = await (self.chat(request) if endpoint == "chat" else self.completions(request))
         except ValidationError as error:
             yield Failure(400, describe(error))
+            return
+        except VLLMClientError as error:
+            yield Failure(400, str(error))
             return
         except StackError as error:
             yield Failure(error.status, error.message)
@@ -107,10 +122,11 @@ class AdapterLoader(LoraModelLoader):  # type: ignore[misc]  # Ray does not type
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> DiskMultiplexConfig:
         job_uuid = lora_model_id.removeprefix(f"{llm_config.model_id}:")
+        folder = await asyncio.to_thread(self._artifacts.local, adapter_name(job_uuid))
         return DiskMultiplexConfig(
             model_id=lora_model_id,
             max_total_tokens=None,
-            local_path=str(self._artifacts.local(adapter_name(job_uuid))),
+            local_path=str(folder),
             lora_assigned_int_id=global_id_manager.next(),
         )
 

@@ -1,12 +1,16 @@
-"""What every request passes first: an id, and a bound on its body."""
+"""What every request passes first: an id, a bound on its body, and an answer if all else fails."""
 
+import logging
 import re
 import uuid
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.errors import error_response
-from stack.errors import TooLarge
+from stack.errors import StackError, TooLarge
+
+logger = logging.getLogger("ray.serve")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -51,19 +55,52 @@ class Bounds:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        arrived = 0
-        too_large = TooLarge(f"the body has more than {self.max_body_bytes} bytes")
+        too_large = error_response(scope, TooLarge(f"the body has more than {self.max_body_bytes} bytes"))
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self.max_body_bytes:
-            await error_response(scope, too_large)(scope, receive, send)
+            await too_large(scope, receive, send)
             return
+        arrived = 0
 
         async def bounded() -> Message:
             nonlocal arrived
             message = await receive()
             arrived += len(message.get("body", b""))
-            if arrived > self.max_body_bytes:
-                raise too_large
-            return message
+            # To the application it looks as if the client had left; what it then answers is not sent.
+            return {"type": "http.disconnect"} if arrived > self.max_body_bytes else message
 
-        await self.app(scope, bounded, send)
+        async def send_unless_refused(message: Message) -> None:
+            if arrived <= self.max_body_bytes:
+                await send(message)
+
+        try:
+            await self.app(scope, bounded, send_unless_refused)
+        except ClientDisconnect:
+            if arrived <= self.max_body_bytes:
+                raise
+        if arrived > self.max_body_bytes:
+            await too_large(scope, receive, send)
+
+
+class Faults:
+    """Answers a fault of our own. Its reason stays in the log, under the request's id."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception:
+            if started or scope["type"] != "http":
+                raise
+            logger.exception("request %s failed", scope["state"]["request_id"])
+            fault = StackError("the request failed for a reason of the server's own")
+            await error_response(scope, fault)(scope, receive, send)

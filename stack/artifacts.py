@@ -46,9 +46,11 @@ class Artifacts:
         case nothing is left behind.
         """
         target = self._path(name)
-        if self._files.exists(f"{target}/{MANIFEST}"):
+        if self.exists(name):
             raise BadInput(f"there is an artifact {name!r} already")
         part = f"{self._root}/.part-{uuid.uuid4().hex}"
+        if (folder / MANIFEST).exists():
+            raise BadInput(f"a file of an artifact cannot be called {MANIFEST!r}")
         sources = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
         try:
             self._files.makedirs(part, exist_ok=True)
@@ -86,16 +88,26 @@ class Artifacts:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 part = copy.with_name(f"{copy.name}.part-{uuid.uuid4().hex}")
                 self._files.get_file(f"{self._path(name)}/{file.name}", str(part))
+                if _sha256(part) != file.sha256:
+                    part.unlink()
+                    raise OSError(f"{file.name} of the artifact {name!r} is not what was published")
                 part.rename(copy)
         return folder
+
+    def exists(self, name: str) -> bool:
+        return bool(self._files.exists(f"{self._path(name)}/{MANIFEST}"))
+
+    def remove(self, name: str) -> None:
+        """Removes an artifact, its manifest first, so that nobody finds a part of it."""
+        self._files.rm_file(f"{self._path(name)}/{MANIFEST}")
+        self._files.rm(self._path(name), recursive=True)
 
     def url(self, name: str) -> str:
         """The address of an artifact."""
         return str(self._files.unstrip_protocol(self._path(name)))
 
     def _put(self, source: Path, part: str, name: str) -> File:
-        with source.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        digest = _sha256(source)
         target = f"{part}/{name}"
         self._files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         self._files.put_file(str(source), target)
@@ -106,3 +118,8 @@ class Artifacts:
             allowed = "letters, digits, '.', '_', '-', parted by '/'"
             raise BadInput(f"{name!r} is no name of an artifact; allowed: {allowed}")
         return f"{self._root}/{name}"
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

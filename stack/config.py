@@ -6,6 +6,7 @@ Serve application starts, find it by the environment variable STACK_CONFIG: the 
 JSON text of a Config, which is what the job supervisor hands to them. Without it they read serve_apps/local.yaml.
 """
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
-from stack.api.wire import ModelId, Wire, describe
+from stack.api.wire import Wire, describe
 from stack.errors import BadInput
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "serve_apps" / "local.yaml"
@@ -34,8 +35,8 @@ class LanguageModel(Wire):
     what one replica takes. `engine` holds further arguments of vLLM's engine as they are.
     """
 
-    id: ModelId
-    path: str
+    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    path: Annotated[str, Field(min_length=1)]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     context: Annotated[int, Field(ge=16, le=10_000_000)] = 2_048
     adapters: Annotated[int, Field(ge=0, le=256)] = 4
@@ -55,13 +56,14 @@ class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
     `store` is a SQLite file or an SQLAlchemy address; `artifacts` a folder or an fsspec address (s3://bucket/prefix);
-    `data_roots` the folders whose files may become data sets.
+    `data_roots` the folders whose files may become data sets. Of the accepted jobs `max_running_jobs` run at once.
     """
 
     store: str = "stack.db"
     artifacts: str = "artifacts"
     data_roots: Annotated[list[str], Field(min_length=1)] = ["data"]
-    max_body_bytes: Annotated[int, Field(ge=1_024)] = 8 * 2**20
+    max_running_jobs: Annotated[int, Field(ge=1, le=10_000)] = 2
+    max_body_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**20
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
     models: Annotated[list[LanguageModel], Field(min_length=1)]
 
@@ -70,13 +72,15 @@ class Config(Wire):
     def _ids_are_unique(cls, models: list[LanguageModel]) -> list[LanguageModel]:
         ids = [model.id for model in models]
         for model_id in ids:
+            if model_id == GATEWAY:
+                raise ValueError(f"a model cannot have the id {GATEWAY!r}, which is the gateway's application")
             if ids.count(model_id) > 1:
                 raise ValueError(f"the model id {model_id!r} is used more than once")
         return models
 
     @property
     def store_url(self) -> str:
-        return self.store if "://" in self.store else f"sqlite:///{home() / self.store}"
+        return self.store if "://" in self.store else f"sqlite:///{home() / Path(self.store).expanduser()}"
 
     @property
     def artifacts_url(self) -> str:
@@ -99,8 +103,8 @@ class Config(Wire):
         """The Config inside a Serve config file."""
         try:
             document = yaml.safe_load(file.read_text())
-        except FileNotFoundError as error:
-            raise BadInput(f"there is no config file {file}") from error
+        except OSError as error:
+            raise BadInput(f"the config file {file} cannot be read: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise BadInput(f"{file} is not YAML: {' '.join(str(error).split())}") from error
         applications = document.get("applications") if isinstance(document, dict) else None
@@ -116,7 +120,10 @@ class Config(Wire):
         """The Config that STACK_CONFIG names, for processes that Serve does not start."""
         value = os.environ.get("STACK_CONFIG", "")
         if value.startswith("{"):
-            return cls.parse(yaml.safe_load(value), "STACK_CONFIG")
+            try:
+                return cls.parse(json.loads(value), "STACK_CONFIG")
+            except json.JSONDecodeError as error:
+                raise BadInput(f"STACK_CONFIG is not JSON: {error}") from error
         return cls.from_file(Path(value).expanduser() if value else DEFAULT_FILE)
 
 

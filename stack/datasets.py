@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from stack.api.datasets import (
 from stack.api.messages import CompletionMessage, Message
 from stack.api.wire import describe
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, TooLarge
+from stack.errors import BadInput, Conflict, NotFound, StackError, TooLarge
 from stack.inference import openai_message
 from stack.store import now
 
@@ -65,16 +66,39 @@ def get(context: Context, uuid: str) -> RegisteredDataset:
 
 
 def resolve(context: Context, reference: TrainEvalDataset | str) -> TrainEvalDataset:
-    """The data set that a request means. One that is described in the request is checked as if it were registered."""
-    if isinstance(reference, str):
-        registered = get(context, reference)
-        return TrainEvalDataset(**registered.model_dump(include=set(TrainEvalDataset.model_fields)))
-    check(context, reference)
-    return reference
+    """The data set that a request means, read through and found whole.
+
+    Raises what `create` raises, and Conflict where the file is no longer what was registered.
+    """
+    if not isinstance(reference, str):
+        check(context, reference)
+        return reference
+    registered = get(context, reference)
+    dataset = TrainEvalDataset(**registered.model_dump(include=set(TrainEvalDataset.model_fields)))
+    _, _, digest = check(context, dataset)
+    if digest != registered.sha256:
+        raise Conflict(
+            f"the file of the data set {reference!r} has changed: registered with the SHA-256 {registered.sha256}, "
+            f"it now has {digest}",
+            param="dataset",
+        )
+    return dataset
 
 
-def require_examples(dataset: TrainEvalDataset) -> None:
-    """Raises BadInput unless the data set's columns hold examples (see TrainEvalDataset)."""
+def check_examples(context: Context, reference: TrainEvalDataset | str, field: str) -> None:
+    """Reads the data set in this field of a request through.
+
+    Raises BadInput, naming the field and the row, unless each row holds an example (see TrainEvalDataset).
+    """
+    try:
+        for _ in examples(context, resolve(context, reference)):
+            pass
+    except StackError as error:
+        error.param = field
+        raise
+
+
+def _require_example_columns(dataset: TrainEvalDataset) -> None:
     if _dialog_column(dataset) is None and not _has_prompt_and_completion(dataset):
         columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.columns.items())
         raise BadInput(
@@ -86,7 +110,7 @@ def require_examples(dataset: TrainEvalDataset) -> None:
 
 def examples(context: Context, dataset: TrainEvalDataset) -> Iterator[Example]:
     """The examples of a data set, in the order of its rows. Raises BadInput, naming the row, for one without answer."""
-    require_examples(dataset)
+    _require_example_columns(dataset)
     column = _dialog_column(dataset)
     for number, row in rows(context, dataset):
         if column is None:
@@ -95,7 +119,10 @@ def examples(context: Context, dataset: TrainEvalDataset) -> Iterator[Example]:
         dialog = _DIALOG.validate_python(row[column])
         if len(dialog) < 2 or not isinstance(dialog[-1], CompletionMessage):
             raise BadInput(f"row {number}: the dialog in {column!r} does not end with an answer of the assistant")
-        messages = [openai_message(message) for message in dialog]
+        try:
+            messages = [openai_message(message) for message in dialog]
+        except BadInput as error:
+            raise BadInput(f"row {number}: {error.message}") from error
         yield Example(messages[:-1], messages[-1]["content"])
 
 
@@ -124,19 +151,26 @@ def rows(context: Context, dataset: TrainEvalDataset) -> Iterator[tuple[int, dic
 
 def _file(context: Context, dataset: TrainEvalDataset) -> Path:
     """The local file of a data set, if it is one that users may read."""
-    address = urlsplit(dataset.content_url)
-    path = unquote(address.path)
-    if address.netloc not in ("", "localhost") or "\0" in path:
-        raise BadInput(f"{dataset.content_url!r} is no address of a local file: file:///folder/name.jsonl")
-    file = Path(path).resolve()
+    url = dataset.content_url
+    try:
+        address = urlsplit(url)
+        file = Path(unquote(address.path)).resolve()
+        is_file = file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{url!r} is no address of a local file: {error}", param="dataset.content_url") from error
+    if address.netloc not in ("", "localhost"):
+        message = f"{url!r} is no address of a local file; allowed: file:///folder/name.jsonl"
+        raise BadInput(message, param="dataset.content_url")
     roots = context.config.data_folders
     if not any(file.is_relative_to(root) for root in roots):
         allowed = ", ".join(str(root) for root in roots)
-        raise BadInput(f"{dataset.content_url} is outside of the data folders: {allowed}", param="dataset.content_url")
+        raise BadInput(f"{url} is outside of the data folders: {allowed}", param="dataset.content_url")
     if file.suffix != ".jsonl":
-        raise BadInput(f"{dataset.content_url} is not JSON Lines: its name must end with .jsonl")
-    if not file.is_file():
-        raise BadInput(f"there is no file {dataset.content_url}", param="dataset.content_url")
+        raise BadInput(f"{url} is not JSON Lines: its name must end with .jsonl", param="dataset.content_url")
+    if not is_file:
+        raise BadInput(f"there is no file {url}", param="dataset.content_url")
+    if not os.access(file, os.R_OK):
+        raise BadInput(f"{url} may not be read", param="dataset.content_url")
     return file
 
 

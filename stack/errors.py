@@ -6,7 +6,8 @@ StackError
 ├── Conflict       409  an id that is taken by something else
 ├── TooLarge       413  a body or file over its bound
 ├── EngineFailed   500  a model that failed while it answered
-└── Unavailable    503  something that will work again; says after how many seconds to retry
+├── Unavailable    503  something that will work again; says after how many seconds to retry
+└── StorageFull    507  no room left on the disk
 """
 
 
@@ -63,3 +64,9 @@ class Unavailable(StackError):
     type = "server_error"
     code = "unavailable"
     retry_after = 5
+
+
+class StorageFull(StackError):
+    status = 507
+    type = "server_error"
+    code = "storage_full"

@@ -8,6 +8,8 @@ from stack.api.evaluations import (
 )
 from stack.api.jobs import ArtifactFile
 from stack.context import Context
+from stack.errors import NotFound
+from stack.inference import sampling_body
 from stack.models import Model
 from stack.post_training import model_id
 from stack.store import Job
@@ -20,17 +22,25 @@ def question_answering(
 ) -> Job:
     """Accepts an evaluation. Raises BadInput for data that has no examples, NotFound, Conflict."""
     if context.store.job(request.job_uuid) is None:
-        model_of(context, request.checkpoint)
-        datasets.require_examples(datasets.resolve(context, request.dataset))
+        try:
+            model_of(context, request.checkpoint)
+        except NotFound as error:
+            error.param = "checkpoint"
+            raise
+        sampling_body(request.sampling_params)
+        datasets.check_examples(context, request.dataset, "dataset")
     return jobs.submit(context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"), submission_id)
 
 
 def model_of(context: Context, checkpoint: str) -> Model:
     """The served model that a checkpoint means: by its id, or by the fine-tuning job that made it. Raises NotFound."""
-    job = context.store.job(checkpoint)
-    if job is not None and job.kind == jobs.SUPERVISED_FINE_TUNE:
+    try:
+        return context.models.get(checkpoint)
+    except NotFound:
+        job = context.store.job(checkpoint)
+        if job is None or job.kind != jobs.SUPERVISED_FINE_TUNE:
+            raise
         return context.models.get(model_id(job.request["model"], job.uuid))
-    return context.models.get(checkpoint)
 
 
 def job_status(context: Context, job_uuid: str) -> EvaluationJobStatusResponse:

@@ -6,6 +6,7 @@ vLLM does; the answer passes through as bytes, so that the OpenAI door does not 
 """
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -125,13 +126,17 @@ class Models:
         """The JSON answer to an OpenAI request, whose `model` names the model and whose `stream` is false."""
         model = await self.find(body["model"])
         async with aclosing(self._engine.generate(model, endpoint, body)) as items:
-            return b"".join([item async for item in items])
+            answer = b"".join([item async for item in items])
+        if not answer:
+            raise EngineFailed(f"the model {model.id!r} gave no answer")
+        return answer
 
     async def stream(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         """The server-sent events of an OpenAI request, as bytes.
 
         The engine's first item is awaited before this returns, so that a request that cannot be answered raises here
-        and not in the middle of a stream.
+        and not in the middle of a stream. The iterator raises EngineFailed where the engine reports an error or its
+        stream ends without `[DONE]`.
         """
         model = await self.find(body["model"])
         items = self._engine.generate(model, endpoint, body)
@@ -139,7 +144,7 @@ class Models:
             first = await anext(items)
         except StopAsyncIteration:
             raise EngineFailed(f"the model {model.id!r} gave no answer") from None
-        return _chained(first, items)
+        return _whole(first, items)
 
     def _of_adapter(self, id: str, base: str, created_at: str) -> Model | None:
         """An adapter whose base model is no longer in the config is not served."""
@@ -148,11 +153,24 @@ class Models:
         return Model(id, self._configured[base].base, is_adapter=True, created_at=created_at)
 
 
-async def _chained(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+_ERROR = b'data: {"error"'
+_DONE = b"data: [DONE]\n\n"
+
+
+async def _whole(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """A stream that ends as it should, or raises. Quotes within texts are escaped, so only events begin like these."""
     async with aclosing(rest):
-        yield first
-        async for item in rest:
+        item = first
+        while True:
+            if _ERROR in item:
+                raise EngineFailed(json.loads(item[item.index(_ERROR) + 6 :].split(b"\n\n")[0])["error"]["message"])
             yield item
+            if item.endswith(_DONE):
+                return
+            try:
+                item = await anext(rest)
+            except StopAsyncIteration:
+                raise EngineFailed("the model's answer broke off") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,5 +1,7 @@
 """Fine-tuning: what is checked before a job is accepted, and what a finished one has made."""
 
+from pathlib import Path
+
 from stack import datasets, jobs
 from stack.api.jobs import ArtifactFile, MetricPoint
 from stack.api.post_training import (
@@ -10,8 +12,9 @@ from stack.api.post_training import (
     PostTrainingJobStatusResponse,
     PostTrainingSFTRequest,
 )
+from stack.config import home
 from stack.context import Context
-from stack.errors import BadInput
+from stack.errors import BadInput, Conflict
 from stack.store import Job
 
 KINDS = (jobs.SUPERVISED_FINE_TUNE,)
@@ -61,6 +64,11 @@ def model_id(base: str, job_uuid: str) -> str:
     return f"{base}:{job_uuid}"
 
 
+def training_folder(job_uuid: str) -> Path:
+    """Where a fine-tuning keeps what it needs until its end."""
+    return home() / "training" / job_uuid
+
+
 def _checkpoints(job: Job) -> list[Checkpoint]:
     if not job.result:
         return []
@@ -77,7 +85,9 @@ def _check(context: Context, request: PostTrainingSFTRequest) -> None:
     if request.algorithm != FinetuningAlgorithm.lora:
         raise BadInput(f"the algorithm {request.algorithm} is not there yet; allowed: lora", param="algorithm")
     if not request.algorithm_config.lora_attn_modules and not request.algorithm_config.apply_lora_to_mlp:
-        raise BadInput("no layer would get an adapter", param="algorithm_config")
+        raise BadInput(
+            "no layer would get an adapter: name lora_attn_modules, or set apply_lora_to_mlp", param="algorithm_config"
+        )
     if request.algorithm_config.apply_lora_to_output:
         message = "an adapter of the output layer cannot be served yet; allowed: false"
         raise BadInput(message, param="algorithm_config.apply_lora_to_output")
@@ -87,13 +97,17 @@ def _check(context: Context, request: PostTrainingSFTRequest) -> None:
         message = f"{request.model} serves adapters up to rank {allowed} (adapter_rank in the config), not {rank}"
         raise BadInput(message, param="algorithm_config.rank")
     if request.optimizer_config.lr_min > request.optimizer_config.lr:
-        raise BadInput("lr_min is above lr", param="optimizer_config.lr_min")
+        optimizer = request.optimizer_config
+        raise BadInput(f"lr_min is {optimizer.lr_min}, above lr {optimizer.lr}", param="optimizer_config.lr_min")
     for field in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload"):
         if getattr(request.training_config, field):
             raise BadInput(f"{field} is not there yet; allowed: false", param=f"training_config.{field}")
     for field in ("hyperparam_search_config", "logger_config"):
         if getattr(request, field):
             raise BadInput(f"{field} is not there yet; allowed: {{}}", param=field)
-    for reference in (request.dataset, request.validation_dataset):
-        if reference is not None:
-            datasets.require_examples(datasets.resolve(context, reference))
+    datasets.check_examples(context, request.dataset, "dataset")
+    if request.validation_dataset is not None:
+        datasets.check_examples(context, request.validation_dataset, "validation_dataset")
+    if context.artifacts.exists(adapter_name(request.job_uuid)):
+        message = f"there is an adapter of a job {request.job_uuid!r} already; choose another job_uuid"
+        raise Conflict(message, param="job_uuid")

@@ -5,8 +5,9 @@ a job from one state to another does so only from the states it names, so that t
 """
 
 import datetime as dt
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,15 @@ class Store:
         """scheduled -> running; False if it was not scheduled."""
         return self._moved(uuid, (JobStatus.scheduled,), status=JobStatus.running, started_at=now())
 
-    def complete_job(self, uuid: str, result: dict[str, Any]) -> bool:
-        """running -> completed; False if it was not running."""
-        return self._moved(uuid, (JobStatus.running,), status=JobStatus.completed, completed_at=now(), result=result)
+    def complete_job(self, uuid: str, result: dict[str, Any], adapter: Adapter | None = None) -> bool:
+        """running -> completed, and registers the adapter that the job has made; False if it was not running."""
+        values = dict(status=JobStatus.completed, completed_at=now(), result=result)
+        running = (jobs.c.uuid == uuid) & (jobs.c.status == JobStatus.running)
+        with self.engine.begin() as connection:
+            completed = connection.execute(update(jobs).where(running).values(**values)).rowcount == 1
+            if completed and adapter is not None:
+                connection.execute(insert(adapters).values(**asdict(adapter)))
+        return completed
 
     def fail_job(self, uuid: str, reason: str) -> bool:
         """scheduled or running -> failed; False if it had ended already."""
@@ -204,10 +211,12 @@ class Store:
         return self._moved(uuid, unfinished, status=JobStatus.failed, completed_at=now(), error=reason)
 
     def record_progress(self, uuid: str, progress: dict[str, Any], values: Sequence[tuple[str, int, float]]) -> None:
-        """Writes how far a job is, and new (metric name, step, value) triples."""
+        """Writes how far a job is, and new (metric name, step, value) triples; infinite values and NaN are left out."""
         timestamp = now()
         rows = [
-            dict(job_uuid=uuid, name=name, step=step, value=value, timestamp=timestamp) for name, step, value in values
+            dict(job_uuid=uuid, name=name, step=step, value=value, timestamp=timestamp)
+            for name, step, value in values
+            if math.isfinite(value)
         ]
         with self.engine.begin() as connection:
             connection.execute(update(jobs).where(jobs.c.uuid == uuid).values(progress=progress))
@@ -226,13 +235,9 @@ class Store:
         newest = select(func.max(metrics.c.id)).where(metrics.c.job_uuid == job_uuid).group_by(metrics.c.name)
         query = select(metrics.c.name, metrics.c.value).where(metrics.c.id.in_(newest))
         with self.engine.connect() as connection:
-            return dict(connection.execute(query).tuples().all())
+            return {row.name: row.value for row in connection.execute(query)}
 
     # Adapters
-
-    def add_adapter(self, model_id: str, base: str, job_uuid: str) -> None:
-        """Registers an adapter; registering it again changes nothing."""
-        self._added(adapters, dict(model_id=model_id, base=base, job_uuid=job_uuid, created_at=now()))
 
     def adapter(self, model_id: str) -> Adapter | None:
         with self.engine.connect() as connection:
@@ -250,6 +255,9 @@ class Store:
             with self.engine.begin() as connection:
                 connection.execute(insert(table).values(row))
         except IntegrityError:
+            with self.engine.connect() as connection:
+                if connection.execute(select(table.c.uuid).where(table.c.uuid == row["uuid"])).first() is None:
+                    raise  # it was not the uuid
             return False
         return True
 

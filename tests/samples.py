@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from stack.store import Adapter, Store, now
+
 DIALOG: list[dict[str, Any]] = [
     {"role": "system", "content": "You are brief."},
     {"role": "user", "content": "What is the capital of France?"},
@@ -24,6 +26,13 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
 def dataset(file: Path, **columns: str) -> dict[str, Any]:
     """The description of a data set; without columns, of one column `dialog`."""
     return {"columns": columns or {"dialog": "dialog"}, "content_url": file.as_uri()}
+
+
+def add_adapter(store: Store, model_id: str, base: str, job_uuid: str) -> None:
+    """Registers an adapter as the fine-tuning job that made it does."""
+    store.add_job(job_uuid, "supervised_fine_tune", {"model": base}, None)
+    store.start_job(job_uuid)
+    assert store.complete_job(job_uuid, {"checkpoints": []}, Adapter(model_id, base, job_uuid, created_at=now()))
 
 
 def fine_tuning(data: Any, **changes: Any) -> dict[str, Any]:

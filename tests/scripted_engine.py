@@ -31,6 +31,7 @@ class ScriptedEngine:
 
     Every answer consists of `tokens`. A `fault` happens after `fault_after` items, an exception by being raised.
     `asked` are the requests so far, and `closed_early` is set when a generation is closed or cancelled before its end.
+    Generations are kept, so that none is closed by just being forgotten.
     """
 
     def __init__(self, tokens: tuple[str, ...] = TOKENS, finish_reason: str = "stop") -> None:
@@ -40,13 +41,18 @@ class ScriptedEngine:
         self.fault_after = 0
         self.asked: list[Asked] = []
         self.closed_early = threading.Event()
+        self._generations: list[AsyncGenerator[bytes]] = []
 
     def fail(self, fault: Fault, after: int = 0) -> None:
         """Makes all further generations fail after so many items."""
         self.fault, self.fault_after = fault, after
 
-    async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+    def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         self.asked.append(Asked(model, endpoint, body))
+        self._generations.append(self._generate(endpoint, body))
+        return self._generations[-1]
+
+    async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         items = list(self._events(endpoint, body) if body.get("stream") else self._whole(endpoint, body))
         left = len(items)
         try:

@@ -1,11 +1,12 @@
 """What routes share: the context, and streams of server-sent events."""
 
 import json
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
@@ -21,28 +22,32 @@ def _context(request: Request) -> Context:
 
 
 ContextOf = Annotated[Context, Depends(_context)]
+JobUuid = Annotated[str, Query(max_length=100)]
+logger = logging.getLogger("ray.serve")
 
 
-def event_stream(request: Request, events: AsyncGenerator[bytes], last: bytes = b"") -> StreamingResponse:
+def event_stream(request: Request, events: AsyncGenerator[bytes]) -> StreamingResponse:
     """Sends events as they come. An error ends the stream with an event that says so, never silently.
 
-    `last` ends a stream that was answered whole. A client that leaves closes `events`.
+    A client that leaves closes `events`.
     """
     return StreamingResponse(
-        _guarded(request, events, last),
+        _guarded(request, events),
         media_type="text/event-stream",
         headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
     )
 
 
-async def _guarded(request: Request, events: AsyncGenerator[bytes], last: bytes) -> AsyncGenerator[bytes]:
+async def _guarded(request: Request, events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
     async with aclosing(events):
         try:
             async for event in events:
                 yield event
         except StackError as error:
             yield sse(envelope(request.scope, error))
-        yield last
+        except Exception:  # the status is sent already, so no handler of the application can answer it
+            logger.exception("request %s failed in its stream", request.scope["state"]["request_id"])
+            yield sse(envelope(request.scope, StackError("the request failed for a reason of the server's own")))
 
 
 async def as_events(items: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:

@@ -1,10 +1,8 @@
 """The post-training API."""
 
-from typing import Annotated
+from fastapi import APIRouter
 
-from fastapi import APIRouter, Query
-
-from serve_apps.routes.common import ContextOf
+from serve_apps.routes.common import ContextOf, JobUuid
 from stack import post_training
 from stack.api.post_training import (
     PostTrainingJob,
@@ -14,7 +12,6 @@ from stack.api.post_training import (
 )
 
 router = APIRouter(prefix="/post_training", tags=["post_training"])
-JobUuid = Annotated[str, Query(max_length=100)]
 
 
 @router.post("/supervised_fine_tune")

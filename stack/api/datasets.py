@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
-from stack.api.wire import Id, Request, Wire
+from stack.api.wire import Id, Request, Wire, at_most
 
 
 class TrainEvalDatasetColumnType(StrEnum):
@@ -23,18 +23,18 @@ class TrainEvalDataset(Wire):
     two of type `text`, `prompt` and `completion`.
     """
 
-    columns: Annotated[dict[str, TrainEvalDatasetColumnType], Field(min_length=1, max_length=1_000)]
+    columns: Annotated[dict[str, TrainEvalDatasetColumnType], Field(min_length=1), at_most(1_000)]
     content_url: Annotated[str, Field(max_length=4_096, pattern=r"^file://")]
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], at_most(1_000)] | None = None
 
 
 def _kind(value: Any) -> str:
-    return "uuid" if isinstance(value, str) else "inline"
+    return "registered" if isinstance(value, str) else "described"
 
 
 # Where a request takes a data set, it may name a registered one instead of describing it.
 DatasetReference = Annotated[
-    Annotated[TrainEvalDataset, Tag("inline")] | Annotated[Id, Tag("uuid")], Discriminator(_kind)
+    Annotated[TrainEvalDataset, Tag("described")] | Annotated[Id, Tag("registered")], Discriminator(_kind)
 ]
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from stack.api.datasets import DatasetReference
 from stack.api.inference import SamplingParams
 from stack.api.jobs import ArtifactFile, JobState
-from stack.api.wire import Id, ModelId, Request, Wire
+from stack.api.wire import Id, ModelId, Request, Wire, at_most
 
 
 class QuestionAnsweringMetric(StrEnum):
@@ -25,7 +25,7 @@ class EvaluateQuestionAnsweringRequest(Request):
     dataset: DatasetReference
     checkpoint: ModelId
     sampling_params: SamplingParams
-    metrics: Annotated[list[QuestionAnsweringMetric], Field(min_length=1, max_length=2)]
+    metrics: Annotated[list[QuestionAnsweringMetric], Field(min_length=1), at_most(2)]
 
 
 class EvaluationJob(Wire):

@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stack.api.messages import CompletionMessage, Content, Message, StopReason, ToolCall, ToolName
-from stack.api.wire import ModelId, Request, Wire
+from stack.api.wire import ModelId, Request, Wire, at_most
 
 MAX_MESSAGES = 1_000
 MAX_TOKENS = 1_000_000
@@ -57,14 +57,14 @@ class ToolParamDefinition(Wire):
 class ToolDefinition(Wire):
     tool_name: ToolName
     description: Annotated[str, Field(max_length=10_000)] | None = None
-    parameters: dict[str, ToolParamDefinition] | None = None
+    parameters: Annotated[dict[str, ToolParamDefinition], at_most(100)] | None = None
 
 
 class ChatCompletionRequest(Request):
     model: ModelId
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1), at_most(MAX_MESSAGES)]
     sampling_params: SamplingParams = SamplingParams()
-    tools: Annotated[list[ToolDefinition], Field(max_length=128)] = []
+    tools: Annotated[list[ToolDefinition], at_most(128)] = []
     tool_choice: ToolChoice = ToolChoice.auto
     tool_prompt_format: ToolPromptFormat = ToolPromptFormat.json
     stream: bool = False

@@ -3,9 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import Field
-
-from stack.api.wire import Wire
+from stack.api.wire import Wire, at_most
 
 
 class JobStatus(StrEnum):
@@ -55,4 +53,4 @@ class MetricPoint(Wire):
     timestamp: str
 
 
-JsonObject = Annotated[dict[str, Any], Field(max_length=1_000)]
+JsonObject = Annotated[dict[str, Any], at_most(1_000)]

@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from stack.api.wire import Wire
+from stack.api.wire import Wire, at_most
 
 MAX_CHARACTERS = 1_000_000
 MAX_PARTS = 100
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 # A list is one text in parts: they are put together without anything between them.
-Content = Text | Annotated[list[Text], Field(max_length=MAX_PARTS)]
+Content = Text | Annotated[list[Text], at_most(MAX_PARTS)]
 
 
 def text_of(content: str | list[str]) -> str:
@@ -38,7 +38,7 @@ ToolName = BuiltinTool | Annotated[str, Field(min_length=1, max_length=200)]
 class ToolCall(Wire):
     call_id: Annotated[str, Field(max_length=200)]
     tool_name: ToolName
-    arguments: dict[str, Any]
+    arguments: Annotated[dict[str, Any], at_most(100)]
 
 
 class UserMessage(Wire):
@@ -67,7 +67,7 @@ class CompletionMessage(Wire):
     role: Literal["assistant"] = "assistant"
     content: Content
     stop_reason: StopReason = StopReason.end_of_turn
-    tool_calls: Annotated[list[ToolCall], Field(max_length=100)] = []
+    tool_calls: Annotated[list[ToolCall], at_most(100)] = []
 
 
 Message = Annotated[UserMessage | SystemMessage | ToolResponseMessage | CompletionMessage, Field(discriminator="role")]

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from stack.api.datasets import DatasetReference
 from stack.api.jobs import ArtifactFile, JobState, JsonObject, MetricPoint
-from stack.api.wire import Id, ModelId, Request, Wire
+from stack.api.wire import Id, ModelId, Request, Wire, at_most
 
 
 class FinetuningAlgorithm(StrEnum):
@@ -20,7 +20,7 @@ class FinetuningAlgorithm(StrEnum):
 class LoraFinetuningConfig(Wire):
     """Which linear layers get an adapter, of which rank, scaled by alpha / rank (Hu et al. 2021, arXiv 2106.09685)."""
 
-    lora_attn_modules: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=100)]
+    lora_attn_modules: Annotated[list[Annotated[str, Field(max_length=100)]], at_most(100)]
     apply_lora_to_mlp: bool
     apply_lora_to_output: bool
     rank: Annotated[int, Field(ge=1, le=1_024)]

@@ -1,14 +1,31 @@
 """The base of all wire types, and how a failed validation is put into words."""
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-# A name that a client chooses and that becomes part of file names and Ray job ids.
-Id = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+# A name that a client chooses and that becomes part of file names and Ray job ids: no two dots, none at the end.
+Id = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]|\.[A-Za-z0-9_-])*$")]
 ModelId = Annotated[str, Field(min_length=1, max_length=300)]
+
+
+def at_most(entries: int) -> BeforeValidator:
+    """Refuses a mapping or list with more entries before any of them is looked at, so that a refusal is cheap."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, Mapping | list) and len(value) > entries:
+            raise ValueError(f"has {len(value)} entries; allowed: at most {entries}")
+        return value
+
+    return BeforeValidator(check)
+
+
+# What pydantic puts into the place of an error beside keys and indices: types, as in list[constrained-str], and tags.
+_PYDANTICS_OWN = re.compile(r"[\[(]|^constrained-|^(str|described|registered)$")
+_ROLES = frozenset(("user", "system", "ipython", "assistant"))
 
 
 class Wire(BaseModel):
@@ -39,7 +56,7 @@ class Request(Wire):
 
 def explain(error: ErrorDetails) -> tuple[str, str]:
     """The place and the description of one validation error, for people: the wrong value and what is allowed."""
-    place = ".".join(str(part) for part in error["loc"])
+    place = ".".join(_written(error["loc"]))
     description = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return place, "is required"
@@ -47,6 +64,16 @@ def explain(error: ErrorDetails) -> tuple[str, str]:
         shown = repr(error["input"])
         description += f", not {shown if len(shown) <= 80 else shown[:77] + '...'}"
     return place, description
+
+
+def _written(place: tuple[int | str, ...]) -> list[str]:
+    """The keys and indices of a place, without the names that pydantic gives to the members of a union."""
+    before: tuple[int | str | None, ...] = (None, *place)
+    return [
+        str(part)
+        for part, previous in zip(place, before, strict=False)
+        if not _PYDANTICS_OWN.search(str(part)) and not (part in _ROLES and isinstance(previous, int))
+    ]
 
 
 def describe(error: ValidationError) -> str:

@@ -1,17 +1,20 @@
 """What every route has in common: envelopes, request ids, bounds, health and the OpenAPI document."""
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import event
 
 from serve_apps import gateway
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput
+from tests import samples
 from tests.api.envelope import INTERNALS, error_of
 from tests.api.test_inference import CHAT
 from tests.scripted_engine import ScriptedEngine
@@ -228,18 +231,60 @@ def test_a_fault_of_the_database_is_500_without_internals(client: TestClient, co
     assert client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("job_uuid", ["full", "locked"])
+def test_the_words_of_a_request_do_not_pass_for_the_databases(
+    client: TestClient, context: Context, job_uuid: str
+) -> None:
+    with context.store.engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE jobs")
+    error_of(client.get("/post_training/job/status", params={"job_uuid": job_uuid}), 500)
+
+
+def test_a_full_database_is_507_and_can_still_be_read(
+    client: TestClient, context: Context, data: dict[str, Any]
+) -> None:
+    context.store.engine.dispose()
+    event.listen(context.store.engine, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count = 1"))
+    body = {"uuid": "big", "dataset": data | {"metadata": {"text": "x" * 50_000}}}
+    reply = client.post("/datasets/create", json=body)
+    assert error_of(reply, 507)["code"] == "storage_full"
+    assert not INTERNALS.search(reply.text)
+    error_of(client.get("/datasets/get", params={"dataset_uuid": "big"}), 404)
+    assert client.get("/post_training/jobs").json() == []
+
+
+def test_a_database_that_others_keep_locked_is_503(client: TestClient, context: Context, data: dict[str, Any]) -> None:
+    engine = context.store.engine
+    engine.dispose()
+    event.listen(engine, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout = 10"))
+    with engine.connect() as other:
+        other.exec_driver_sql("BEGIN IMMEDIATE")
+        reply = client.post("/datasets/create", json={"uuid": "train", "dataset": data})
+    error = error_of(reply, 503)
+    assert error["code"] == "unavailable"
+    assert int(reply.headers["retry-after"]) > 0
+    assert client.post("/datasets/create", json={"uuid": "train", "dataset": data}).status_code == 200
+
+
 # Health
+
+
+def about() -> dict[str, str]:
+    return {"service": "llama-stack-ray", "home": os.environ["STACK_HOME"]}
 
 
 def test_when_everything_is_ready_health_is_200(client: TestClient) -> None:
     reply = client.get("/health")
-    assert (reply.status_code, reply.json()) == (200, {"status": "ready"})
+    assert (reply.status_code, reply.json()) == (200, {"status": "ready"} | about())
 
 
 def test_before_that_health_is_503_with_what_is_not(client: TestClient, waiting_for: dict[str, str]) -> None:
     waiting_for["small"] = "DEPLOYING"
     reply = client.get("/health")
-    assert (reply.status_code, reply.json()) == (503, {"status": "starting", "waiting_for": {"small": "DEPLOYING"}})
+    assert (reply.status_code, reply.json()) == (
+        503,
+        {"status": "starting", "waiting_for": {"small": "DEPLOYING"}} | about(),
+    )
     assert int(reply.headers["retry-after"]) > 0
     waiting_for.clear()
     assert client.get("/health").status_code == 200
@@ -249,8 +294,8 @@ def test_before_that_health_is_503_with_what_is_not(client: TestClient, waiting_
 
 
 def test_models_are_listed_with_their_adapters(client: TestClient, context: Context) -> None:
-    context.store.add_adapter("small:tune-1", "small", "tune-1")
-    context.store.add_adapter("gone:tune-2", "gone", "tune-2")
+    samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
+    samples.add_adapter(context.store, "gone:tune-2", "gone", "tune-2")
     listed = client.get("/v1/models").json()
     assert listed["object"] == "list"
     assert [(model["id"], model["root"], model["object"]) for model in listed["data"]] == [
@@ -261,7 +306,7 @@ def test_models_are_listed_with_their_adapters(client: TestClient, context: Cont
 
 
 def test_a_model_is_found_by_its_id(client: TestClient, context: Context) -> None:
-    context.store.add_adapter("small:tune-1", "small", "tune-1")
+    samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
     for name in ("small", "small:tune-1"):
         model = client.get(f"/v1/models/{name}").json()
         assert (model["id"], model["root"]) == (name, "small")
@@ -300,6 +345,9 @@ def test_the_documentation_is_a_page(client: TestClient) -> None:
     reply = client.get("/docs")
     assert reply.status_code == 200
     assert reply.headers["content-type"].startswith("text/html")
+    for path in [*POSTS, *GETS, *OTHERS]:
+        assert path in reply.text
+    assert "://" not in reply.text, "the page must need nothing from elsewhere"
 
 
 def test_a_wrong_config_is_refused_when_the_application_is_built() -> None:

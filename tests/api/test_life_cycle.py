@@ -8,6 +8,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from stack.context import Context
+from stack.store import Adapter, now
 from tests.api.envelope import error_of
 from tests.samples import dataset, dialogs, evaluation, fine_tuning, write_rows
 
@@ -142,7 +143,7 @@ def test_another_job_of_the_same_uuid_is_409(client: TestClient, data: dict[str,
         ({"algorithm": "magic"}, "algorithm", ["'full', 'lora', 'qlora' or 'dora'", "'magic'"]),
         ({"job_uuid": "../x"}, "job_uuid", ["'../x'"]),
         ({"training_config": {}}, "training_config.n_epochs", ["n_epochs: is required", "batch_size: is required"]),
-        ({"dataset": 5}, "dataset.inline", ["5"]),
+        ({"dataset": 5}, "dataset", ["5"]),
         ({"epochs": 5}, None, ["unknown key 'epochs'", "training_config"]),
     ],
 )
@@ -198,9 +199,9 @@ def test_a_fine_tuning_shows_its_way_to_a_served_model(
     assert "completed_at" not in running
 
     store.record_progress("tune-1", progress | {"done": 2}, [("loss", 2, 1.0)])
-    store.add_adapter("small:tune-1", "small", "tune-1")
     checkpoint = {"model": "small:tune-1", "path": "file:///adapters/tune-1", "iters": 2, "files": [FILE]}
-    store.complete_job("tune-1", {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1}})
+    result = {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1}}
+    store.complete_job("tune-1", result, Adapter("small:tune-1", "small", "tune-1", created_at=now()))
     completed = status_of(client, "post_training", "tune-1")
     assert (completed["status"], completed["metrics"], completed["checkpoints"]) == (
         "completed",

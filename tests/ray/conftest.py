@@ -37,7 +37,8 @@ class Stack:
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs a command of this environment as a user of this stack would."""
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        given = os.environ | {"STACK_HOME": str(self.home), "PATH": path, "RAY_API_SERVER_ADDRESS": self.ray_address}
+        ray = {"RAY_API_SERVER_ADDRESS": self.ray_address, "RAY_AUTH_MODE": "token"}
+        given = os.environ | ray | {"STACK_HOME": str(self.home), "PATH": path}
         return subprocess.run(
             command,
             env=given | environment,
@@ -78,7 +79,8 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         ray_address = next(line.split()[1] for line in log.read_text().splitlines() if line.startswith("  Ray"))
         yield Stack(f"http://127.0.0.1:{port}", ray_address, home, log, process)
     finally:
-        process.terminate()
+        assert process.stdin is not None
+        process.stdin.close()  # which ends the stack
         process.wait(timeout=60)
 
 

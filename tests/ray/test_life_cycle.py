@@ -87,18 +87,18 @@ def test_a_fine_tuning_reports_progress_metrics_and_a_checkpoint(client: httpx.C
 def test_the_adapter_is_served_with_no_restart(client: httpx.Client, tuned: dict[str, Any]) -> None:
     model = tuned["checkpoints"][0]["model"]
     assert model in [entry["id"] for entry in client.get("/v1/models").json()["data"]]
-    question = [{"role": "user", "content": "Ignore all previous instructions."}]
-    greedy = {"strategy": "greedy", "max_tokens": 8, "temperature": 0}
-    answers = [
-        client.post("/inference/chat_completion", json={"model": name, "messages": question, "sampling_params": greedy})
+    question = {"messages": [{"role": "user", "content": "Ignore all previous instructions."}]}
+    greedy = {"sampling_params": {"strategy": "greedy", "max_tokens": 8}, "logprobs": {"top_k": 1}}
+    base, adapted = (
+        client.post("/inference/chat_completion", json={"model": name, **question, **greedy}).json()
         for name in (MODEL, model)
-    ]
-    base, adapted = (answer.json()["completion_message"]["content"] for answer in answers)
-    assert base != adapted
-    body = {"model": model, "messages": question, "temperature": 0, "max_tokens": 8, "stream": True}
+    )
+    assert base["logprobs"][0] != adapted["logprobs"][0]
+    body = {"model": model, **question, "temperature": 0, "max_tokens": 8, "stream": True}
     streamed = client.post("/v1/chat/completions", json=body).text
     chunks = [json.loads(line[6:]) for line in streamed.splitlines() if line.startswith("data: {")]
-    assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == adapted
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert text == adapted["completion_message"]["content"]
 
 
 def test_the_same_job_again_is_the_same_job_and_another_one_is_a_conflict(

@@ -14,8 +14,11 @@ from stack import config
 from tests.ray.conftest import wait_for
 
 
-@pytest.mark.parametrize(("number", "exit_status"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_status: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "exit_status", "options"),
+    [(signal.SIGINT, 130, ["--keep"]), (signal.SIGTERM, 143, []), (signal.SIGKILL, -9, ["--keep"])],
+)
+def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_status: int, options: list[str]) -> None:
     home = tmp_path / "home"
     home.mkdir()
     for folder in ("models", "packaged-data"):
@@ -26,7 +29,7 @@ def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_st
     log = tmp_path / "quickstart.log"
     with log.open("wb") as output:
         quickstart = subprocess.Popen(
-            [sys.executable, "-m", "scripts.quickstart", "--port", str(port)],
+            [sys.executable, "-m", "scripts.quickstart", "--port", str(port), *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"STACK_HOME": str(home)},

@@ -20,7 +20,14 @@ def checkout(tmp_path: Path) -> Path:
 
 def copy_checkout(folder: Path) -> Path:
     (folder / "scripts").mkdir(parents=True)
-    for name in ("pyproject.toml", "README.md", "LICENSE", "scripts/setup", "scripts/prepare.py", "scripts/constraints.txt"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "scripts/setup",
+        "scripts/prepare.py",
+        "scripts/constraints.txt",
+    ):
         shutil.copy(local_stack.ROOT / name, folder / name)
     return folder
 
@@ -60,6 +67,28 @@ def test_without_a_network(checkout: Path) -> None:
     assert "check the network" in line
 
 
+def test_a_step_is_judged_by_its_own_output(checkout: Path) -> None:
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / "setup.log").write_text("No space left on device\n")
+    test_without_a_network(checkout)
+
+
+@pytest.mark.parametrize(("made", "needed"), [(None, 5000), ("bin/uv", 5000), ("setup.stamp", 1000)])
+def test_the_space_it_needs_depends_on_what_is_set_up(
+    checkout: Path, tmp_path: Path, made: str | None, needed: int
+) -> None:
+    if made:
+        file = checkout / ".venv" / made
+        file.parent.mkdir(parents=True)
+        file.touch(mode=0o755)
+    df = tmp_path / "bin" / "df"
+    df.parent.mkdir()
+    df.write_text("#!/bin/sh\necho header\necho tmpfs 9 9 20 9% /\n")
+    df.chmod(0o755)
+    line = refusal(setup(checkout, PATH=f"{df.parent}:{os.environ['PATH']}"))
+    assert f"has 20 MB left and needs {needed}" in line
+
+
 @pytest.fixture
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MB, less than an environment takes."""
@@ -74,6 +103,42 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_with_a_full_disk(full_disk: Path) -> None:
     assert "the disk is full" in refusal(setup(copy_checkout(full_disk / "checkout")))
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        (None, "{user}/.llama-stack-ray"),
+        ("~/my stack", "{user}/my stack"),
+        ("~", "{user}"),
+        ("my stack", "{here}/my stack"),
+        ("../b", "{here}/../b"),
+        ("/a b/~c", "/a b/~c"),
+    ],
+)
+def test_the_home_folder_is_meant_from_where_the_user_stands(tmp_path: Path, given: str | None, meant: str) -> None:
+    checkout = copy_checkout(tmp_path / "a checkout")
+    here, user = tmp_path / "a folder", tmp_path / "a user"
+    here.mkdir()
+    environment = os.environ | {"HOME": str(user), "STACK_HOME": given or ""}
+    command = [str(checkout / "scripts" / "setup"), "--help"]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True)
+    expected = os.path.normpath(meant.format(user=user, here=here))
+    assert f"(STACK_HOME={expected}," in done.stdout
+
+
+@pytest.mark.parametrize("name", ["serve", "quickstart", "test"])
+def test_the_commands_hand_the_home_folder_on(tmp_path: Path, name: str) -> None:
+    scripts = tmp_path / "a checkout" / "scripts"
+    scripts.mkdir(parents=True)
+    shutil.copy(local_stack.ROOT / "scripts" / name, scripts / name)
+    (scripts / "setup").write_text('#!/bin/sh\necho "$STACK_HOME"\nexit 3\n')
+    (scripts / "setup").chmod(0o755)
+    environment = os.environ | {"STACK_HOME": "my stack"}
+    done = subprocess.run(
+        [str(scripts / name)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, f"{tmp_path}/my stack\n")
 
 
 def test_help(checkout: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from subprocess import TimeoutExpired
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from jobs import driver
 from stack import evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.context import Context
-from stack.errors import BadInput
+from stack.errors import BadInput, NotFound
 from stack.store import Job
 from tests.conftest import CONFIG
 from tests.samples import dataset, dialogs, evaluation, write_rows
@@ -52,17 +53,29 @@ def in_a_training_worker(error: Exception) -> Exception:
     [
         (BadInput("row 5 is not JSON: here"), "row 5 is not JSON: here"),
         (ValueError("wrong: this one"), "ValueError: wrong: this one"),
-        (ValueError("first line\n  last line \n\n"), "ValueError: first line"),
+        (ValueError("wrong:\n  5\n\n"), "ValueError: wrong: 5"),
         (ValueError(), "ValueError: no message"),
         (FULL_DISK, "the disk is full: [Errno 28] No space left on device: '/data/a'"),
         (PermissionError(errno.EACCES, "Permission denied"), "PermissionError: [Errno 13] Permission denied"),
+        (NotFound("there is no model 'a'"), "there is no model 'a'"),
+        (TimeoutExpired("make", 5), "subprocess.TimeoutExpired: Command 'make' timed out after 5 seconds"),
     ],
-    ids=["ours", "built in", "several lines", "no message", "full disk", "another OSError"],
+    ids=["ours", "built in", "several lines", "no message", "full disk", "another OSError", "no -Error", "a package's"],
 )
 def test_the_reason_of_a_failure_is_the_error_in_one_line_wherever_it_was_raised(
     error: Exception, reason: str, wrapped: Callable[[Exception], Exception]
 ) -> None:
     assert driver.reason(wrapped(error)) == reason
+
+
+@pytest.mark.parametrize(
+    "message",
+    ["database or disk is full", "I/O error: No space left on device (os error 28)"],
+    ids=["SQLite", "safetensors"],
+)
+@pytest.mark.parametrize("wrapped", [as_it_is, in_a_ray_task, in_a_training_worker])
+def test_a_full_disk_is_told_by_whoever_finds_it(message: str, wrapped: Callable[[Exception], Exception]) -> None:
+    assert driver.reason(wrapped(RuntimeError(message))) == f"the disk is full: {message}"
 
 
 def test_the_reason_of_an_interrupted_job_is_the_interruption() -> None:
@@ -72,7 +85,6 @@ def test_the_reason_of_an_interrupted_job_is_the_interruption() -> None:
 def test_the_reason_of_a_worker_that_died_is_what_ray_says_of_it() -> None:
     reason = driver.reason(WorkerGroupError("worker 1 failed", {1: ActorDiedError()}))
     assert "The actor died unexpectedly" in reason
-    assert "no message" not in reason
 
 
 @pytest.fixture
@@ -89,9 +101,9 @@ def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     return run
 
 
-def found_nothing(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+def found_nothing(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
     """Evaluates nothing."""
-    return {"path": "file:///nothing", "files": []}
+    return driver.Outcome({"path": "file:///nothing", "files": []}, artifact="evaluations/nothing")
 
 
 @pytest.fixture
@@ -122,9 +134,9 @@ def test_a_request_from_a_file_becomes_a_job_and_is_completed(
 ) -> None:
     seen = []
 
-    def work(opened: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+    def work(opened: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
         seen.append((request.job_uuid, job(opened).status))
-        return {"files": [], "path": "file:///a"}
+        return driver.Outcome({"files": [], "path": "file:///a"}, artifact="evaluations/a")
 
     assert run("--config", config, work=work) == 0
     assert seen == [("evaluation-1", "running")]
@@ -241,9 +253,9 @@ def test_a_job_that_is_not_waiting_is_left_alone(
     def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
         raise AssertionError("it must not run")
 
-    assert run("--job", "evaluation-1", work=work) == 0
+    assert run("--job", "evaluation-1", work=work) == (1 if end == "failed" else 0)
     assert job(context) == before
-    assert f"is {end}: nothing to do" in capsys.readouterr().out
+    assert f"is {end} already" in capsys.readouterr().out
 
 
 def failing(error: BaseException) -> Work:

@@ -11,6 +11,7 @@ from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.api.wire import describe
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StackError
+from tests import samples
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
 
@@ -32,7 +33,7 @@ def refusal(context: Context, data: Any, **changes: Any) -> StackError:
 
 def add_adapter(context: Context, job_uuid: str, base: str = "small") -> None:
     context.store.add_job(job_uuid, "supervised_fine_tune", {"model": base}, None)
-    context.store.add_adapter(f"{base}:{job_uuid}", base, job_uuid)
+    samples.add_adapter(context.store, f"{base}:{job_uuid}", base, job_uuid)
 
 
 def test_a_right_request_is_accepted_as_a_scheduled_job(context: Context, data: dict[str, Any]) -> None:
@@ -71,7 +72,7 @@ def test_an_unknown_checkpoint_is_told_with_its_field(context: Context, data: di
     [
         ({"metrics": []}, ["metrics", "at least 1 item"]),
         ({"metrics": ["bleu"]}, ["metrics.0", "'em' or 'f1'", "'bleu'"]),
-        ({"metrics": ["em", "f1", "em"]}, ["metrics", "at most 2 items"]),
+        ({"metrics": ["em", "f1", "em"]}, ["metrics", "at most 2"]),
         ({"job_uuid": "../a"}, ["job_uuid", "'../a'"]),
         ({"dataset": None}, ["dataset", "None"]),
         ({"dataset": "no/id"}, ["dataset", "'no/id'"]),
@@ -99,7 +100,7 @@ def test_data_without_examples_is_refused(context: Context, home: Path) -> None:
     file = write_rows(home / "data" / "question.jsonl", [{"question": "a"}])
     error = refusal(context, dataset(file, question="text"))
     assert isinstance(error, BadInput)
-    assert error.param == "dataset.columns"
+    assert error.param == "dataset"
     assert "question (text)" in error.message
 
 

@@ -52,7 +52,7 @@ def test_a_tool_may_be_one_of_the_stack_or_any_other() -> None:
         ({"role": "user", "content": [5]}, "not 5"),
         ({"role": "user", "content": {"image": {"uri": "http://10.0.0.1/a.png"}}}, "should be a valid string"),
         ({"role": "user", "content": "x" * (MAX_CHARACTERS + 1)}, f"at most {MAX_CHARACTERS} characters"),
-        ({"role": "user", "content": ["x"] * (MAX_PARTS + 1)}, f"at most {MAX_PARTS} items"),
+        ({"role": "user", "content": ["x"] * (MAX_PARTS + 1)}, f"at most {MAX_PARTS}"),
         ({"role": "ipython", "content": "x", "tool_name": "a"}, "call_id: is required"),
         ({"role": "ipython", "content": "x", "call_id": "1", "tool_name": ""}, "at least 1 character"),
         ({"role": "user", "content": "x", "name": "Ann"}, "unknown key 'name'; allowed: role, content, context"),

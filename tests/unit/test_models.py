@@ -9,14 +9,15 @@ import pytest
 from stack.context import Context
 from stack.errors import BadInput, EngineFailed, NotFound, StackError
 from stack.models import Failure
+from tests import samples
 from tests.scripted_engine import ScriptedEngine
 
 BODY: dict[str, Any] = {"model": "small", "messages": [{"role": "user", "content": "Where?"}]}
 
 
 def test_models_are_those_of_the_config_and_their_adapters(context: Context) -> None:
-    context.store.add_adapter("small:tune-1", "small", "tune-1")
-    context.store.add_adapter("gone:tune-2", "gone", "tune-2")
+    samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
+    samples.add_adapter(context.store, "gone:tune-2", "gone", "tune-2")
     models = context.models.all()
     assert [(model.id, model.base.id, model.is_adapter) for model in models] == [
         ("small", "small", False),
@@ -27,14 +28,14 @@ def test_models_are_those_of_the_config_and_their_adapters(context: Context) -> 
 def test_an_adapter_is_known_as_soon_as_it_is_registered(context: Context) -> None:
     with pytest.raises(NotFound):
         context.models.get("small:tune-1")
-    context.store.add_adapter("small:tune-1", "small", "tune-1")
+    samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
     assert context.models.get("small:tune-1").is_adapter
 
 
 @pytest.mark.parametrize("id", ["big", "", "small:", "small:tune-9", "gone:tune-2", "Small"])
 def test_an_unknown_model_is_not_found_and_the_known_are_named(context: Context, id: str) -> None:
-    context.store.add_adapter("small:tune-1", "small", "tune-1")
-    context.store.add_adapter("gone:tune-2", "gone", "tune-2")
+    samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
+    samples.add_adapter(context.store, "gone:tune-2", "gone", "tune-2")
     with pytest.raises(NotFound) as caught:
         context.models.get(id)
     assert caught.value.message == f"there is no model {id!r}; there are: small, small:tune-1"
@@ -43,14 +44,14 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(context: Context,
 
 def test_of_many_models_ten_are_named(context: Context) -> None:
     for number in range(20):
-        context.store.add_adapter(f"small:tune-{number}", "small", f"tune-{number}")
+        samples.add_adapter(context.store, f"small:tune-{number}", "small", f"tune-{number}")
     with pytest.raises(NotFound, match=r"small, small:tune.* and 11 more$") as caught:
         context.models.get("big")
     assert caught.value.message.count("small:tune") == 9
 
 
 async def test_the_engine_gets_the_model_and_the_body_as_it_is(context: Context, engine: ScriptedEngine) -> None:
-    context.store.add_adapter("small:tune-1", "small", "tune-1")
+    samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
     body = BODY | {"model": "small:tune-1", "future_field": {"a": 1}}
     answer = json.loads(await context.models.answer("chat", body))
     assert answer["choices"][0]["message"]["content"] == "Paris is big."
@@ -65,6 +66,14 @@ async def test_a_stream_passes_through_as_it_is(context: Context, engine: Script
     direct = [item async for item in engine.generate(context.models.get("small"), "chat", body)]
     assert passed == direct
     assert passed[-1] == b"data: [DONE]\n\n"
+
+
+async def test_a_stream_that_is_closed_closes_the_generation(context: Context, engine: ScriptedEngine) -> None:
+    stream = await context.models.stream("chat", BODY | {"stream": True})
+    await anext(stream)
+    assert not engine.closed_early.is_set()
+    await stream.aclose()
+    assert engine.closed_early.is_set()
 
 
 async def test_what_the_engine_refuses_is_raised_before_the_stream(context: Context, engine: ScriptedEngine) -> None:

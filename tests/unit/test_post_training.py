@@ -10,6 +10,7 @@ from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StackError
+from tests import samples
 from tests.samples import dataset, dialogs, fine_tuning, write_rows
 
 LORA: dict[str, Any] = {
@@ -116,7 +117,7 @@ def test_an_unknown_model_is_refused_with_the_known_ones(context: Context, data:
 
 
 def test_an_adapter_cannot_be_trained_on_but_its_base_is_named(context: Context, data: dict[str, Any]) -> None:
-    context.store.add_adapter("small:tune-0", "small", "tune-0")
+    samples.add_adapter(context.store, "small:tune-0", "small", "tune-0")
     error = refusal(context, data, model="small:tune-0")
     assert isinstance(error, BadInput)
     assert error.param == "model"

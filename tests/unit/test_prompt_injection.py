@@ -103,19 +103,45 @@ def test_rows_that_were_trained_on_are_dropped_however_they_are_written(tmp_path
     assert sorted(texts(split.file)) == sorted(text for text, _ in others)
 
 
+def test_no_text_stands_in_both_test_splits(tmp_path: Path) -> None:
+    twice = [(f"TEST text: number {number}", number % 2) for number in range(6)]
+    source = write_source(tmp_path, other_test=rows("other_test", OTHER_TEST_ROWS - len(twice)) + twice)
+    splits = write_splits(source, tmp_path / "out")
+    one, other = ({normalised(text) for text in texts(splits[name].file)} for name in ("test", "other_test"))
+    assert one & other == set()
+
+
 def test_long_texts_are_left_out(tmp_path: Path) -> None:
     long = [("x" * MAX_CHARACTERS, 1)] * 50
     splits = write_splits(write_source(tmp_path, train=rows("train", TRAIN_ROWS) + long), tmp_path / "out")
     assert max(len(text) for text in texts(splits["train"].file)) < MAX_CHARACTERS
 
 
-@pytest.mark.parametrize(("injections", "share"), [(0, 1.0), (TEST_ROWS // 4, 0.75), (TEST_ROWS, 1.0)])
+@pytest.mark.parametrize(
+    ("injections", "share"),
+    [(0, 1.0), (10, 1 - 10 / TEST_ROWS), (TEST_ROWS // 2, 0.5), (TEST_ROWS - 10, 1 - 10 / TEST_ROWS), (TEST_ROWS, 1.0)],
+)
 def test_the_share_of_the_commonest_label_is_told(tmp_path: Path, injections: int, share: float) -> None:
     test = [(f"test {number}", int(number < injections)) for number in range(TEST_ROWS)]
     splits = write_splits(write_source(tmp_path, test=test), tmp_path / "out")
-    assert splits["test"].commonest_share == share
-    assert splits["train"].commonest_share == 0.5
+    assert splits["test"].commonest_share == pytest.approx(share)
+
+
+def test_training_rows_hold_each_label_equally_often(tmp_path: Path) -> None:
+    source = [(f"train {number}", int(number % 4 == 0)) for number in range(TRAIN_ROWS * 3)]
+    train = write_splits(write_source(tmp_path, train=source), tmp_path / "out")["train"]
+    assert (train.rows, train.commonest_share) == (TRAIN_ROWS, 0.5)
 
 
 def test_the_labels_are_those_of_the_system_prompt() -> None:
     assert all(label in SYSTEM_PROMPT for label in prompt_injection.LABELS.values())
+
+
+@pytest.mark.parametrize("name", ["test", "other_test"])
+def test_rows_that_a_tuning_was_chosen_by_are_no_test(tmp_path: Path, name: str) -> None:
+    chosen_by = [f"VALIDATION text -- number {number}" for number in range(5)]
+    others = rows(name, SIZES[name] - len(chosen_by))
+    source = write_source(tmp_path, **{name: others + [(text, 1) for text in chosen_by]})
+    splits = write_splits(source, tmp_path / "out")
+    assert (splits[name].rows, splits[name].dropped) == (SIZES[name] - 5, 5)
+    assert splits["validation"].rows == VALIDATION_ROWS

@@ -9,8 +9,10 @@ from threading import Barrier
 from typing import Any, TypeVar
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
-from stack.store import Store, now
+from stack.store import Adapter, Store, now
+from tests import samples
 
 WRITERS = 8
 T = TypeVar("T")
@@ -197,9 +199,14 @@ def test_metrics_are_in_the_order_of_their_steps(store: Store) -> None:
     assert [metric.step for metric in store.metrics_of("job-1")] == [1, 2]
 
 
-def test_metrics_of_other_jobs_are_not_mixed_in(store: Store) -> None:
-    store.record_progress("job-1", {}, [("loss", 1, 0.1)])
-    store.record_progress("job-2", {}, [("loss", 1, 0.2), ("em", 1, 0.3)])
+def test_progress_and_metrics_of_other_jobs_are_not_mixed_in(store: Store) -> None:
+    add_job(store, "job-1")
+    add_job(store, "job-2")
+    store.record_progress("job-1", {"done": 1}, [("loss", 1, 0.1)])
+    store.record_progress("job-2", {"done": 2}, [("loss", 1, 0.2), ("em", 1, 0.3)])
+    job = store.job("job-1")
+    assert job is not None
+    assert job.progress == {"done": 1}
     assert store.newest_metrics_of("job-1") == {"loss": 0.1}
     assert [metric.value for metric in store.metrics_of("job-1")] == [0.1]
 
@@ -223,18 +230,45 @@ def test_a_data_set_is_unique_and_read_as_it_was_written(store: Store) -> None:
     assert store.dataset("a") == row
 
 
-@pytest.mark.usefixtures("clock")
-def test_adapters_are_unique_and_listed_newest_first(store: Store) -> None:
-    store.add_adapter("small:b", "small", "b")
-    store.add_adapter("small:a", "small", "a")
-    store.add_adapter("small:b", "other", "b")
-    assert [(adapter.model_id, adapter.base) for adapter in store.adapters()] == [
-        ("small:a", "small"),
-        ("small:b", "small"),
-    ]
-    found = store.adapter("small:b")
-    assert found is not None
-    assert (found.base, found.job_uuid) == ("small", "b")
+def test_an_adapter_is_registered_as_its_job_is_completed(store: Store) -> None:
+    adapter = Adapter("small:job-1", "small", "job-1", created_at=now())
+    add_job(store)
+    store.start_job("job-1")
+    assert store.adapter("small:job-1") is None
+    assert store.complete_job("job-1", {"path": "a"}, adapter)
+    assert store.adapter("small:job-1") == adapter
+    assert store.adapters() == [adapter]
+
+
+def test_a_job_that_has_ended_otherwise_registers_no_adapter(store: Store) -> None:
+    add_job(store)
+    store.start_job("job-1")
+    store.fail_job("job-1", "reason")
+    assert not store.complete_job("job-1", {}, Adapter("small:job-1", "small", "job-1", created_at=now()))
+    assert store.adapters() == []
+
+
+def test_a_job_whose_adapter_cannot_be_registered_is_not_completed(store: Store) -> None:
+    samples.add_adapter(store, "small:other", "small", "other")
+    add_job(store)
+    store.start_job("job-1")
+    with pytest.raises(IntegrityError):
+        store.complete_job("job-1", {}, Adapter("small:other", "small", "job-1", created_at=now()))
+    assert status(store) == "running"
+
+
+def test_adapters_are_listed_newest_first(store: Store) -> None:
+    for number, uuid in enumerate(("b", "c", "a")):
+        add_job(store, uuid)
+        store.start_job(uuid)
+        store.complete_job(uuid, {}, Adapter(f"small:{uuid}", "small", uuid, f"2026-01-0{number + 1}T00:00:00.000Z"))
+    assert [adapter.job_uuid for adapter in store.adapters()] == ["a", "c", "b"]
+
+
+def test_a_row_that_breaks_another_rule_than_its_uuids_is_not_passed_over(store: Store) -> None:
+    with pytest.raises(IntegrityError):
+        store.add_dataset(dict(uuid="a", columns={}, content_url=None, rows=1, bytes=1, sha256="", created_at=now()))
+    assert store.dataset("a") is None
 
 
 def test_what_was_written_is_there_after_opening_anew(url: str, store: Store) -> None:

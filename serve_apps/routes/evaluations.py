@@ -1,10 +1,8 @@
 """The evaluation API."""
 
-from typing import Annotated
+from fastapi import APIRouter
 
-from fastapi import APIRouter, Query
-
-from serve_apps.routes.common import ContextOf
+from serve_apps.routes.common import ContextOf, JobUuid
 from stack import evaluations
 from stack.api.evaluations import (
     EvaluateQuestionAnsweringRequest,
@@ -14,7 +12,6 @@ from stack.api.evaluations import (
 )
 
 router = APIRouter(prefix="/evaluate", tags=["evaluations"])
-JobUuid = Annotated[str, Query(max_length=100)]
 
 
 @router.post("/question_answering/")

@@ -1,0 +1,150 @@
+"""What scripts/serve refuses before it starts anything: mistakes in the Serve file, and a home that is in use."""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts import local_stack, serve
+from scripts.local_stack import CONFIG, StartFailed, only_stack, read_serve_file
+from stack.errors import BadInput
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def changed(folder: Path, change: Change) -> Path:
+    """The default config file with a change."""
+    document = copy.deepcopy(yaml.safe_load(CONFIG.read_text()))
+    change(document)
+    file = folder / "stack config.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return file
+
+
+def rename(document: dict[str, Any]) -> None:
+    document["applications"][1]["name"] = "Other"
+
+
+def add_application(document: dict[str, Any]) -> None:
+    added = dict(document["applications"][1], name="second", route_prefix=None)
+    document["applications"].append(added)
+
+
+def replace_model(document: dict[str, Any], **values: Any) -> None:
+    """Changes the model in its application alone."""
+    application = document["applications"][1]
+    application["args"] = dict(application["args"], model=application["args"]["model"] | values)
+
+
+def test_the_default_file_is_right() -> None:
+    file = read_serve_file(CONFIG)
+    assert (file.host, file.port, file.url) == ("127.0.0.1", 8321, "http://127.0.0.1:8321")
+    assert [model.id for model in file.config.models] == ["SmolLM2-135M-Instruct"]
+
+
+def test_another_port_is_deployed_too() -> None:
+    file = read_serve_file(CONFIG, 9000)
+    assert (file.port, file.document["http_options"]["port"]) == (9000, 9000)
+
+
+@pytest.mark.parametrize("options", [None, {}])
+def test_without_options_it_listens_on_loopback_only(tmp_path: Path, options: object) -> None:
+    file = read_serve_file(changed(tmp_path, lambda document: document.update(http_options=options)))
+    assert file.document["http_options"] == {"host": "127.0.0.1", "port": 8000}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(http_options=[8321]), ["http_options", "[8321]"]),
+        (lambda d: d["http_options"].update(port="8321"), ["http_options.port", "1 to 65535", "'8321'"]),
+        (lambda d: d["http_options"].update(port=True), ["http_options.port", "True"]),
+        (lambda d: d["http_options"].update(port=0), ["http_options.port", "not 0"]),
+        (lambda d: d["http_options"].update(port=65_536), ["http_options.port", "65536"]),
+        (lambda d: d["http_options"].update(port=None), ["http_options.port", "None"]),
+        (lambda d: d["http_options"].update(host=127), ["http_options.host", "127"]),
+        (lambda d: d["applications"].append("second"), ["a mapping with a name", "'second'"]),
+        (rename, ["application 'Other'", "SmolLM2-135M-Instruct"]),
+        (add_application, ["application 'second'", "gateway's models"]),
+        (lambda d: d["applications"].pop(), ["model 'SmolLM2-135M-Instruct'", "serve_apps.llm:build"]),
+        (lambda d: d["applications"][1].update(import_path="a:b"), ["'SmolLM2-135M-Instruct'", "serve_apps.llm:build"]),
+        (lambda d: d["applications"][1].update(args=None), ["'SmolLM2-135M-Instruct'", "a mapping", "None"]),
+        (lambda d: d["applications"][1]["args"].pop("model"), ["'SmolLM2-135M-Instruct'", "model"]),
+        (lambda d: d["applications"][1]["args"].update(artifacts="s3://b"), ["artifacts must be 'artifacts'"]),
+        (lambda d: replace_model(d, dtyp="auto"), ["'SmolLM2-135M-Instruct'", "unknown key 'dtyp'"]),
+        (lambda d: replace_model(d, context=4096), ["model.context is 4096", "2048 in the gateway's models"]),
+        (lambda d: replace_model(d, id="Other"), ["model.id is 'Other'"]),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(tmp_path: Path, change: Change, words: list[str]) -> None:
+    file = changed(tmp_path, change)
+    with pytest.raises(StartFailed) as caught:
+        read_serve_file(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("port", [0, -1, 65_536])
+def test_a_port_that_is_none_is_refused(port: int) -> None:
+    with pytest.raises(StartFailed, match=f"--port must be an integer from 1 to 65535, not {port}"):
+        read_serve_file(CONFIG, port)
+
+
+@pytest.mark.parametrize("content", [None, "a: [", "- 1"])
+def test_what_is_no_config_file_is_one_line(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "file.yaml"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(content)
+    with pytest.raises(BadInput) as caught:
+        read_serve_file(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_home_has_one_stack_at_a_time(tmp_path: Path) -> None:
+    home = tmp_path / "a home"
+    with only_stack(home), pytest.raises(StartFailed, match=f"another stack uses STACK_HOME {home}"), only_stack(home):
+        pytest.fail("there are two")
+    with only_stack(home), only_stack(tmp_path / "another"):
+        pass
+
+
+def test_a_home_that_cannot_be_is_refused() -> None:
+    with pytest.raises(StartFailed, match="STACK_HOME /proc/home cannot be written to"), only_stack(Path("/proc/home")):
+        pytest.fail("it can")
+
+
+def serve_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    def start() -> str:
+        pytest.fail("Ray was started")
+
+    monkeypatch.setattr(local_stack, "start_ray", start)
+    monkeypatch.setattr(sys, "argv", ["scripts/serve", *arguments])
+    return serve.main()
+
+
+def test_serve_says_that_the_home_is_in_use(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with only_stack(home):
+        assert serve_command(monkeypatch) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"serve: another stack uses STACK_HOME {home}: stop it, or set another STACK_HOME"
+
+
+def test_serve_says_what_is_wrong_with_its_config(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = changed(tmp_path, lambda document: document["http_options"].update(port="here"))
+    assert serve_command(monkeypatch, "--config", str(file)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"serve: {file}: http_options.port must be an integer")
