@@ -150,6 +150,8 @@ def test_an_unknown_model_is_404_with_the_known_ones(
 
 
 NUMBER = 10**30
+TEXT_PART = {"type": "text", "text": "a"}
+IMAGE = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/latest/meta-data"}}
 BAD_STACK_CHATS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"messages": []}, "messages", ["at least 1 item"]),
     ({"messages": [QUESTION] * 1_001}, "messages", ["at most 1000"]),
@@ -195,8 +197,23 @@ BAD_OPENAI_CHATS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"seed": 0.5}, "seed", ["0.5"]),
     ({"frequency_penalty": 3}, "frequency_penalty", ["less than or equal to 2", "3"]),
     ({"presence_penalty": -3}, "presence_penalty", ["greater than or equal to -2", "-3"]),
-    ({"top_logprobs": 21}, "top_logprobs", ["less than or equal to 20", "21"]),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ["less than or equal to 20", "21"]),
     ({"stream": 5}, "stream", ["valid boolean", "5"]),
+    ({"messages": [QUESTION | {"role": "robot"}]}, "messages.0.role", ["'robot'", "'user'", "'assistant' or 'tool'"]),
+    ({"messages": [QUESTION | {"nmae": "b"}]}, "messages.0", ["unknown key 'nmae'", "role, content, name"]),
+    (
+        {"messages": [{"role": "user", "content": [IMAGE]}]},
+        "messages.0.content.0",
+        ["image_url", "allowed: type, text"],
+    ),
+    ({"messages": [{"role": "user", "content": [TEXT_PART] * 101}]}, "messages.0.content", ["at most 100"]),
+    ({"seed": NUMBER}, "seed", ["less than 9223372036854775808"]),
+    ({"best_of": 1_000}, None, ["unknown key 'best_of'", "model, stream"]),
+    ({"prompt_logprobs": 1_000}, None, ["unknown key 'prompt_logprobs'", "top_logprobs"]),
+    ({"response_format": {"type": "json_object"}}, None, ["unknown key 'response_format'"]),
+    ({"stream_options": {"include_usage": True}}, None, ["stream_options need stream: true"]),
+    ({"stream": True, "stream_options": {"usage": True}}, "stream_options", ["unknown key 'usage'", "include_usage"]),
+    ({"top_logprobs": 2}, None, ["top_logprobs need logprobs: true"]),
 ]
 BAD_INPUT = [
     *(("/inference/chat_completion", CHAT | change, param, words) for change, param, words in BAD_STACK_CHATS),
@@ -205,6 +222,10 @@ BAD_INPUT = [
     ("/inference/completion", STACK_TEXT[1] | {"prompt": "a"}, None, ["unknown key 'prompt'", "content"]),
     ("/inference/completion", STACK_TEXT[1] | {"content": ["x"] * 101}, "content", ["at most 100"]),
     ("/v1/completions", {"model": "small"}, "prompt", ["is required"]),
+    ("/v1/completions", OPENAI_TEXT[1] | {"prompt": []}, "prompt", ["at least 1 item"]),
+    ("/v1/completions", OPENAI_TEXT[1] | {"prompt": [-1]}, "prompt.0", ["greater than or equal to 0", "-1"]),
+    ("/v1/completions", OPENAI_TEXT[1] | {"prompt": ["a"] * 33, "n": 2}, None, ["66 sequences", "at most 64"]),
+    ("/v1/completions", OPENAI_TEXT[1] | {"suffix": "a"}, None, ["unknown key 'suffix'", "prompt"]),
     ("/v1/completions", OPENAI_TEXT[1] | {"logprobs": -1}, "logprobs", ["greater than or equal to 0", "-1"]),
     ("/v1/completions", OPENAI_TEXT[1] | {"prompt": ["x"] * 65}, "prompt", ["at most 64"]),
 ]

@@ -162,7 +162,7 @@ def test_without_its_manifest_an_artifact_is_not_there(artifacts: Artifacts, url
 def test_unsafe_names_are_refused_everywhere(artifacts: Artifacts, url: str, folder: Path, name: str) -> None:
     with pytest.raises(BadInput, match="is no name of an artifact; allowed: letters, digits"):
         artifacts.publish(name, folder)
-    for method in (artifacts.files, artifacts.local, artifacts.url):
+    for method in (artifacts.files, artifacts.local, artifacts.url, artifacts.exists, artifacts.remove):
         with pytest.raises(BadInput):
             method(name)
     assert stored(url) == {}
@@ -230,3 +230,34 @@ def test_a_file_named_like_the_manifest_does_not_pass_for_one(artifacts: Artifac
         artifacts.publish("a", folder)
     with pytest.raises(NotFound):
         artifacts.files("a")
+
+
+def test_an_artifact_exists_from_its_publication_to_its_removal(artifacts: Artifacts, url: str, folder: Path) -> None:
+    assert not artifacts.exists("a")
+    artifacts.publish("a", folder)
+    artifacts.publish("b", folder)
+    assert artifacts.exists("a")
+    artifacts.remove("a")
+    assert not artifacts.exists("a")
+    assert artifacts.exists("b")
+    assert not [name for name in stored(url) if name.startswith("a/")]
+    artifacts.publish("a", folder)
+
+
+def test_a_removal_that_breaks_off_leaves_no_artifact(
+    artifacts: Artifacts, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts.publish("a", folder)
+    fail_at(monkeypatch, artifacts, "rm", 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.remove("a")
+    assert not artifacts.exists("a")
+
+
+def test_a_remote_file_that_is_not_what_was_published_is_refused(tmp_path: Path, folder: Path) -> None:
+    artifacts = Artifacts(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
+    artifacts.publish("a", folder)
+    fsspec.filesystem("memory").pipe_file(f"{artifacts.url('a')}/b.bin", bytes(256))
+    with pytest.raises(OSError, match=r"b\.bin of the artifact 'a' is not what was published"):
+        artifacts.local("a")
+    assert not [path for path in (tmp_path / "cache").rglob("b.bin*")]

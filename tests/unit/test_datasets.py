@@ -326,3 +326,30 @@ def test_columns_without_examples_are_refused_with_what_is_allowed(context: Cont
         next(datasets.examples(context, checked))
     for word in ("dialog", "prompt and completion", *(f"{name} ({kind})" for name, kind in columns.items())):
         assert word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"dialog": DIALOG[:2]}, "row 2: the dialog in 'dialog' does not end with an answer"),
+        ({"dialog": "hello"}, "row 2: the column 'dialog'"),
+        ({"chat": DIALOG}, "row 2 lacks the declared column 'dialog'"),
+    ],
+)
+def test_examples_are_all_read_before_any_work_and_refused_with_their_field(
+    context: Context, data: Path, row: dict[str, Any], words: str
+) -> None:
+    file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, row])
+    with pytest.raises(BadInput, match=words) as caught:
+        datasets.check_examples(context, described(file), "validation_dataset")
+    assert caught.value.param == "validation_dataset"
+
+
+def test_a_registered_data_set_whose_file_has_changed_is_a_conflict(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    registered = datasets.create(context, create_request("a", file))
+    write_rows(file, dialogs(3))
+    with pytest.raises(Conflict, match="the file of the data set 'a' has changed") as caught:
+        datasets.resolve(context, "a")
+    assert registered.sha256 in caught.value.message
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in caught.value.message

@@ -3,8 +3,9 @@
 import errno
 import json
 import os
+import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import TimeoutExpired
 from typing import Any
@@ -19,7 +20,7 @@ from stack import evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.context import Context
 from stack.errors import BadInput, NotFound
-from stack.store import Job
+from stack.store import Adapter, Job, now
 from tests.conftest import CONFIG
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
@@ -88,7 +89,7 @@ def test_the_reason_of_a_worker_that_died_is_what_ray_says_of_it() -> None:
 
 
 @pytest.fixture
-def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Runs a driver as a Ray job with the given arguments and work."""
     monkeypatch.setenv("STACK_CONFIG", json.dumps(CONFIG))
     ray_job = {"metadata": {"job_submission_id": "raysubmit_1"}}
@@ -98,7 +99,9 @@ def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         monkeypatch.setattr("sys.argv", ["jobs.evaluate", *map(str, arguments)])
         return driver.run(EvaluateQuestionAnsweringRequest, evaluations.question_answering, work)
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)
 
 
 def found_nothing(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
@@ -298,3 +301,66 @@ def test_whatever_ends_the_work_fails_the_job_and_is_raised_again(
     assert failed.status == "failed"
     assert failed.error is not None
     assert failed.error.startswith(reason)
+
+
+def test_a_driver_that_is_told_to_stop_fails_its_job(
+    context: Context, run: Callable[..., int], data: dict[str, Any]
+) -> None:
+    accepted(context, data)
+    cleaned_up = []
+
+    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleaned_up.append(True)
+        raise AssertionError("it went on")
+
+    with pytest.raises(SystemExit):
+        run("--job", "evaluation-1", work=work)
+    assert cleaned_up
+    assert (job(context).status, job(context).error) == ("failed", "it was stopped")
+
+
+ADAPTER = Adapter("small:evaluation-1", "small", "evaluation-1", created_at=now())
+
+
+def publishing(folder: Path, end: Callable[[Context], None]) -> Work:
+    """Work that publishes an artifact and an adapter; `end` happens before it returns."""
+    folder.mkdir()
+    (folder / "a.txt").write_text("one")
+
+    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        context.artifacts.publish("adapters/evaluation-1", folder)
+        end(context)
+        return driver.Outcome({}, artifact="adapters/evaluation-1", adapter=ADAPTER)
+
+    return work
+
+
+def test_what_a_job_has_made_is_served_when_it_is_completed(
+    context: Context, run: Callable[..., int], data: dict[str, Any], tmp_path: Path
+) -> None:
+    accepted(context, data)
+    assert run("--job", "evaluation-1", work=publishing(tmp_path / "a", end=lambda _: None)) == 0
+    assert context.store.adapters() == [ADAPTER]
+    assert context.artifacts.exists("adapters/evaluation-1")
+
+
+def test_what_a_job_has_made_is_removed_when_it_was_failed_meanwhile(
+    context: Context,
+    run: Callable[..., int],
+    data: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accepted(context, data)
+
+    def end(context: Context) -> None:
+        context.store.fail_job("evaluation-1", "its Ray job is gone")
+
+    assert run("--job", "evaluation-1", work=publishing(tmp_path / "a", end)) == 1
+    assert (job(context).status, job(context).error) == ("failed", "its Ray job is gone")
+    assert context.store.adapters() == []
+    assert not context.artifacts.exists("adapters/evaluation-1")
+    assert "its Ray job is gone" in capsys.readouterr().out

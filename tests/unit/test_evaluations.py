@@ -154,3 +154,8 @@ def test_jobs_of_other_kinds_are_not_found(context: Context) -> None:
 
 def test_results_are_kept_under_the_jobs_uuid() -> None:
     assert evaluations.results_name("evaluation-1") == "evaluations/evaluation-1"
+
+
+def test_a_models_id_goes_before_a_jobs(context: Context) -> None:
+    context.store.add_job("small", "supervised_fine_tune", {"model": "small"}, None)
+    assert evaluations.model_of(context, "small").is_adapter is False

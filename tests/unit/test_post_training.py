@@ -213,3 +213,13 @@ def test_jobs_of_other_kinds_are_not_found(context: Context) -> None:
 def test_an_adapter_is_served_as_base_and_job() -> None:
     assert post_training.model_id("small", "tune-1") == "small:tune-1"
     assert post_training.adapter_name("tune-1") == "adapters/tune-1"
+
+
+def test_a_uuid_whose_adapter_is_there_already_is_a_conflict(
+    context: Context, home: Path, data: dict[str, Any]
+) -> None:
+    context.artifacts.publish("adapters/tune-1", home / "data")
+    error = refusal(context, data)
+    assert isinstance(error, Conflict)
+    assert error.param == "job_uuid"
+    assert "choose another job_uuid" in error.message

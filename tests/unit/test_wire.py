@@ -1,11 +1,11 @@
 """Wire types refuse what they do not know, and say in words what is allowed."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError
 
-from stack.api.wire import Id, Request, Wire, describe, explain
+from stack.api.wire import Id, Request, Wire, at_most, describe, explain
 
 
 class Inner(Wire):
@@ -93,7 +93,40 @@ def test_ids_that_are_safe_as_file_names_are_taken(value: str) -> None:
     assert TypeAdapter(Id).validate_python(value) == value
 
 
-@pytest.mark.parametrize("value", ["", ".", "..", "-a", "a/b", "a b", "a\n", "a\0", "ä", "../a", "0" * 101])
+@pytest.mark.parametrize(
+    "value", ["", ".", "..", "-a", "a/b", "a b", "a\n", "a\0", "ä", "../a", "a..b", "a.", "0" * 101]
+)
 def test_ids_that_are_not_safe_as_file_names_are_refused(value: str) -> None:
     with pytest.raises(ValidationError):
         TypeAdapter(Id).validate_python(value)
+
+
+@pytest.mark.parametrize("kind", [list[int], dict[str, int]], ids=["list", "mapping"])
+def test_too_many_entries_are_refused_before_any_is_looked_at(kind: type) -> None:
+    few: TypeAdapter[Any] = TypeAdapter(Annotated[kind, at_most(2)])
+    for count in range(3):
+        right = list(range(count)) if kind == list[int] else {str(number): number for number in range(count)}
+        assert few.validate_python(right) == right
+    wrong = ["x"] * 3 if kind == list[int] else dict.fromkeys("abc", "x")
+    with pytest.raises(ValidationError) as caught:
+        few.validate_python(wrong)
+    assert describe(caught.value) == "has 3 entries; allowed: at most 2"
+
+
+class Choice(Wire):
+    content: str | list[str]
+    names: dict[str, int] = {}
+
+
+@pytest.mark.parametrize(
+    ("value", "places"),
+    [
+        ({"content": 5}, {"content"}),
+        ({"content": ["a", 5]}, {"content", "content.1"}),
+        ({"content": "a", "names": {"b": "c"}}, {"names.b"}),
+    ],
+)
+def test_places_are_those_of_the_request_and_nothing_else(value: object, places: set[str]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Choice.model_validate(value)
+    assert {explain(error)[0] for error in caught.value.errors()} == places
