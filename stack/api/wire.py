@@ -39,7 +39,7 @@ class Wire(BaseModel):
         if isinstance(value, Mapping):
             unknown = [key for key in value if key not in cls.model_fields]
             if unknown:
-                raise ValueError(f"unknown key {unknown[0]!r}; allowed: {', '.join(cls.model_fields)}")
+                raise ValueError(f"unknown key {_shown(unknown[0])}; allowed: {', '.join(cls.model_fields)}")
         return value
 
 
@@ -61,16 +61,20 @@ def explain(error: ErrorDetails) -> tuple[str, str]:
     if error["type"] == "missing":
         return place, "is required"
     if error["type"] not in ("value_error", "json_invalid", "union_tag_invalid"):
-        shown = repr(error["input"])
-        description += f", not {shown if len(shown) <= 80 else shown[:77] + '...'}"
+        description += f", not {_shown(error['input'])}"
     return place, description
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _written(place: tuple[int | str, ...]) -> list[str]:
     """The keys and indices of a place, without the names that pydantic gives to the members of a union."""
     before: tuple[int | str | None, ...] = (None, *place)
     return [
-        str(part)
+        str(part)[:100]
         for part, previous in zip(place, before, strict=False)
         if not _PYDANTICS_OWN.search(str(part)) and not (part in _ROLES and isinstance(previous, int))
     ]

@@ -365,3 +365,13 @@ def test_an_application_of_a_smaller_bound_refuses_smaller_bodies(context: Conte
 
 async def never() -> dict[str, str]:
     return {"everything": "NOT DEPLOYED"}
+
+
+def test_an_error_does_not_echo_a_long_key(client: TestClient) -> None:
+    for body in (
+        {"x" * 3_000: 1},
+        {"uuid": "a", "dataset": {"columns": {"x" * 3_000: 5}, "content_url": "file:///a"}},
+    ):
+        reply = client.post("/datasets/create", json=body)
+        assert reply.status_code == 400
+        assert len(reply.text) < 1_000

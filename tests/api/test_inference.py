@@ -203,7 +203,7 @@ BAD_OPENAI_CHATS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"messages": [QUESTION | {"nmae": "b"}]}, "messages.0", ["unknown key 'nmae'", "role, content, name"]),
     (
         {"messages": [{"role": "user", "content": [IMAGE]}]},
-        "messages.0.content.0",
+        "messages.0.content",
         ["image_url", "allowed: type, text"],
     ),
     ({"messages": [{"role": "user", "content": [TEXT_PART] * 101}]}, "messages.0.content", ["at most 100"]),
@@ -223,7 +223,7 @@ BAD_INPUT = [
     ("/inference/completion", STACK_TEXT[1] | {"content": ["x"] * 101}, "content", ["at most 100"]),
     ("/v1/completions", {"model": "small"}, "prompt", ["is required"]),
     ("/v1/completions", OPENAI_TEXT[1] | {"prompt": []}, "prompt", ["at least 1 item"]),
-    ("/v1/completions", OPENAI_TEXT[1] | {"prompt": [-1]}, "prompt.0", ["greater than or equal to 0", "-1"]),
+    ("/v1/completions", OPENAI_TEXT[1] | {"prompt": [-1]}, "prompt", ["greater than or equal to 0", "-1"]),
     ("/v1/completions", OPENAI_TEXT[1] | {"prompt": ["a"] * 33, "n": 2}, None, ["66 sequences", "at most 64"]),
     ("/v1/completions", OPENAI_TEXT[1] | {"suffix": "a"}, None, ["unknown key 'suffix'", "prompt"]),
     ("/v1/completions", OPENAI_TEXT[1] | {"logprobs": -1}, "logprobs", ["greater than or equal to 0", "-1"]),

@@ -54,15 +54,8 @@ class Stack:
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     reporter.write_line("starting a stack for the tests (one to three minutes)")
-    home = tmp_path_factory.mktemp("home")
-    prepared = config.home()
-    if not (prepared / "models" / MODEL / "config.json").is_file():
-        pytest.fail(f"the model is not in {prepared}: run scripts/setup")
-    for folder in ("models", "packaged-data"):
-        (home / folder).symlink_to(prepared / folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    home = prepared_home(tmp_path_factory.mktemp("stack"))
+    port = free_port()
     log = home / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -79,15 +72,50 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         ray_address = next(line.split()[1] for line in log.read_text().splitlines() if line.startswith("  Ray"))
         yield Stack(f"http://127.0.0.1:{port}", ray_address, home, log, process)
     finally:
-        assert process.stdin is not None
-        process.stdin.close()  # which ends the stack
+        # Whatever ends a stack, nothing of it is left: not Ray, not its workers, not the engines' own processes.
+        process.kill()
         process.wait(timeout=60)
+        assert process.stdin is not None
+        process.stdin.close()
+        wait_for(lambda: not processes_of(home), 60, lambda: processes_of(home))
 
 
 @pytest.fixture
 def client(stack: Stack) -> Iterator[httpx.Client]:
     with stack.client() as client:
         yield client
+
+
+def prepared_home(folder: Path) -> Path:
+    """A new home folder with the model and the data that are prepared already."""
+    home = folder / "home"
+    home.mkdir()
+    prepared = config.home()
+    if not (prepared / "models" / MODEL / "config.json").is_file():
+        pytest.fail(f"the model is not in {prepared}: run scripts/setup")
+    for name in ("models", "packaged-data"):
+        (home / name).symlink_to(prepared / name)
+    return home
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def processes_of(home: Path) -> list[str]:
+    """The command lines of all processes whose STACK_HOME is this folder."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                if f"STACK_HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+            except OSError:  # it has ended, or is another user's
+                continue
+    return [command for command in found if command]
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, explain: Callable[[], Any] = lambda: "") -> Any:

@@ -12,6 +12,8 @@ from tests.ray.conftest import MODEL, Stack
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 GREEDY = {"strategy": "greedy", "max_tokens": 32}
+COUNTING = "One, two, three, four,"
+FOUR_TOKENS = {"strategy": "greedy", "max_tokens": 4}
 ANSWER = "The capital of France is Paris."
 
 
@@ -98,8 +100,8 @@ def test_the_rfc_client(stack: Stack) -> None:
         assert answer.completion_message.content == ANSWER
         stream = client.inference.chat_completion(messages=[QUESTION], model=MODEL, sampling_params=GREEDY, stream=True)
         assert "".join(str(chunk.event.delta) for chunk in stream) == ANSWER
-        completed = client.inference.completion(content="The sky is", model=MODEL, sampling_params=GREEDY)
-        assert completed.completion_message.content
+        completed = client.inference.completion(content=COUNTING, model=MODEL, sampling_params=FOUR_TOKENS)
+        assert "five" in completed.completion_message.content
 
 
 def test_the_rfc_client_async(stack: Stack) -> None:
@@ -112,6 +114,8 @@ def test_the_rfc_client_async(stack: Stack) -> None:
                 messages=[QUESTION], model=MODEL, sampling_params=GREEDY, stream=True
             )
             assert "".join([str(chunk.event.delta) async for chunk in stream]) == ANSWER
+            completed = await client.inference.completion(content=COUNTING, model=MODEL, sampling_params=FOUR_TOKENS)
+            assert "five" in completed.completion_message.content
 
     asyncio.run(talk())
 
@@ -130,7 +134,7 @@ def test_the_openai_client(stack: Stack) -> None:
         chunks = list(stream)
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
         assert chunks[-1].usage is not None
-        completed = client.completions.create(model=MODEL, prompt="One, two, three, four,", max_tokens=4, temperature=0)
+        completed = client.completions.create(model=MODEL, prompt=COUNTING, max_tokens=4, temperature=0)
         assert "five" in completed.choices[0].text
         with pytest.raises(openai.NotFoundError, match=MODEL):
             client.chat.completions.create(model="gpt-5", messages=[QUESTION])

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from llama_stack import LlamaStack
 
 from scripts import prompt_injection
 from tests.ray.conftest import MODEL, Stack, ended, wait_for
@@ -127,6 +128,26 @@ def test_an_evaluation_by_http_scores_every_example(
     assert status["metrics"]["em"] == pytest.approx(mean)
     expected = {json.loads(line)["dialog"][-1]["content"] for line in small.read_text().splitlines()}
     assert {example["expected"] for example in examples} == expected
+
+
+def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path, tuned: dict[str, Any]) -> None:
+    with httpx.Client(base_url=stack.url, timeout=120) as http:
+        client = LlamaStack(base_url=stack.url, http_client=http)
+        client.datasets.create(dataset=dataset(small), uuid="by-client")  # type: ignore[arg-type]
+        assert client.datasets.get(dataset_uuid="by-client").columns == {"dialog": "dialog"}
+        same = fine_tuning("tune-http", "small", validation_dataset=dataset(small))
+        request = same | {"hyperparam_search_config": {}, "logger_config": {}}
+        assert client.post_training.supervised_fine_tune(**request).job_uuid == "tune-http"
+        status = client.post_training.jobs.status.list(job_uuid="tune-http")
+        assert (status.status, len(status.checkpoints)) == ("completed", 1)
+        assert client.post_training.jobs.artifacts.list(job_uuid="tune-http").checkpoints == status.checkpoints
+        # Of the body of an evaluation, this client's method knows only the metrics.
+        body = evaluation("evaluate-client", "by-client")
+        job = client.evaluate.question_answering.create(metrics=body.pop("metrics"), extra_body=body)
+        assert job.job_uuid == "evaluate-client"
+        assert client.evaluate.jobs.status.list(job_uuid="evaluate-client").job_uuid == "evaluate-client"
+        assert ended(http, "evaluate", "evaluate-client")["status"] == "completed"
+        assert client.evaluate.jobs.artifacts.list(job_uuid="evaluate-client").job_uuid == "evaluate-client"
 
 
 def test_jobs_by_ray_job_submit_show_like_any_other(

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts import local_stack
-from stack import config
-from tests.ray.conftest import wait_for
+from tests.ray.conftest import free_port, prepared_home, processes_of, wait_for
 
 
 @pytest.mark.parametrize(
@@ -19,17 +17,11 @@ from tests.ray.conftest import wait_for
     [(signal.SIGINT, 130, ["--keep"]), (signal.SIGTERM, 143, []), (signal.SIGKILL, -9, ["--keep"])],
 )
 def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_status: int, options: list[str]) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    for folder in ("models", "packaged-data"):
-        (home / folder).symlink_to(config.home() / folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    home = prepared_home(tmp_path)
     log = tmp_path / "quickstart.log"
     with log.open("wb") as output:
         quickstart = subprocess.Popen(
-            [sys.executable, "-m", "scripts.quickstart", "--port", str(port), *options],
+            [sys.executable, "-m", "scripts.quickstart", "--port", str(free_port()), *options],
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | {"STACK_HOME": str(home)},
@@ -40,16 +32,3 @@ def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_st
     quickstart.send_signal(number)
     assert quickstart.wait(timeout=60) == exit_status, log.read_text()
     wait_for(lambda: not processes_of(home), 60, lambda: processes_of(home))
-
-
-def processes_of(home: Path) -> list[str]:
-    """The command lines of all processes whose STACK_HOME is this folder."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                if f"STACK_HOME={home}".encode() in (process / "environ").read_bytes().split(b"\0"):
-                    found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-            except OSError:  # it has ended, or is another user's
-                continue
-    return [command for command in found if command]

@@ -260,4 +260,4 @@ def test_a_remote_file_that_is_not_what_was_published_is_refused(tmp_path: Path,
     fsspec.filesystem("memory").pipe_file(f"{artifacts.url('a')}/b.bin", bytes(256))
     with pytest.raises(OSError, match=r"b\.bin of the artifact 'a' is not what was published"):
         artifacts.local("a")
-    assert not [path for path in (tmp_path / "cache").rglob("b.bin*")]
+    assert not list((tmp_path / "cache").rglob("b.bin*"))

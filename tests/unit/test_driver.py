@@ -24,7 +24,7 @@ from stack.store import Adapter, Job, now
 from tests.conftest import CONFIG
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
-Work = Callable[[Context, EvaluateQuestionAnsweringRequest], dict[str, Any]]
+Work = Callable[[Context, EvaluateQuestionAnsweringRequest], driver.Outcome]
 
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/a")
@@ -253,7 +253,7 @@ def test_a_job_that_is_not_waiting_is_left_alone(
         context.store.complete_job("evaluation-1", {"path": None, "files": []})
     before = job(context)
 
-    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
         raise AssertionError("it must not run")
 
     assert run("--job", "evaluation-1", work=work) == (1 if end == "failed" else 0)
@@ -262,7 +262,7 @@ def test_a_job_that_is_not_waiting_is_left_alone(
 
 
 def failing(error: BaseException) -> Work:
-    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
         raise error
 
     return work

@@ -2,8 +2,9 @@
 
 import datetime as dt
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Barrier
 from typing import Any, TypeVar
@@ -287,6 +288,22 @@ def test_a_new_store_may_be_opened_many_times_at_once(url: str) -> None:
     assert len(stores[0].unfinished_jobs()) == WRITERS
     for store in stores:
         store.close()
+
+
+def test_opening_a_new_store_waits_while_another_process_sets_it_up(url: str) -> None:
+    file = Path(url.removeprefix("sqlite:///"))
+    file.parent.mkdir(parents=True)
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as threads:
+        opening = threads.submit(Store, url)
+        done, _ = wait([opening], timeout=0.2)
+        other.execute("COMMIT")
+        other.close()
+        assert not done, opening.exception()
+        store = opening.result(timeout=30)
+    assert add_job(store)
+    store.close()
 
 
 def test_writers_at_once_lose_nothing(url: str, store: Store) -> None:
