@@ -85,6 +85,9 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
     path = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         return error_response(request.scope, NotFound(f"there is no {path}; /docs lists what there is"))
-    refused = BadInput(f"{path}: {error.detail}")
+    allowed = (error.headers or {}).get("allow", "")
+    refused = BadInput(f"{path}: {error.detail}" + (f"; allowed: {allowed}" if allowed else ""))
     refused.status = error.status_code
-    return error_response(request.scope, refused)
+    response = error_response(request.scope, refused)
+    response.headers.update(error.headers or {})
+    return response

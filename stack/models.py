@@ -40,6 +40,8 @@ class Failure:
     def error(self) -> StackError:
         if self.status == 404:
             return NotFound(self.message, param=self.param)
+        if self.status in (429, 503):
+            return Unavailable(self.message)
         if 400 <= self.status < 500:
             return BadInput(self.message, param=self.param)
         return EngineFailed(self.message)

@@ -6,6 +6,8 @@ a job from one state to another does so only from the states it names, so that t
 
 import datetime as dt
 import math
+import sqlite3
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from sqlalchemy.schema import CreateIndex, CreateTable
 
 from stack.api.jobs import JobStatus
 
+BUSY_S = 20
 schema = MetaData()
 
 datasets = Table(
@@ -269,6 +272,15 @@ class Store:
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:
     """Many processes read and write at once: a write-ahead log, and waiting instead of failing on a lock."""
-    connection.execute("PRAGMA busy_timeout = 20000")
-    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1_000}")
+    # The switch to the write-ahead log does not heed the timeout: of several first openers, all but one must ask again.
+    deadline = time.monotonic() + BUSY_S
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
     connection.execute("PRAGMA synchronous = NORMAL")
