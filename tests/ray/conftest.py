@@ -77,7 +77,8 @@ def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         process.wait(timeout=60)
         assert process.stdin is not None
         process.stdin.close()
-        wait_for(lambda: not processes_of(home), 60, lambda: processes_of(home))
+        # Ray's agents of a node notice after a minute or so that it is gone.
+        wait_for(lambda: not processes_of(home), 180, lambda: processes_of(home))
 
 
 @pytest.fixture

@@ -138,9 +138,9 @@ def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path
         same = fine_tuning("tune-http", "small", validation_dataset=dataset(small))
         request = same | {"hyperparam_search_config": {}, "logger_config": {}}
         assert client.post_training.supervised_fine_tune(**request).job_uuid == "tune-http"
-        status = client.post_training.jobs.status.list(job_uuid="tune-http")
+        status = client.post_training.jobs.status(job_uuid="tune-http")
         assert (status.status, len(status.checkpoints)) == ("completed", 1)
-        assert client.post_training.jobs.artifacts.list(job_uuid="tune-http").checkpoints == status.checkpoints
+        assert client.post_training.jobs.artifacts(job_uuid="tune-http").checkpoints == status.checkpoints
         # Of the body of an evaluation, this client's method knows only the metrics.
         body = evaluation("evaluate-client", "by-client")
         job = client.evaluate.question_answering.create(metrics=body.pop("metrics"), extra_body=body)

@@ -27,7 +27,14 @@ def ray_of_a_user(tmp_path: Path) -> Iterator[tuple[Path, str, dict[str, str]]]:
     }
     dashboard = free_port()
     command = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "4"]
-    command += ["--port", str(free_port()), "--dashboard-port", str(dashboard), "--ray-client-server-port", "0"]
+    command += [
+        "--port",
+        str(free_port()),
+        "--dashboard-port",
+        str(dashboard),
+        "--ray-client-server-port",
+        str(free_port()),
+    ]
     command += ["--dashboard-agent-listen-port", str(free_port()), "--object-store-memory", str(256 * 2**20)]
     log = tmp_path / "ray.log"
     with log.open("wb") as output:
