@@ -110,7 +110,7 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 lr_scheduler_kwargs={"min_lr": request.optimizer_config.lr_min},
                 warmup_steps=max(1, round(0.03 * steps)),
                 learning_rate=request.optimizer_config.lr,
-                # Grouping by length would save padding, but make lopsided batches where length tells of the answer.
+                # Not grouped by length, which would save padding but make the batches less alike than chance does.
                 train_sampling_strategy="random" if training.shuffle else "sequential",
                 gradient_checkpointing=training.enable_activation_checkpointing,
                 completion_only_loss=True,

@@ -1,7 +1,8 @@
 """A whole stack on this machine: a Ray of its own and the Serve applications on it, ended together.
 
-The Ray belongs to the process that starts it and dies with it, whatever ends that process. `scripts/serve` runs this
-in the foreground; the quickstart and the tests start `scripts/serve` as a child.
+The Ray belongs to the process that starts it and dies with it, whatever ends that process; after a kill -9, Ray's two
+agents of the node notice only after a minute or two. `scripts/serve` runs this in the foreground; the quickstart and
+the tests start `scripts/serve` as a child.
 """
 
 import fcntl
