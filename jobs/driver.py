@@ -1,7 +1,7 @@
 """What every driver does around its work: find its job, take it, and write down how it ended.
 
-    python -m jobs.NAME --config FILE     a request in YAML or JSON, as a user submits it by `ray job submit`
-    python -m jobs.NAME --job UUID        a job that the gateway has accepted, as the job supervisor submits it
+    python -m jobs.NAME --config FILE                         a request in YAML or JSON, by `ray job submit`
+    python -m jobs.NAME --tenant T --job UUID --attempt N     an attempt at an accepted job, by the job supervisor
 
 Both are rows of the store, so a job that was started by hand shows at both doors like any other.
 """
@@ -9,8 +9,10 @@ Both are rows of the store, so a job that was started by hand shows at both door
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import dropwhile
@@ -19,17 +21,29 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
-from ray.exceptions import RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    RayActorError,
+    RaySystemError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.train import WorkerGroupError
 
+from jobs.reporter import Reporter
+from stack import jobs, tracing
 from stack.api.jobs import JobStatus
 from stack.api.wire import Request, describe
+from stack.artifacts import File
 from stack.config import Config
-from stack.context import Context
-from stack.errors import BadInput, StackError
-from stack.store import Adapter, Job
+from stack.context import DEFAULT_TENANT, Context
+from stack.errors import BadInput, StackError, Unavailable
+from stack.store import Adapter, Artifact, Attempt, Job, now
 
 R = TypeVar("R", bound=Request)
+# What ends an attempt through no fault of the job: another attempt may go well.
+LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, RaySystemError, Unavailable)
 
 
 @dataclass(frozen=True)
@@ -37,47 +51,116 @@ class Outcome:
     """What a job has come to: what its row keeps, the artifact it has published, and the adapter that is now served."""
 
     result: dict[str, Any]
-    artifact: str
+    artifact: Artifact
     adapter: Adapter | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a driver works with: the context in the name of the job's tenant, the job, where it notes how far it is, and
+    a folder for what a next attempt goes on from, which is removed when the job has ended."""
+
+    context: Context
+    job: Job
+    reporter: Reporter
+    folder: Path
 
 
 def run(
     request_type: type[R],
     submit: Callable[[Context, R, str | None], Job],
-    work: Callable[[Context, R], Outcome],
+    resources: Callable[[Context, R], dict[str, Any]],
+    work: Callable[[Work, R], Outcome],
 ) -> int:
-    """Runs a driver. `submit` accepts a request by hand; `work` does the job."""
-    # A driver that is told to stop ends like one that fails: it cleans up, and its row says so.
+    """Runs a driver. `submit` accepts a request by hand, `resources` are what the job takes, `work` does it."""
+    # A driver that is told to stop writes nothing: the supervisor knows whether it was cancelled or lost.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was stopped"))
     arguments = _arguments(work.__doc__ or "")
     try:
-        context = Context.open(Config.from_environment())
-        job = _job(context, arguments, request_type, submit)
+        context = Context.open(Config.from_environment()).of_tenant(arguments.tenant)
+        job, attempt = _job(context, arguments, request_type, submit)
         request = request_type.model_validate(job.request)
+        taken = resources(context, request)
     except StackError as error:
         print(f"refused: {error.message}", file=sys.stderr)
         return 2
-    if not context.store.start_job(job.uuid):
-        return _report_earlier(context.store.job(job.uuid) or job)
+    if not context.store.jobs.begin(job.id, attempt.number, taken):
+        return _report_earlier(context, job)
+    folder = jobs.work_folder(job.tenant, job.uuid)
+    folder.mkdir(parents=True, exist_ok=True)
+    tracing.start("job", context.config.otlp_address)
+    with (
+        tracing.span("job", parent=job.trace, kind=job.kind, job_uuid=job.uuid, attempt=attempt.number),
+        Reporter(context.store, job, attempt, lost=_give_up) as reporter,
+    ):
+        status = _work(Work(context, job, reporter, folder), request, work)
+    tracing.stop()
+    return status
+
+
+def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
+    store, job, number = given.context.store, given.job, given.reporter.number
     try:
-        outcome = work(context, request)
+        outcome = work(given, request)
+    except SystemExit:
+        raise
     except BaseException as error:  # whatever it was, the row must say so; it is raised again
-        context.store.fail_job(job.uuid, reason(error))
+        why = reason(error)
+        if _is_lost(error):
+            store.jobs.lose_attempt(job.id, number, why)
+        elif store.jobs.fail(job.id, number, why):
+            shutil.rmtree(given.folder, ignore_errors=True)
         if isinstance(error, StackError):
             print(f"failed: {error.message}", file=sys.stderr)
             return 1
         raise
-    if not context.store.complete_job(job.uuid, outcome.result, outcome.adapter):
-        context.artifacts.remove(outcome.artifact)
-        return _report_earlier(context.store.job(job.uuid) or job)
+    given.reporter.metrics.flush()
+    if not store.jobs.complete(job.id, number, outcome.result, outcome.adapter, outcome.artifact):
+        given.context.artifacts.remove(outcome.artifact.path)
+        return _report_earlier(given.context, job)
+    shutil.rmtree(given.folder, ignore_errors=True)
     print(f"the job {job.uuid!r} is completed")
     return 0
 
 
-def _report_earlier(job: Job) -> int:
+def publish(work: Work, name: str, folder: Path) -> list[File]:
+    """Makes an artifact of what a job has made; of an earlier attempt at the same, that was lost in between, too."""
+    if work.context.artifacts.exists(name):
+        work.context.artifacts.remove(name)
+    return work.context.artifacts.publish(name, folder)
+
+
+def artifact_row(work: Work, name: str, type: str, files: list[File], metadata: dict[str, Any]) -> Artifact:
+    """What is written down of an artifact that a job has published: it belongs to the job's run."""
+    job, size = work.job, sum(file.bytes for file in files)
+    experiment_id = work.context.store.telemetry.run_experiment(job.tenant, job.run_id)
+    about = {"job_uuid": job.uuid, **metadata}
+    return Artifact(
+        uuid.uuid4().hex, job.tenant, experiment_id, job.run_id, job.uuid, type, name, size, about, created_at=now()
+    )
+
+
+def _give_up(why: str) -> None:
+    """Ends this process at once, with all that Ray runs for it: another attempt may be under way already."""
+    print(f"stopping: {why}", file=sys.__stderr__, flush=True)
+    os._exit(1)
+
+
+def _report_earlier(context: Context, job: Job) -> int:
     """Says how a job stands that is not this process's to do, or no longer."""
-    print(f"the job {job.uuid!r} is {job.status} already" + (f": {job.error}" if job.error else ""))
-    return 1 if job.status in (JobStatus.failed, JobStatus.cancelled) else 0
+    now = context.store.jobs.get(job.tenant, job.uuid) or job
+    print(f"the job {now.uuid!r} is {now.status} already" + (f": {now.error}" if now.error else ""))
+    return 1 if now.status in (JobStatus.failed, JobStatus.cancelled) else 0
+
+
+def _is_lost(error: BaseException) -> bool:
+    if isinstance(error, WorkerGroupError):
+        # Of a worker that died Ray Train says so in an error of its own, around the one that Ray raised.
+        causes = (getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values())
+        return all(isinstance(cause, LOST) for cause in causes)
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return isinstance(error, LOST)
 
 
 def reason(error: BaseException) -> str:
@@ -108,7 +191,12 @@ def _arguments(description: str) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", type=Path, metavar="FILE", help="a file with the request, in YAML or JSON")
     which.add_argument("--job", metavar="UUID", help="a job that has been accepted")
-    return parser.parse_args()
+    parser.add_argument("--attempt", type=int, metavar="N", help="with --job: the number of this attempt at it")
+    parser.add_argument("--tenant", default=DEFAULT_TENANT, help="whose job it is (default: %(default)s)")
+    arguments = parser.parse_args()
+    if (arguments.job is None) != (arguments.attempt is None):
+        parser.error("--job and --attempt go together")
+    return arguments
 
 
 def _job(
@@ -116,12 +204,12 @@ def _job(
     arguments: argparse.Namespace,
     request_type: type[R],
     submit: Callable[[Context, R, str | None], Job],
-) -> Job:
+) -> tuple[Job, Attempt]:
     if arguments.job:
-        job = context.store.job(arguments.job)
+        job = context.store.jobs.get(context.tenant, arguments.job)
         if job is None:
-            raise BadInput(f"there is no job {arguments.job!r} in {context.store.engine.url}")
-        return job
+            raise BadInput(f"there is no job {arguments.job!r} of the tenant {context.tenant!r} in the database")
+        return job, _attempt(context, job, arguments.attempt)
     try:
         request = request_type.model_validate(yaml.safe_load(arguments.config.read_text()))
     except OSError as error:
@@ -130,7 +218,19 @@ def _job(
         raise BadInput(f"{arguments.config} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise BadInput(f"{arguments.config}: {describe(error)}") from error
-    return submit(context, request, _submission_id())
+    submission_id = _submission_id()
+    job = submit(context, request, submission_id)
+    mine = [one.number for one in context.store.jobs.attempts(job.id) if one.submission_id == submission_id]
+    if not mine:
+        raise BadInput(f"the job {job.uuid!r} is {job.status} already, by an earlier submission")
+    return job, _attempt(context, job, mine[0])
+
+
+def _attempt(context: Context, job: Job, number: int) -> Attempt:
+    for attempt in context.store.jobs.attempts(job.id):
+        if attempt.number == number:
+            return attempt
+    raise BadInput(f"the job {job.uuid!r} has no attempt {number}")
 
 
 def _submission_id() -> str:

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -36,40 +35,46 @@ BATCH_SIZE = 32
 TRIES = 6
 
 
-def question_answering(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+def question_answering(work: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
     """Asks a model every question of a data set and scores its answers against the expected ones."""
+    context, job = work.context, work.job
     model = evaluations.model_of(context, request.checkpoint)
     dataset = datasets.resolve(context, request.dataset)
+    results = work.folder / "results"
+    results.mkdir(exist_ok=True)
+    file = results / "examples.jsonl"
+    answered = {example["row"] for example in _whole_lines(file)}  # by an attempt that was lost
     questions = [
         {"row": number, "messages": json.dumps(example.messages), "expected": example.answer}
         for number, example in enumerate(datasets.examples(context, dataset), start=1)
     ]
-    body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
-    answered = ray.data.from_items(questions).map_batches(
-        Ask,
-        fn_constructor_args=(context.config.model_dump(mode="json"), body),
-        batch_size=BATCH_SIZE,
-        concurrency=1,
-        num_cpus=0.25,
-    )
-    with TemporaryDirectory() as folder:
-        totals = _score(context, request, answered, len(questions), Path(folder))
-        name = evaluations.results_name(request.job_uuid)
-        files = context.artifacts.publish(name, Path(folder))
-    context.store.record_progress(
-        request.job_uuid,
-        {"done": len(questions), "total": len(questions), "unit": "examples", "seconds_left": 0},
-        [(metric, 0, value) for metric, value in totals.items()],
-    )
-    kept = {"path": context.artifacts.url(name), "files": [asdict(file) for file in files]}
-    return driver.Outcome(kept, artifact=name)
+    left = [question for question in questions if question["row"] not in answered]
+    if answered:
+        print(f"going on from {len(answered)} of {len(questions)} examples")
+    if left:
+        body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
+        answers = ray.data.from_items(left).map_batches(
+            Ask,
+            fn_constructor_args=(context.config.model_dump(mode="json"), job.tenant, body),
+            batch_size=BATCH_SIZE,
+            concurrency=1,
+            num_cpus=evaluations.ASKER_CPUS,
+        )
+        _score(work, request, answers, len(questions), file)
+    totals = _totals(request, file)
+    work.reporter.metrics.log(0, totals.items())
+    work.reporter.metrics.progress(len(questions), len(questions), "examples", 0)
+    name = evaluations.results_name(job.tenant, job.uuid)
+    files = driver.publish(work, name, results)
+    kept = {"path": context.artifacts.url(name), "files": [asdict(one) for one in files]}
+    return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, {"model": model.id, **totals}))
 
 
 class Ask:
     """A worker of Ray Data that asks the questions of a batch side by side."""
 
-    def __init__(self, config: dict[str, Any], body: dict[str, Any]) -> None:
-        self._models = Context.open(Config.parse(config, "config")).models
+    def __init__(self, config: dict[str, Any], tenant: str, body: dict[str, Any]) -> None:
+        self._models = Context.open(Config.parse(config, "config")).of_tenant(tenant).models
         self._body = body
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -101,36 +106,57 @@ class Ask:
 
 
 def _score(
-    context: Context,
-    request: EvaluateQuestionAnsweringRequest,
-    answered: ray.data.Dataset,
-    total: int,
-    folder: Path,
-) -> dict[str, float]:
-    """Scores the answers as they come, writes each to `examples.jsonl`, and returns the totals."""
+    work: driver.Work, request: EvaluateQuestionAnsweringRequest, answers: ray.data.Dataset, total: int, file: Path
+) -> None:
+    """Scores the answers as they come, and adds each to the file."""
     metrics = {metric.value: METRICS[metric] for metric in request.metrics}
-    sums = dict.fromkeys([*metrics, "prompt_tokens", "completion_tokens"], 0.0)
-    first, last, done = float("inf"), 0.0, 0
-    with (folder / "examples.jsonl").open("w") as lines:
-        for row in _rows(answered):
+    before = done = sum(1 for _ in _whole_lines(file))
+    first = time.time()
+    with file.open("a") as lines:
+        for row in _rows(answers):
             scores = {name: float(metric(row["expected"], row["answer"])) for name, metric in metrics.items()}
-            for name in sums:
-                sums[name] += scores[name] if name in scores else row[name]
-            first, last, done = min(first, row["started"]), max(last, row["ended"]), done + 1
-            example = {"row": row["row"], "messages": json.loads(row["messages"])}
-            lines.write(json.dumps(example | {"expected": row["expected"], "answer": row["answer"], **scores}) + "\n")
+            lines.write(json.dumps(row | {"messages": json.loads(row["messages"]), **scores}) + "\n")
+            done += 1
             if done % BATCH_SIZE == 0:
-                progress = {"done": done, "total": total, "unit": "examples"}
-                left = (last - first) / done * (total - done)
-                context.store.record_progress(request.job_uuid, progress | {"seconds_left": left}, [])
-    totals = {name: value / done if name in metrics else value for name, value in sums.items()}
+                lines.flush()
+                print(f"{done} of {total} examples", flush=True)
+                left = (time.time() - first) / (done - before) * (total - done)
+                work.reporter.metrics.progress(done, total, "examples", left)
+
+
+def _totals(request: EvaluateQuestionAnsweringRequest, file: Path) -> dict[str, float]:
+    """The mean of each metric, the sums of the tokens, and from the first question to the last answer."""
+    names = [metric.value for metric in request.metrics]
+    sums = dict.fromkeys([*names, "prompt_tokens", "completion_tokens"], 0.0)
+    first, last, done = float("inf"), 0.0, 0
+    for example in _whole_lines(file):
+        for name in sums:
+            sums[name] += example[name]
+        first, last, done = min(first, example["started"]), max(last, example["ended"]), done + 1
+    totals = {name: value / done if name in names else value for name, value in sums.items()}
     return totals | {"examples": float(done), "seconds": last - first}
 
 
-def _rows(answered: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    for row in answered.iter_rows():
+def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The examples in a file; a line that a lost attempt did not finish is cut off."""
+    if not file.exists():
+        return
+    with file.open("rb+") as lines:
+        end = 0
+        while (line := lines.readline()).endswith(b"\n"):
+            end += len(line)
+            yield json.loads(line)
+        lines.truncate(end)
+
+
+def _rows(answers: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    for row in answers.iter_rows():
         yield {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(driver.run(EvaluateQuestionAnsweringRequest, evaluations.question_answering, question_answering))
+    sys.exit(
+        driver.run(
+            EvaluateQuestionAnsweringRequest, evaluations.question_answering, evaluations.resources, question_answering
+        )
+    )

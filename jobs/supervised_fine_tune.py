@@ -12,32 +12,39 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import psutil
 import ray
 import ray.train
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from jobs import driver
+from jobs.reporter import Metrics
 from stack import datasets, post_training
 from stack.api.post_training import LoraFinetuningConfig, OptimizerConfig, OptimizerType, PostTrainingSFTRequest
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, StackError
-from stack.store import Adapter, now
+from stack.store import Adapter, Job, Store, now
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+# How often a training saves what another attempt would go on from, and under which name; the end has another one.
+CHECKPOINTS = 10
+SAVED = "saved"
+ADAPTER = "adapter"
 
 
-def fine_tune(context: Context, request: PostTrainingSFTRequest) -> driver.Outcome:
+def fine_tune(work: driver.Work, request: PostTrainingSFTRequest) -> driver.Outcome:
     """Fine-tunes a model with a LoRA adapter and registers the adapter as a model."""
+    context, job = work.context, work.job
     model = context.models.get(request.model).base
-    resources: dict[str, float] = {"CPU": 1, "GPU": 1} if model.gpus else {"CPU": 1}
-    storage = post_training.training_folder(request.job_uuid)
+    workers = post_training.resources(context, request)
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
@@ -45,45 +52,57 @@ def fine_tune(context: Context, request: PostTrainingSFTRequest) -> driver.Outco
             "request": request.model_dump(mode="json"),
             "model_folder": str(model.folder),
             "context": model.context,
+            "tenant": job.tenant,
+            "attempt": work.reporter.number,
+            "tensorboard": str(work.folder / "tensorboard"),
         },
-        scaling_config=ScalingConfig(num_workers=1, use_gpu=model.gpus > 0, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=storage.name, storage_path=str(storage.parent), failure_config=FailureConfig(max_failures=0)
+        scaling_config=ScalingConfig(
+            num_workers=workers["workers"], use_gpu=model.gpus > 0, resources_per_worker=workers["per_worker"]
+        ),
+        # A run of this name in this folder, by an attempt that was lost, is gone on with from its last checkpoint.
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the class that it replaces
+            name="train",
+            storage_path=str(work.folder),
+            failure_config=FailureConfig(max_failures=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            callbacks=[CheckpointRecorder(context.config, job, work.reporter.number)],  # type: ignore[list-item]  # as above
+            # Ray Train's own `print` writes every line twice, and where others look for what they print.
+            worker_runtime_env={"env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}},
         ),
     )
-    name = post_training.adapter_name(request.job_uuid)
-    try:
-        result = trainer.fit()
-        assert result.checkpoint is not None, "the training ended without a checkpoint"
-        with result.checkpoint.as_directory() as folder:
-            files = context.artifacts.publish(name, Path(folder))
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
-    adapter = Adapter(
-        post_training.model_id(request.model, request.job_uuid), request.model, request.job_uuid, created_at=now()
-    )
+    name = post_training.adapter_name(job.tenant, job.uuid)
+    result = trainer.fit()
+    assert result.checkpoint is not None, "the training ended without a checkpoint"
+    with result.checkpoint.as_directory() as folder:
+        adapter_folder = Path(folder) / ADAPTER
+        if (work.folder / "tensorboard").is_dir():
+            shutil.copytree(work.folder / "tensorboard", adapter_folder / "tensorboard", dirs_exist_ok=True)
+        files = driver.publish(work, name, adapter_folder)
+    model_id = post_training.model_id(job.tenant, request.model, job.uuid)
+    adapter = Adapter(job.tenant, model_id, request.model, job.uuid, artifact=name, created_at=now())
     checkpoint = {
         "model": adapter.model_id,
         "path": context.artifacts.url(name),
         "iters": (result.metrics or {})["steps"],
         "files": [asdict(file) for file in files],
     }
-    kept = {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1, "per_worker": resources}}
-    return driver.Outcome(kept, artifact=name, adapter=adapter)
+    artifact = driver.artifact_row(work, name, "checkpoint", files, {"model": adapter.model_id, "base": request.model})
+    return driver.Outcome({"checkpoints": [checkpoint]}, artifact, adapter)
 
 
 def train_on_worker(settings: dict[str, Any]) -> None:
-    """What a worker of Ray Train does: train, and report the adapter as its checkpoint."""
+    """What a worker of Ray Train does: train, reporting checkpoints to go on from, and the adapter at the end."""
     import torch
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     if not torch.cuda.is_available():
         # Ray gives a worker one thread for each CPU it reserves, but on a laptop the other processes wait meanwhile.
         torch.set_num_threads(os.cpu_count() or 1)
-    context = Context.open(Config.parse(settings["config"], "config"))
+    restored = ray.train.get_checkpoint()
+    context = Context.open(Config.parse(settings["config"], "config")).of_tenant(settings["tenant"])
     request = PostTrainingSFTRequest.model_validate(settings["request"])
     training = request.training_config
 
@@ -98,7 +117,17 @@ def train_on_worker(settings: dict[str, Any]) -> None:
     steps = -(-len(train) // training.batch_size) * training.n_epochs
     steps = min(steps, training.n_iters) if training.n_iters else steps
     model = AutoModelForCausalLM.from_pretrained(settings["model_folder"], dtype=_dtype())
-    with TemporaryDirectory() as folder:
+    _set_up_loggers(request, settings["tensorboard"])
+    job = context.store.jobs.get(context.tenant, request.job_uuid)
+    assert job is not None
+    with (
+        Metrics(context.store, job, settings["attempt"]) as metrics,
+        TemporaryDirectory() as folder,
+        restored.as_directory() if restored else nullcontext() as earlier,
+    ):
+        if earlier and (Path(earlier) / ADAPTER).is_dir():  # it was trained to the end, but not published
+            ray.train.report({"steps": steps}, checkpoint=restored)
+            return
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
@@ -118,8 +147,11 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 eval_strategy="steps" if validation is not None else "no",
                 eval_steps=max(1, -(-steps // 5)),
                 logging_steps=1,
-                save_strategy="no",
-                report_to=[],
+                save_strategy="steps",
+                save_steps=max(1, -(-steps // CHECKPOINTS)),
+                save_total_limit=1,
+                report_to=request.logger_config.report_to,
+                run_name=request.logger_config.run_name or request.job_uuid,
                 disable_tqdm=True,
                 use_cpu=not torch.cuda.is_available(),
                 bf16=torch.cuda.is_available(),
@@ -135,15 +167,33 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 target_modules=target_modules(request.algorithm_config, model),
             ),
             optimizer_cls_and_kwargs=_optimizer(request.optimizer_config),
-            callbacks=[_recorder(context, request.job_uuid)],
+            callbacks=[_recorder(context, job, settings["attempt"], metrics)],
         )
+        trainer.remove_callback(PrinterCallback)  # ours says more
         check_lengths("dataset", trainer.train_dataset["input_ids"], settings["context"])
         if validation is not None:
             check_lengths("validation_dataset", trainer.eval_dataset["input_ids"], settings["context"])
-        trainer.train()
-        adapter = Path(folder) / "adapter"
-        trainer.model.save_pretrained(adapter)
-        ray.train.report({"steps": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(str(adapter)))
+        trainer.train(resume_from_checkpoint=str(Path(earlier) / SAVED) if earlier else None)
+        metrics.flush()
+        final = Path(folder) / "final"
+        trainer.model.save_pretrained(final / ADAPTER)
+        ray.train.report({"steps": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(str(final)))
+
+
+class CheckpointRecorder(UserCallback):
+    """Writes down each checkpoint that another attempt would go on from, once Ray Train knows it."""
+
+    def __init__(self, config: Config, job: Job, number: int) -> None:
+        self._url = config.store_url
+        self._job = job
+        self._number = number
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
+        if checkpoint is not None:
+            saved = {"path": checkpoint.path, "iters": metrics[0]["steps"], "files": []}
+            store = Store(self._url)
+            store.jobs.record(self._job.id, self._number, checkpoints=[saved])
+            store.close()
 
 
 def check_lengths(name: str, rows: Iterable[list[int]], context: int) -> None:
@@ -182,29 +232,50 @@ def _dtype() -> Any:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def _recorder(context: Context, job_uuid: str) -> Any:
-    """A callback that writes each step's figures to the store."""
+def _set_up_loggers(request: PostTrainingSFTRequest, tensorboard: str) -> None:
+    """The integrations of the Trainer take where they report to from the environment."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = tensorboard
+    if project := request.logger_config.project:
+        os.environ |= {"WANDB_PROJECT": project, "MLFLOW_EXPERIMENT_NAME": project}
+
+
+def _recorder(context: Context, job: Job, number: int, metrics: Metrics) -> Any:
+    """A callback that notes each step's figures, and reports what the trainer saves to Ray Train."""
     from transformers import TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+
+    process = psutil.Process()
 
     class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.start = time.monotonic()
+            self.first = state.global_step
+            if number > 1:
+                print(f"going on from step {self.first}, where the last checkpoint is")
+                # The steps behind it are done again, and their figures with them.
+                context.store.telemetry.drop_metrics(job.tenant, job.run_id, after_step=self.first)
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            metrics.flush()
+            saved = get_last_checkpoint(args.output_dir)
+            with TemporaryDirectory() as folder:
+                shutil.copytree(saved, Path(folder) / SAVED)
+                ray.train.report({"steps": state.global_step}, checkpoint=Checkpoint.from_directory(folder))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             step, total = state.global_step, state.max_steps
             elapsed = time.monotonic() - self.start
-            left = elapsed / step * (total - step) if step else None
+            left = elapsed / (step - self.first) * (total - step) if step > self.first else None
             values = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
             if not math.isfinite(values.get("loss", 0.0)):
                 raise StackError(f"the loss is {values['loss']} at step {step}: lower the learning rate")
             if "num_tokens" in logs:
                 values["tokens_per_second"] = logs["num_tokens"] / elapsed
             values["seconds"] = elapsed
-            context.store.record_progress(
-                job_uuid,
-                {"done": step, "total": total, "unit": "steps", "seconds_left": left},
-                [(name, step, value) for name, value in values.items()],
-            )
+            values["memory_gb"] = process.memory_info().rss / 2**30
+            values["cpu_percent"] = process.cpu_percent()
+            metrics.log(step, values.items())
+            metrics.progress(step, total, "steps", left)
             print(f"step {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in values.items()))
 
     return Recorder()
@@ -221,4 +292,4 @@ NAMES = {
 
 
 if __name__ == "__main__":
-    sys.exit(driver.run(PostTrainingSFTRequest, post_training.supervised_fine_tune, fine_tune))
+    sys.exit(driver.run(PostTrainingSFTRequest, post_training.supervised_fine_tune, post_training.resources, fine_tune))

@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "serve_apps" / "local.yaml"
 OBJECT_STORE_BYTES = 512 * 2**20
 SERVICE = "llama-stack-ray"
+# The port of the agent that each Ray node has, and how long the agent of a killed Ray may hold it.
+AGENT_PORT = 52_365
+AGENT_PORT_S = 180.0
 MODEL_IMPORT_PATH = "serve_apps.llm:build"
 
 
@@ -151,6 +154,27 @@ def require_free(host: str, port: int) -> None:
             raise StartFailed(
                 f"{host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose a --port"
             ) from error
+
+
+def wait_for_agent_port(stopped: Callable[[], bool], say: Callable[[str], None]) -> None:
+    """Waits until the port of Ray's node agent is free. Raises StartFailed if it is not in time.
+
+    Without its agent a Ray takes no jobs, and `ray.init` neither says so nor takes another port for it. The agent of a
+    Ray that was killed holds the port until it notices, a minute or two later.
+    """
+    deadline = time.monotonic() + AGENT_PORT_S
+    said = False
+    while not stopped():
+        try:
+            require_free("127.0.0.1", AGENT_PORT)
+            return
+        except StartFailed as error:
+            if time.monotonic() > deadline:
+                raise StartFailed(f"another Ray runs on this machine: {error}") from error
+            if not said:
+                say(f"waiting for the agent of an earlier Ray to leave port {AGENT_PORT}")
+                said = True
+        time.sleep(1)
 
 
 def start_ray() -> str:

@@ -50,9 +50,10 @@ def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
     os.environ["STACK_HOME"] = str(home())
     stop = threading.Event()
     started = time.monotonic()
-    say("starting Ray")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    local_stack.wait_for_agent_port(stop.is_set, say)
+    say("starting Ray")
     ray_address = local_stack.start_ray()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
         signal.signal(number, lambda *_: stop.set())

@@ -27,7 +27,7 @@ from stack.artifacts import Artifacts
 from stack.config import LanguageModel, artifacts_url, home
 from stack.errors import BadInput, StackError
 from stack.models import Endpoint, Failure
-from stack.post_training import adapter_name
+from stack.post_training import adapter_of_model
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -121,8 +121,8 @@ class AdapterLoader(LoraModelLoader):  # type: ignore[misc]  # Ray does not type
         self._artifacts = Artifacts(url, cache=home() / "cache")
 
     async def load_model_from_config(self, lora_model_id: str, llm_config: LLMConfig) -> DiskMultiplexConfig:
-        job_uuid = lora_model_id.removeprefix(f"{llm_config.model_id}:")
-        folder = await asyncio.to_thread(self._artifacts.local, adapter_name(job_uuid))
+        artifact = adapter_of_model(llm_config.model_id, lora_model_id)
+        folder = await asyncio.to_thread(self._artifacts.local, artifact)
         return DiskMultiplexConfig(
             model_id=lora_model_id,
             max_total_tokens=None,

@@ -8,6 +8,7 @@ manifest first, so they see all of an artifact or nothing.
 import hashlib
 import json
 import re
+import shutil
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from stack.errors import BadInput, NotFound
+from stack.errors import BadInput, NotFound, StorageFull
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
@@ -93,6 +94,13 @@ class Artifacts:
                     raise OSError(f"{file.name} of the artifact {name!r} is not what was published")
                 part.rename(copy)
         return folder
+
+    def require_room(self, size: int) -> None:
+        """Raises StorageFull unless so many bytes are free."""
+        self._files.makedirs(self._root, exist_ok=True)
+        free = shutil.disk_usage(self._root).free if self._is_local else None
+        if free is not None and free < size:
+            raise StorageFull(f"the artifacts' disk has {free} bytes left, and {size} are needed")
 
     def exists(self, name: str) -> bool:
         return bool(self._files.exists(f"{self._path(name)}/{MANIFEST}"))

@@ -56,15 +56,21 @@ class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
     `store` is a SQLite file or an SQLAlchemy address; `artifacts` a folder or an fsspec address (s3://bucket/prefix);
-    `data_roots` the folders whose files may become data sets. Of the accepted jobs `max_running_jobs` run at once.
+    `data_roots` the folders whose files may become data sets. Of the accepted jobs `max_running_jobs` run at once, of
+    each tenant's at most `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job whose attempt
+    was lost for no fault of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times.
     """
 
     store: str = "stack.db"
     artifacts: str = "artifacts"
     data_roots: Annotated[list[str], Field(min_length=1)] = ["data"]
     max_running_jobs: Annotated[int, Field(ge=1, le=10_000)] = 2
+    max_running_jobs_per_tenant: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    max_waiting_jobs_per_tenant: Annotated[int, Field(ge=1, le=100_000)] = 1_000
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 3
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**20
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
+    otlp_address: str | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
 
     @field_validator("models")

@@ -42,27 +42,27 @@ def create(context: Context, request: CreateDatasetRequest) -> RegisteredDataset
     Registering the same again changes nothing. Raises BadInput with the row at fault, TooLarge, or Conflict where the
     uuid stands for something else.
     """
-    known = context.store.dataset(request.uuid)
+    known = context.store.datasets.get(context.tenant, request.uuid)
     if known is None:
         rows, size, digest = check(context, request.dataset)
         row = request.dataset.model_dump(mode="json") | dict(
             uuid=request.uuid, rows=rows, bytes=size, sha256=digest, created_at=now()
         )
-        if context.store.add_dataset(row):
-            return RegisteredDataset(**row)
-        known = context.store.dataset(request.uuid)
+        if context.store.datasets.add(context.tenant, row):
+            return RegisteredDataset(**{k: v for k, v in row.items() if k != "tenant"})
+        known = context.store.datasets.get(context.tenant, request.uuid)
     assert known is not None
     if TrainEvalDataset(**{key: known[key] for key in TrainEvalDataset.model_fields}) != request.dataset:
         raise Conflict(f"there is another data set with the uuid {request.uuid!r}", param="uuid")
-    return RegisteredDataset(**known)
+    return RegisteredDataset(**{k: v for k, v in known.items() if k != "tenant"})
 
 
 def get(context: Context, uuid: str) -> RegisteredDataset:
     """A registered data set. Raises NotFound."""
-    row = context.store.dataset(uuid)
+    row = context.store.datasets.get(context.tenant, uuid)
     if row is None:
         raise NotFound(f"there is no data set with the uuid {uuid!r}", param="dataset_uuid")
-    return RegisteredDataset(**row)
+    return RegisteredDataset(**{k: v for k, v in row.items() if k != "tenant"})
 
 
 def resolve(context: Context, reference: TrainEvalDataset | str) -> TrainEvalDataset:

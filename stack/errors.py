@@ -5,6 +5,7 @@ StackError
 ├── NotFound       404  an id that is not there (or not yours)
 ├── Conflict       409  an id that is taken by something else
 ├── TooLarge       413  a body or file over its bound
+├── TooManyRequests 429  more than a tenant may have at once
 ├── EngineFailed   500  a model that failed while it answered
 ├── Unavailable    503  something that will work again; says after how many seconds to retry
 └── StorageFull    507  no room left on the disk
@@ -51,6 +52,13 @@ class TooLarge(StackError):
     status = 413
     type = "invalid_request_error"
     code = "too_large"
+
+
+class TooManyRequests(StackError):
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_requests"
+    retry_after = 30
 
 
 class EngineFailed(StackError):

@@ -1,12 +1,15 @@
 """Evaluations: what is checked before a job is accepted, and what a finished one has found."""
 
+from typing import Any
+
 from stack import datasets, jobs
 from stack.api.evaluations import (
     EvaluateQuestionAnsweringRequest,
     EvaluationJobArtifactsResponse,
+    EvaluationJobEntry,
     EvaluationJobStatusResponse,
 )
-from stack.api.jobs import ArtifactFile
+from stack.api.jobs import ArtifactFile, JobStatus
 from stack.context import Context
 from stack.errors import NotFound
 from stack.inference import sampling_body
@@ -15,13 +18,16 @@ from stack.post_training import model_id
 from stack.store import Job
 
 KINDS = (jobs.EVALUATE,)
+# What the worker that asks the questions reserves, and the room that there must be for the answers.
+ASKER_CPUS = 0.25
+RESULT_BYTES = 16 * 2**20
 
 
 def question_answering(
     context: Context, request: EvaluateQuestionAnsweringRequest, submission_id: str | None = None
 ) -> Job:
     """Accepts an evaluation. Raises BadInput for data that has no examples, NotFound, Conflict."""
-    if context.store.job(request.job_uuid) is None:
+    if context.store.jobs.get(context.tenant, request.job_uuid) is None:
         try:
             model_of(context, request.checkpoint)
         except NotFound as error:
@@ -29,7 +35,23 @@ def question_answering(
             raise
         sampling_body(request.sampling_params)
         datasets.check_examples(context, request.dataset, "dataset")
-    return jobs.submit(context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"), submission_id)
+        context.artifacts.require_room(RESULT_BYTES)
+    return jobs.submit(
+        context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"),
+        bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,
+    )  # fmt: skip
+
+
+def resources(_: Context, __: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+    """What an evaluation takes beside the model that serves."""
+    return {"workers": 1, "per_worker": {"CPU": ASKER_CPUS}}
+
+
+def list_jobs(
+    context: Context, kind: str | None, status: JobStatus | None, after: str | None, limit: int
+) -> list[EvaluationJobEntry]:
+    """Evaluations, newest first."""
+    return [EvaluationJobEntry(**jobs.entry(job)) for job in jobs.page(context, KINDS, kind, status, after, limit)]
 
 
 def model_of(context: Context, checkpoint: str) -> Model:
@@ -37,10 +59,10 @@ def model_of(context: Context, checkpoint: str) -> Model:
     try:
         return context.models.get(checkpoint)
     except NotFound:
-        job = context.store.job(checkpoint)
+        job = context.store.jobs.get(context.tenant, checkpoint)
         if job is None or job.kind != jobs.SUPERVISED_FINE_TUNE:
             raise
-        return context.models.get(model_id(job.request["model"], job.uuid))
+        return context.models.get(model_id(job.tenant, job.request["model"], job.uuid))
 
 
 def job_status(context: Context, job_uuid: str) -> EvaluationJobStatusResponse:
@@ -58,6 +80,6 @@ def job_artifacts(context: Context, job_uuid: str) -> EvaluationJobArtifactsResp
     )
 
 
-def results_name(job_uuid: str) -> str:
+def results_name(tenant: str, job_uuid: str) -> str:
     """The artifact that holds the results of an evaluation by example."""
-    return f"evaluations/{job_uuid}"
+    return jobs.artifact_name(tenant, "evaluations", job_uuid)

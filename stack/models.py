@@ -93,23 +93,25 @@ class ServeEngine:
 
 
 class Models:
-    """The models that there are."""
+    """The models that a tenant can ask: those of the config, which are everybody's, and its own adapters."""
 
-    def __init__(self, config: Config, store: Store, engine: Engine) -> None:
+    def __init__(self, config: Config, store: Store, engine: Engine, tenant: str) -> None:
         self._configured = {model.id: Model(model.id, model, is_adapter=False) for model in config.models}
         self._store = store
         self._engine = engine
+        self._tenant = tenant
 
     def all(self) -> list[Model]:
         """Those of the config, then the adapters, newest first."""
-        adapters = (self._of_adapter(row.model_id, row.base, row.created_at) for row in self._store.adapters())
+        rows = self._store.adapters.list(self._tenant)
+        adapters = (self._of_adapter(row.model_id, row.base, row.created_at) for row in rows)
         return [*self._configured.values(), *(model for model in adapters if model)]
 
     def get(self, id: str) -> Model:
         """The model of this id. Raises NotFound, naming the known ones."""
         if id in self._configured:
             return self._configured[id]
-        row = self._store.adapter(id)
+        row = self._store.adapters.get(self._tenant, id)
         model = self._of_adapter(row.model_id, row.base, row.created_at) if row else None
         if model is None:
             known = [one.id for one in self.all()]

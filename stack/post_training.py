@@ -1,42 +1,47 @@
 """Fine-tuning: what is checked before a job is accepted, and what a finished one has made."""
 
-from pathlib import Path
+import importlib.util
+import json
+from typing import Any
 
 from stack import datasets, jobs
-from stack.api.jobs import ArtifactFile, MetricPoint
+from stack.api.jobs import ArtifactFile, JobStatus, MetricPoint
 from stack.api.post_training import (
     Checkpoint,
     FinetuningAlgorithm,
-    PostTrainingJob,
     PostTrainingJobArtifactsResponse,
+    PostTrainingJobEntry,
     PostTrainingJobStatusResponse,
     PostTrainingSFTRequest,
 )
-from stack.config import home
-from stack.context import Context
+from stack.config import LanguageModel
+from stack.context import DEFAULT_TENANT, Context
 from stack.errors import BadInput, Conflict
 from stack.store import Job
 
-KINDS = (jobs.SUPERVISED_FINE_TUNE,)
+KINDS = (jobs.SUPERVISED_FINE_TUNE, jobs.PREFERENCE_OPTIMIZE)
 
 
 def supervised_fine_tune(context: Context, request: PostTrainingSFTRequest, submission_id: str | None = None) -> Job:
     """Accepts a fine-tuning job. Raises BadInput for what cannot be trained, NotFound, Conflict."""
-    known = context.store.job(request.job_uuid)
-    if known is None:
+    if context.store.jobs.get(context.tenant, request.job_uuid) is None:
         _check(context, request)
     return jobs.submit(
-        context, jobs.SUPERVISED_FINE_TUNE, request.job_uuid, request.model_dump(mode="json"), submission_id
-    )
+        context, jobs.SUPERVISED_FINE_TUNE, request.job_uuid, request.model_dump(mode="json"),
+        bundles=[resources(context, request)["per_worker"]], submission_id=submission_id,
+    )  # fmt: skip
+
+
+def resources(context: Context, request: PostTrainingSFTRequest) -> dict[str, Any]:
+    """What a fine-tuning takes: its workers, and what each of them needs on its node."""
+    gpus = context.models.get(request.model).base.gpus
+    return {"workers": 1, "per_worker": {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}}
 
 
 def job_status(context: Context, job_uuid: str) -> PostTrainingJobStatusResponse:
     """How far a fine-tuning job is. Raises NotFound."""
     job = jobs.get(context, job_uuid, KINDS)
-    resources = (job.result or {}).get("resources_allocated")
-    return PostTrainingJobStatusResponse(
-        **jobs.state(context, job), resources_allocated=resources, checkpoints=_checkpoints(job)
-    )
+    return PostTrainingJobStatusResponse(**jobs.state(context, job), checkpoints=_checkpoints(job))
 
 
 def job_artifacts(context: Context, job_uuid: str) -> PostTrainingJobArtifactsResponse:
@@ -44,37 +49,41 @@ def job_artifacts(context: Context, job_uuid: str) -> PostTrainingJobArtifactsRe
     job = jobs.get(context, job_uuid, KINDS)
     points = [
         MetricPoint(name=metric.name, step=metric.step, value=metric.value, timestamp=metric.timestamp)
-        for metric in context.store.metrics_of(job_uuid)
+        for metric in context.store.telemetry.metrics(job.tenant, job.run_id)
+        if isinstance(metric.value, float)
     ]
     return PostTrainingJobArtifactsResponse(job_uuid=job_uuid, checkpoints=_checkpoints(job), metrics=points)
 
 
-def list_jobs(context: Context) -> list[PostTrainingJob]:
-    """All fine-tuning jobs, newest first."""
-    return [PostTrainingJob(job_uuid=job.uuid) for job in context.store.jobs_of_kinds(KINDS)]
+def list_jobs(
+    context: Context, kind: str | None, status: JobStatus | None, after: str | None, limit: int
+) -> list[PostTrainingJobEntry]:
+    """Fine-tuning jobs, newest first."""
+    page = jobs.page(context, KINDS, kind, status, after, limit)
+    return [PostTrainingJobEntry(**jobs.entry(job)) for job in page]
 
 
-def adapter_name(job_uuid: str) -> str:
+def adapter_name(tenant: str, job_uuid: str) -> str:
     """The artifact that holds the adapter which a job has trained."""
-    return f"adapters/{job_uuid}"
+    return jobs.artifact_name(tenant, "adapters", job_uuid)
 
 
-def model_id(base: str, job_uuid: str) -> str:
-    """The id under which that adapter is served."""
-    return f"{base}:{job_uuid}"
+def model_id(tenant: str, base: str, job_uuid: str) -> str:
+    """The id under which that adapter is served: no two tenants' are the same."""
+    return f"{base}:{job_uuid}" if tenant == DEFAULT_TENANT else f"{base}:{tenant}/{job_uuid}"
 
 
-def training_folder(job_uuid: str) -> Path:
-    """Where a fine-tuning keeps what it needs until its end."""
-    return home() / "training" / job_uuid
+def adapter_of_model(base: str, model_id: str) -> str:
+    """The artifact of the adapter that is served under an id: the way back from `model_id`."""
+    tenant, _, job_uuid = model_id.removeprefix(f"{base}:").rpartition("/")
+    return adapter_name(tenant or DEFAULT_TENANT, job_uuid)
 
 
 def _checkpoints(job: Job) -> list[Checkpoint]:
-    if not job.result:
-        return []
+    """Those that the job has published; before its end the one from which another attempt would go on."""
     return [
         Checkpoint(**dict(checkpoint, files=[ArtifactFile(**file) for file in checkpoint["files"]]))
-        for checkpoint in job.result["checkpoints"]
+        for checkpoint in (job.result["checkpoints"] if job.result else job.checkpoints or [])
     ]
 
 
@@ -102,12 +111,28 @@ def _check(context: Context, request: PostTrainingSFTRequest) -> None:
     for field in ("memory_efficient_fsdp_wrap", "fsdp_cpu_offload"):
         if getattr(request.training_config, field):
             raise BadInput(f"{field} is not there yet; allowed: false", param=f"training_config.{field}")
-    for field in ("hyperparam_search_config", "logger_config"):
-        if getattr(request, field):
-            raise BadInput(f"{field} is not there yet; allowed: {{}}", param=field)
+    if request.hyperparam_search_config:
+        raise BadInput("hyperparam_search_config is not there yet; allowed: {}", param="hyperparam_search_config")
+    for tool in request.logger_config.report_to:
+        package = "tensorboardX" if tool == "tensorboard" else tool
+        if importlib.util.find_spec(package) is None:
+            raise BadInput(f"{tool!r} needs the package {package}, which is not installed", param="logger_config")
     datasets.check_examples(context, request.dataset, "dataset")
     if request.validation_dataset is not None:
         datasets.check_examples(context, request.validation_dataset, "validation_dataset")
-    if context.artifacts.exists(adapter_name(request.job_uuid)):
+    context.artifacts.require_room(_bytes(model.base, request))
+    if context.artifacts.exists(adapter_name(context.tenant, request.job_uuid)):
         message = f"there is an adapter of a job {request.job_uuid!r} already; choose another job_uuid"
         raise Conflict(message, param="job_uuid")
+
+
+def _bytes(model: LanguageModel, request: PostTrainingSFTRequest) -> int:
+    """About how much room a LoRA training takes: its adapter, and two checkpoints with Adam's two moments, in float32.
+
+    Each adapted layer from m to n features has rank * (m + n) weights; the MLP's are the widest.
+    """
+    shape = json.loads((model.folder / "config.json").read_text())
+    hidden, wide = shape["hidden_size"], shape.get("intermediate_size", 4 * shape["hidden_size"])
+    lora = request.algorithm_config
+    features = len(lora.lora_attn_modules) * 2 * hidden + (3 * (hidden + wide) if lora.apply_lora_to_mlp else 0)
+    return int(shape["num_hidden_layers"] * features * lora.rank * 4 * (1 + 2 * 3))

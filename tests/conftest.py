@@ -1,5 +1,6 @@
 """What the tests share: a home folder of their own and a context on a scripted engine."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from stack.config import Config
 from stack.context import Context
+from stack.store import Store
 from tests.scripted_engine import ScriptedEngine
 
 CONFIG: dict[str, Any] = {
@@ -22,9 +24,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """STACK_HOME, in a temporary folder, with a data folder."""
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
+    (home / "models" / "small").mkdir(parents=True)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    (home / "models" / "small" / "config.json").write_text(json.dumps(shape))
     monkeypatch.setenv("STACK_HOME", str(home))
     monkeypatch.delenv("STACK_CONFIG", raising=False)
     return home
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(f"sqlite:///{tmp_path}/stack.db")
+    yield store
+    store.close()
 
 
 @pytest.fixture

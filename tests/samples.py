@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stack.store import Adapter, Store, now
+from stack.store import Adapter, Job, Store, now
+from stack.store.jobs import NewJob
 
 DIALOG: list[dict[str, Any]] = [
     {"role": "system", "content": "You are brief."},
@@ -28,11 +29,51 @@ def dataset(file: Path, **columns: str) -> dict[str, Any]:
     return {"columns": columns or {"dialog": "dialog"}, "content_url": file.as_uri()}
 
 
+def add_job(store: Store, uuid: str, kind: str = "evaluate", tenant: str = "default", **request: Any) -> Job:
+    """A job that waits."""
+    job, _ = store.jobs.add(NewJob(tenant, uuid, kind, request, experiment=kind), max_waiting=10_000)
+    assert job is not None
+    return job
+
+
+def start(store: Store, uuid: str, tenant: str = "default") -> Job:
+    """Lets an accepted job run, as its first attempt does."""
+    job = store.jobs.get(tenant, uuid)
+    assert job is not None
+    assert store.jobs.open_attempt(job.id, 1, f"{tenant}.{uuid}.1")
+    assert store.jobs.begin(job.id, 1, {"workers": 1})
+    return job
+
+
+def report(store: Store, uuid: str, progress: dict[str, Any], values: list[tuple[str, int, float]]) -> None:
+    """Writes the progress and the metrics of a running job."""
+    job = store.jobs.get("default", uuid)
+    assert job is not None
+    assert store.jobs.record(job.id, 1, progress=progress)
+    store.telemetry.add_metrics("default", job.run_id, values)
+
+
+def complete(store: Store, uuid: str, result: dict[str, Any], adapter: Adapter | None = None) -> None:
+    job = store.jobs.get("default", uuid)
+    assert job is not None
+    assert store.jobs.complete(job.id, 1, result, adapter)
+
+
+def fail(store: Store, uuid: str, reason: str) -> None:
+    """Fails an accepted job, which starts first if it has not."""
+    job = store.jobs.get("default", uuid)
+    assert job is not None
+    if job.status == "scheduled":
+        start(store, uuid)
+    assert store.jobs.fail(job.id, 1, reason)
+
+
 def add_adapter(store: Store, model_id: str, base: str, job_uuid: str) -> None:
     """Registers an adapter as the fine-tuning job that made it does."""
-    store.add_job(job_uuid, "supervised_fine_tune", {"model": base}, None)
-    store.start_job(job_uuid)
-    assert store.complete_job(job_uuid, {"checkpoints": []}, Adapter(model_id, base, job_uuid, created_at=now()))
+    add_job(store, job_uuid, "supervised_fine_tune", model=base)
+    start(store, job_uuid)
+    adapter = Adapter("default", model_id, base, job_uuid, f"adapters/{job_uuid}", created_at=now())
+    complete(store, job_uuid, {"checkpoints": []}, adapter)
 
 
 def fine_tuning(data: Any, **changes: Any) -> dict[str, Any]:

@@ -3,11 +3,13 @@
 from fastapi import APIRouter
 
 from serve_apps.routes.common import ContextOf, JobUuid
+from serve_apps.routes.jobs import After, Kind, Limit, Status, add_job_routes
 from stack import evaluations
 from stack.api.evaluations import (
     EvaluateQuestionAnsweringRequest,
     EvaluationJob,
     EvaluationJobArtifactsResponse,
+    EvaluationJobEntry,
     EvaluationJobStatusResponse,
 )
 
@@ -30,3 +32,14 @@ def job_status(context: ContextOf, job_uuid: JobUuid) -> EvaluationJobStatusResp
 def job_artifacts(context: ContextOf, job_uuid: JobUuid) -> EvaluationJobArtifactsResponse:
     """The files with an evaluation's results by example."""
     return evaluations.job_artifacts(context, job_uuid)
+
+
+@router.get("/jobs", response_model_exclude_none=True)
+def list_jobs(
+    context: ContextOf, status: Status = None, kind: Kind = None, after: After = None, limit: Limit = 100
+) -> list[EvaluationJobEntry]:
+    """Evaluations, newest first, a page at a time."""
+    return evaluations.list_jobs(context, kind, status, after, limit)
+
+
+add_job_routes(router, evaluations.KINDS)

@@ -3,10 +3,12 @@
 from fastapi import APIRouter
 
 from serve_apps.routes.common import ContextOf, JobUuid
+from serve_apps.routes.jobs import After, Kind, Limit, Status, add_job_routes
 from stack import post_training
 from stack.api.post_training import (
     PostTrainingJob,
     PostTrainingJobArtifactsResponse,
+    PostTrainingJobEntry,
     PostTrainingJobStatusResponse,
     PostTrainingSFTRequest,
 )
@@ -32,7 +34,12 @@ def job_artifacts(context: ContextOf, job_uuid: JobUuid) -> PostTrainingJobArtif
     return post_training.job_artifacts(context, job_uuid)
 
 
-@router.get("/jobs")
-def list_jobs(context: ContextOf) -> list[PostTrainingJob]:
-    """All fine-tuning jobs, newest first."""
-    return post_training.list_jobs(context)
+@router.get("/jobs", response_model_exclude_none=True)
+def list_jobs(
+    context: ContextOf, status: Status = None, kind: Kind = None, after: After = None, limit: Limit = 100
+) -> list[PostTrainingJobEntry]:
+    """Fine-tuning jobs, newest first, a page at a time."""
+    return post_training.list_jobs(context, kind, status, after, limit)
+
+
+add_job_routes(router, post_training.KINDS)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from stack.api.datasets import DatasetReference
 from stack.api.inference import SamplingParams
-from stack.api.jobs import ArtifactFile, JobState
+from stack.api.jobs import ArtifactFile, JobEntry, JobState, Priority
 from stack.api.wire import Id, ModelId, Request, Wire, at_most
 
 
@@ -26,10 +26,15 @@ class EvaluateQuestionAnsweringRequest(Request):
     checkpoint: ModelId
     sampling_params: SamplingParams
     metrics: Annotated[list[QuestionAnsweringMetric], Field(min_length=1), at_most(2)]
+    priority: Priority = 0
 
 
 class EvaluationJob(Wire):
     job_uuid: str
+
+
+class EvaluationJobEntry(JobEntry):
+    """An evaluation in a list."""
 
 
 class EvaluationJobStatusResponse(JobState):

@@ -1,12 +1,12 @@
 """Wire types of the post-training API."""
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from stack.api.datasets import DatasetReference
-from stack.api.jobs import ArtifactFile, JobState, JsonObject, MetricPoint
+from stack.api.jobs import ArtifactFile, JobEntry, JobState, JsonObject, MetricPoint, Priority
 from stack.api.wire import Id, ModelId, Request, Wire, at_most
 
 
@@ -57,6 +57,19 @@ class TrainingConfig(Wire):
     fsdp_cpu_offload: bool = False
 
 
+class LoggerConfig(Wire):
+    """Where a training reports its figures beside the job's own run, by the Trainer's integrations.
+
+    `report_to` names them; `project` and `run_name` are what they call the training (`run_name` is the job_uuid by
+    default). TensorBoard's files lie among the job's artifacts. MLflow and Weights & Biases find their servers and keys
+    by their own environment variables, and must be installed.
+    """
+
+    report_to: Annotated[list[Literal["tensorboard", "mlflow", "wandb"]], at_most(3)] = []
+    project: Annotated[str, Field(max_length=200)] | None = None
+    run_name: Annotated[str, Field(max_length=200)] | None = None
+
+
 class PostTrainingSFTRequest(Request):
     """`dataset` and `validation_dataset` are data sets, or the ids of registered ones."""
 
@@ -69,24 +82,31 @@ class PostTrainingSFTRequest(Request):
     optimizer_config: OptimizerConfig
     training_config: TrainingConfig
     hyperparam_search_config: JsonObject = {}
-    logger_config: JsonObject = {}
+    logger_config: LoggerConfig = LoggerConfig()
+    priority: Priority = 0
 
 
 class PostTrainingJob(Wire):
     job_uuid: str
 
 
-class Checkpoint(Wire):
-    """A trained model: the id under which it is served, where it lies among the artifacts, and its files."""
+class PostTrainingJobEntry(JobEntry):
+    """A fine-tuning in a list."""
 
-    model: str
+
+class Checkpoint(Wire):
+    """A trained model: the id under which it is served, where it lies among the artifacts, and its files.
+
+    One that a training has saved to go on from, should it be interrupted, is not served and has no `model`.
+    """
+
+    model: str | None = None
     path: str
     iters: int
     files: list[ArtifactFile]
 
 
 class PostTrainingJobStatusResponse(JobState):
-    resources_allocated: JsonObject | None = None
     checkpoints: list[Checkpoint]
 
 

@@ -9,6 +9,7 @@ from fastapi.testclient import TestClient
 
 from stack.context import Context
 from stack.store import Adapter, now
+from tests import samples
 from tests.api.envelope import error_of
 from tests.samples import dataset, dialogs, evaluation, fine_tuning, write_rows
 
@@ -115,12 +116,12 @@ def test_a_job_on_a_registered_data_set_is_accepted(client: TestClient, data: di
 def test_the_same_job_again_is_the_same_job(client: TestClient, context: Context, data: dict[str, Any]) -> None:
     for path, api, body in jobs(data):
         post(client, path, body)
-        context.store.start_job(body["job_uuid"])
+        samples.start(context.store, body["job_uuid"])
         for wrapped in (False, True):
             again = post(client, path, body, wrapped)
             assert (again.status_code, again.json()) == (200, {"job_uuid": body["job_uuid"]})
         assert status_of(client, api, body["job_uuid"])["status"] == "running"
-    assert len(context.store.unfinished_jobs()) == 2
+    assert len(context.store.jobs.under_way()) == 2
 
 
 def test_another_job_of_the_same_uuid_is_409(client: TestClient, data: dict[str, Any]) -> None:
@@ -190,18 +191,23 @@ def test_a_fine_tuning_shows_its_way_to_a_served_model(
 ) -> None:
     post(client, FINE_TUNE, fine_tuning(data))
     store = context.store
-    store.start_job("tune-1")
+    samples.start(store, "tune-1")
     progress = {"done": 1, "total": 2, "unit": "steps", "seconds_left": 3.5}
-    store.record_progress("tune-1", progress, [("loss", 1, 2.0)])
+    samples.report(store, "tune-1", progress, [("loss", 1, 2.0)])
     running = status_of(client, "post_training", "tune-1")
     assert (running["status"], running["progress"], running["metrics"]) == ("running", progress, {"loss": 2.0})
     assert running["checkpoints"] == []
     assert "completed_at" not in running
 
-    store.record_progress("tune-1", progress | {"done": 2}, [("loss", 2, 1.0)])
+    samples.report(store, "tune-1", progress | {"done": 2}, [("loss", 2, 1.0)])
     checkpoint = {"model": "small:tune-1", "path": "file:///adapters/tune-1", "iters": 2, "files": [FILE]}
-    result = {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1}}
-    store.complete_job("tune-1", result, Adapter("small:tune-1", "small", "tune-1", created_at=now()))
+    result = {"checkpoints": [checkpoint]}
+    samples.complete(
+        store,
+        "tune-1",
+        result,
+        Adapter("default", "small:tune-1", "small", "tune-1", "adapters/tune-1", created_at=now()),
+    )
     completed = status_of(client, "post_training", "tune-1")
     assert (completed["status"], completed["metrics"], completed["checkpoints"]) == (
         "completed",
@@ -226,10 +232,10 @@ def test_an_evaluation_shows_its_scores(client: TestClient, context: Context, da
     empty = client.get("/evaluate/job/artifacts", params={"job_uuid": "evaluation-1"}).json()
     assert empty == {"job_uuid": "evaluation-1", "files": []}
     store = context.store
-    store.start_job("evaluation-1")
+    samples.start(store, "evaluation-1")
     progress = {"done": 4, "total": 4, "unit": "examples", "seconds_left": 0.0}
-    store.record_progress("evaluation-1", progress, [("em", 0, 0.75), ("examples", 0, 4.0)])
-    store.complete_job("evaluation-1", {"path": "file:///evaluations/evaluation-1", "files": [FILE]})
+    samples.report(store, "evaluation-1", progress, [("em", 0, 0.75), ("examples", 0, 4.0)])
+    samples.complete(store, "evaluation-1", {"path": "file:///evaluations/evaluation-1", "files": [FILE]})
     status = status_of(client, "evaluate", "evaluation-1")
     assert (status["status"], status["progress"]) == ("completed", progress)
     assert status["metrics"] == {"em": 0.75, "examples": 4.0}
@@ -241,7 +247,7 @@ def test_an_evaluation_shows_its_scores(client: TestClient, context: Context, da
 def test_a_failed_job_shows_the_reason(client: TestClient, context: Context, data: dict[str, Any]) -> None:
     for path, api, body in jobs(data):
         post(client, path, body)
-        context.store.fail_job(body["job_uuid"], "the disk is full")
+        samples.fail(context.store, body["job_uuid"], "the disk is full")
         status = status_of(client, api, body["job_uuid"])
         assert (status["status"], status["error"]) == ("failed", "the disk is full")
         assert status["completed_at"]
@@ -252,9 +258,9 @@ def test_a_training_that_diverges_can_still_be_looked_at(
     client: TestClient, context: Context, data: dict[str, Any], value: float
 ) -> None:
     post(client, FINE_TUNE, fine_tuning(data))
-    context.store.start_job("tune-1")
+    samples.start(context.store, "tune-1")
     progress = {"done": 1, "total": 2, "unit": "steps"}
-    context.store.record_progress("tune-1", progress, [("loss", 1, value), ("learning_rate", 1, 0.5)])
+    samples.report(context.store, "tune-1", progress, [("loss", 1, value), ("learning_rate", 1, 0.5)])
     assert status_of(client, "post_training", "tune-1")["metrics"]["learning_rate"] == 0.5
     artifacts = client.get("/post_training/job/artifacts", params={"job_uuid": "tune-1"})
     assert "learning_rate" in [point["name"] for point in artifacts.json()["metrics"]]
@@ -264,7 +270,10 @@ def test_jobs_are_listed_and_only_those_of_the_api(client: TestClient, context: 
     assert client.get("/post_training/jobs").json() == []
     for path, _, body in jobs(data):
         post(client, path, body)
-    assert client.get("/post_training/jobs").json() == [{"job_uuid": "tune-1"}]
+    for api, job_uuid in (("post_training", "tune-1"), ("evaluate", "evaluation-1")):
+        assert [(job["job_uuid"], job["status"]) for job in client.get(f"/{api}/jobs").json()] == [
+            (job_uuid, "scheduled")
+        ]
     for api, job_uuid in (("post_training", "evaluation-1"), ("evaluate", "tune-1")):
         for what in ("status", "artifacts"):
             error = error_of(client.get(f"/{api}/job/{what}", params={"job_uuid": job_uuid}), 404)

@@ -1,9 +1,11 @@
 """What every driver does around its work: finding its job, taking it, and writing down how it ended."""
 
+import contextlib
 import errno
 import json
 import os
 import signal
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +18,15 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import WorkerGroupError
 
 from jobs import driver
-from stack import evaluations
+from stack import evaluations, jobs
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.context import Context
-from stack.errors import BadInput, NotFound
+from stack.errors import BadInput, NotFound, Unavailable
 from stack.store import Adapter, Job, now
 from tests.conftest import CONFIG
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
-Work = Callable[[Context, EvaluateQuestionAnsweringRequest], driver.Outcome]
+Work = Callable[[driver.Work, EvaluateQuestionAnsweringRequest], driver.Outcome]
 
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/a")
@@ -97,16 +99,20 @@ def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
     def run(*arguments: str | Path, work: Work = found_nothing) -> int:
         monkeypatch.setattr("sys.argv", ["jobs.evaluate", *map(str, arguments)])
-        return driver.run(EvaluateQuestionAnsweringRequest, evaluations.question_answering, work)
+        return driver.run(EvaluateQuestionAnsweringRequest, evaluations.question_answering, evaluations.resources, work)
 
     before = signal.getsignal(signal.SIGTERM)
     yield run
     signal.signal(signal.SIGTERM, before)
 
 
-def found_nothing(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+def outcome(work: driver.Work, result: dict[str, Any], adapter: Adapter | None = None) -> driver.Outcome:
+    return driver.Outcome(result, driver.artifact_row(work, "evaluations/a", "metric", [], {}), adapter)
+
+
+def found_nothing(work: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
     """Evaluates nothing."""
-    return driver.Outcome({"path": "file:///nothing", "files": []}, artifact="evaluations/nothing")
+    return outcome(work, {"path": "file:///nothing", "files": []})
 
 
 @pytest.fixture
@@ -123,13 +129,20 @@ def config(tmp_path: Path, data: dict[str, Any]) -> Path:
 
 
 def job(context: Context, uuid: str = "evaluation-1") -> Job:
-    found = context.store.job(uuid)
+    found = context.store.jobs.get("default", uuid)
     assert found is not None
     return found
 
 
+ATTEMPT = ("--job", "evaluation-1", "--attempt", "1")
+
+
 def accepted(context: Context, data: dict[str, Any]) -> Job:
-    return evaluations.question_answering(context, EvaluateQuestionAnsweringRequest.model_validate(evaluation(data)))
+    """A job whose first attempt the supervisor has opened."""
+    request = EvaluateQuestionAnsweringRequest.model_validate(evaluation(data))
+    job = evaluations.question_answering(context, request)
+    assert context.store.jobs.open_attempt(job.id, 1, "default.evaluation-1.1")
+    return job
 
 
 def test_a_request_from_a_file_becomes_a_job_and_is_completed(
@@ -137,14 +150,15 @@ def test_a_request_from_a_file_becomes_a_job_and_is_completed(
 ) -> None:
     seen = []
 
-    def work(opened: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
-        seen.append((request.job_uuid, job(opened).status))
-        return driver.Outcome({"files": [], "path": "file:///a"}, artifact="evaluations/a")
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        seen.append((request.job_uuid, job(given.context).status))
+        return outcome(given, {"files": [], "path": "file:///a"})
 
     assert run("--config", config, work=work) == 0
     assert seen == [("evaluation-1", "running")]
     done = job(context)
-    assert (done.status, done.submission_id) == ("completed", "raysubmit_1")
+    assert done.status == "completed"
+    assert [one.submission_id for one in context.store.jobs.attempts(done.id)] == ["raysubmit_1"]
     assert done.request == EvaluateQuestionAnsweringRequest.model_validate(evaluation(data)).model_dump(mode="json")
     assert done.result == {"files": [], "path": "file:///a"}
     assert "'evaluation-1' is completed" in capsys.readouterr().out
@@ -163,7 +177,7 @@ def test_a_job_that_the_gateway_has_accepted_is_found_by_its_uuid(
     context: Context, run: Callable[..., int], data: dict[str, Any]
 ) -> None:
     accepted(context, data)
-    assert run("--job", "evaluation-1") == 0
+    assert run(*ATTEMPT) == 0
     assert job(context).status == "completed"
 
 
@@ -196,7 +210,7 @@ def test_a_wrong_file_is_refused_with_the_reason_and_makes_no_job(
     assert printed.startswith("refused: ")
     assert words in printed
     assert printed.count("\n") == 1
-    assert context.store.unfinished_jobs() == []
+    assert context.store.jobs.page("default", [jobs.EVALUATE]) == []
 
 
 def test_a_missing_file_is_refused(run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,15 +219,15 @@ def test_a_missing_file_is_refused(run: Callable[..., int], tmp_path: Path, caps
 
 
 def test_an_unknown_job_is_refused(run: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--job", "none") == 2
-    assert "there is no job 'none' in sqlite:///" in capsys.readouterr().err
+    assert run("--job", "none", "--attempt", "1") == 2
+    assert "there is no job 'none' of the tenant 'default'" in capsys.readouterr().err
 
 
 def test_a_wrong_config_of_the_stack_is_refused(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("STACK_CONFIG", '{"models": []}')
-    assert run("--job", "evaluation-1") == 2
+    assert run(*ATTEMPT) == 2
     assert "refused: STACK_CONFIG: models" in capsys.readouterr().err
 
 
@@ -227,7 +241,7 @@ def test_a_file_outside_of_a_ray_job_is_refused(
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
     assert run("--config", config) == 2
     assert "ray job submit" in capsys.readouterr().err
-    assert context.store.unfinished_jobs() == []
+    assert context.store.jobs.page("default", [jobs.EVALUATE]) == []
 
 
 @pytest.mark.parametrize("arguments", [[], ["--job", "a", "--config", "b"], ["--uuid", "a"]])
@@ -244,25 +258,24 @@ def test_other_arguments_are_refused(
 def test_a_job_that_is_not_waiting_is_left_alone(
     context: Context, run: Callable[..., int], data: dict[str, Any], capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
-    accepted(context, data)
+    job_id = accepted(context, data).id
+    context.store.jobs.begin(job_id, 1, {})
     if end == "failed":
-        context.store.fail_job("evaluation-1", "before")
-    else:
-        context.store.start_job("evaluation-1")
-    if end == "completed":
-        context.store.complete_job("evaluation-1", {"path": None, "files": []})
+        context.store.jobs.fail(job_id, 1, "before")
+    elif end == "completed":
+        context.store.jobs.complete(job_id, 1, {"path": None, "files": []})
     before = job(context)
 
-    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
         raise AssertionError("it must not run")
 
-    assert run("--job", "evaluation-1", work=work) == (1 if end == "failed" else 0)
+    assert run(*ATTEMPT, work=work) == (1 if end == "failed" else 0)
     assert job(context) == before
     assert f"is {end} already" in capsys.readouterr().out
 
 
 def failing(error: BaseException) -> Work:
-    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
         raise error
 
     return work
@@ -277,7 +290,7 @@ def test_work_that_is_refused_fails_the_job_with_the_reason(
     wrapped: Callable[[Exception], Exception],
 ) -> None:
     accepted(context, data)
-    assert run("--job", "evaluation-1", work=failing(wrapped(BadInput("row 5 is not JSON")))) == 1
+    assert run(*ATTEMPT, work=failing(wrapped(BadInput("row 5 is not JSON")))) == 1
     assert (job(context).status, job(context).error) == ("failed", "row 5 is not JSON")
     assert capsys.readouterr().err == "failed: row 5 is not JSON\n"
 
@@ -295,7 +308,7 @@ def test_whatever_ends_the_work_fails_the_job_and_is_raised_again(
 ) -> None:
     accepted(context, data)
     with pytest.raises(type(error)) as caught:
-        run("--job", "evaluation-1", work=failing(error))
+        run(*ATTEMPT, work=failing(error))
     assert caught.value is error
     failed = job(context)
     assert failed.status == "failed"
@@ -303,13 +316,13 @@ def test_whatever_ends_the_work_fails_the_job_and_is_raised_again(
     assert failed.error.startswith(reason)
 
 
-def test_a_driver_that_is_told_to_stop_fails_its_job(
+def test_a_driver_that_is_told_to_stop_leaves_its_job_to_the_supervisor(
     context: Context, run: Callable[..., int], data: dict[str, Any]
 ) -> None:
     accepted(context, data)
     cleaned_up = []
 
-    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -317,12 +330,62 @@ def test_a_driver_that_is_told_to_stop_fails_its_job(
         raise AssertionError("it went on")
 
     with pytest.raises(SystemExit):
-        run("--job", "evaluation-1", work=work)
+        run(*ATTEMPT, work=work)
     assert cleaned_up
-    assert (job(context).status, job(context).error) == ("failed", "it was stopped")
+    assert job(context).status == "running"
 
 
-ADAPTER = Adapter("small:evaluation-1", "small", "evaluation-1", created_at=now())
+@pytest.mark.parametrize(
+    "error",
+    [
+        in_a_ray_task(ActorDiedError()),
+        WorkerGroupError("worker 0 died", {0: ActorDiedError()}),
+        Unavailable("the model is away"),
+    ],
+    ids=["actor", "training worker", "model"],
+)
+def test_work_that_is_lost_for_no_fault_of_its_own_waits_for_another_attempt(
+    context: Context, run: Callable[..., int], data: dict[str, Any], error: Exception
+) -> None:
+    accepted(context, data)
+    kept = []
+
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        (given.folder / "checkpoint").write_text("half")
+        kept.append(given.folder / "checkpoint")
+        raise error
+
+    with contextlib.suppress(type(error)):
+        assert run(*ATTEMPT, work=work) == 1
+    assert job(context).status == "scheduled"
+    assert "another attempt" in (job(context).waiting_for or "")
+    assert kept[0].read_text() == "half"
+    assert context.store.jobs.open_attempt(job(context).id, 2, "default.evaluation-1.2")
+
+    def again(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        assert (given.folder / "checkpoint").read_text() == "half"
+        return outcome(given, {"path": None, "files": []})
+
+    assert run("--job", "evaluation-1", "--attempt", "2", work=again) == 0
+    assert job(context).status == "completed"
+    assert not kept[0].exists()
+
+
+def test_what_a_job_prints_is_its_log(context: Context, run: Callable[..., int], data: dict[str, Any]) -> None:
+    accepted(context, data)
+
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        os.write(1, b"half of it\n")  # as print does, but where the test runner has put its own in place
+        subprocess.run(["sh", "-c", "echo from a child >&2"], check=True)
+        return outcome(given, {"path": None, "files": []})
+
+    assert run(*ATTEMPT, work=work) == 0
+    lines = jobs.logs(context, "evaluation-1", [jobs.EVALUATE])
+    assert ("info", "half of it") in [(line.level, line.message) for line in lines]
+    assert ("warning", "from a child") in [(line.level, line.message) for line in lines]
+
+
+ADAPTER = Adapter("default", "small:evaluation-1", "small", "evaluation-1", "adapters/evaluation-1", created_at=now())
 
 
 def publishing(folder: Path, end: Callable[[Context], None]) -> Work:
@@ -330,10 +393,11 @@ def publishing(folder: Path, end: Callable[[Context], None]) -> Work:
     folder.mkdir()
     (folder / "a.txt").write_text("one")
 
-    def work(context: Context, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
-        context.artifacts.publish("adapters/evaluation-1", folder)
-        end(context)
-        return driver.Outcome({}, artifact="adapters/evaluation-1", adapter=ADAPTER)
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        files = driver.publish(given, "adapters/evaluation-1", folder)
+        end(given.context)
+        row = driver.artifact_row(given, "adapters/evaluation-1", "checkpoint", files, {})
+        return driver.Outcome({}, row, ADAPTER)
 
     return work
 
@@ -342,8 +406,8 @@ def test_what_a_job_has_made_is_served_when_it_is_completed(
     context: Context, run: Callable[..., int], data: dict[str, Any], tmp_path: Path
 ) -> None:
     accepted(context, data)
-    assert run("--job", "evaluation-1", work=publishing(tmp_path / "a", end=lambda _: None)) == 0
-    assert context.store.adapters() == [ADAPTER]
+    assert run(*ATTEMPT, work=publishing(tmp_path / "a", end=lambda _: None)) == 0
+    assert context.store.adapters.list("default") == [ADAPTER]
     assert context.artifacts.exists("adapters/evaluation-1")
 
 
@@ -357,10 +421,10 @@ def test_what_a_job_has_made_is_removed_when_it_was_failed_meanwhile(
     accepted(context, data)
 
     def end(context: Context) -> None:
-        context.store.fail_job("evaluation-1", "its Ray job is gone")
+        context.store.jobs.fail(job(context).id, 1, "its Ray job is gone")
 
-    assert run("--job", "evaluation-1", work=publishing(tmp_path / "a", end)) == 1
+    assert run(*ATTEMPT, work=publishing(tmp_path / "a", end)) == 1
     assert (job(context).status, job(context).error) == ("failed", "its Ray job is gone")
-    assert context.store.adapters() == []
+    assert context.store.adapters.list("default") == []
     assert not context.artifacts.exists("adapters/evaluation-1")
     assert "its Ray job is gone" in capsys.readouterr().out

@@ -27,12 +27,12 @@ def request(data: Any, **changes: Any) -> EvaluateQuestionAnsweringRequest:
 def refusal(context: Context, data: Any, **changes: Any) -> StackError:
     with pytest.raises(StackError) as caught:
         evaluations.question_answering(context, request(data, **changes))
-    assert context.store.job("evaluation-1") is None
+    assert context.store.jobs.get("default", "evaluation-1") is None
     return caught.value
 
 
 def add_adapter(context: Context, job_uuid: str, base: str = "small") -> None:
-    context.store.add_job(job_uuid, "supervised_fine_tune", {"model": base}, None)
+    samples.add_job(context.store, job_uuid, "supervised_fine_tune", model=base)
     samples.add_adapter(context.store, f"{base}:{job_uuid}", base, job_uuid)
 
 
@@ -54,8 +54,8 @@ def test_a_checkpoint_is_a_model_or_the_job_that_made_one(context: Context, chec
 def test_a_checkpoint_that_is_not_served_is_refused_with_the_models_there_are(
     context: Context, data: dict[str, Any], checkpoint: str
 ) -> None:
-    context.store.add_job("tune-unfinished", "supervised_fine_tune", {"model": "small"}, None)
-    context.store.add_job("evaluation-0", "evaluate", {}, None)
+    samples.add_job(context.store, "tune-unfinished", "supervised_fine_tune", model="small")
+    samples.add_job(context.store, "evaluation-0", "evaluate")
     add_adapter(context, "tune-of-big", base="big")
     error = refusal(context, data, checkpoint=checkpoint)
     assert isinstance(error, NotFound)
@@ -133,11 +133,11 @@ def test_a_completed_evaluation_tells_its_scores_and_files(context: Context, dat
     evaluations.question_answering(context, request(data))
     assert evaluations.job_status(context, "evaluation-1").metrics == {}
     assert evaluations.job_artifacts(context, "evaluation-1").path is None
-    context.store.start_job("evaluation-1")
+    samples.start(context.store, "evaluation-1")
     progress = {"done": 4, "total": 4, "unit": "examples", "seconds_left": 0}
-    context.store.record_progress("evaluation-1", progress, [("em", 0, 0.75), ("examples", 0, 4.0)])
+    samples.report(context.store, "evaluation-1", progress, [("em", 0, 0.75), ("examples", 0, 4.0)])
     file = {"name": "examples.jsonl", "bytes": 9, "sha256": "0" * 64}
-    context.store.complete_job("evaluation-1", {"path": "file:///evaluations/evaluation-1", "files": [file]})
+    samples.complete(context.store, "evaluation-1", {"path": "file:///evaluations/evaluation-1", "files": [file]})
     status = evaluations.job_status(context, "evaluation-1")
     assert (status.status, status.metrics) == ("completed", {"em": 0.75, "examples": 4.0})
     artifacts = evaluations.job_artifacts(context, "evaluation-1")
@@ -153,9 +153,9 @@ def test_jobs_of_other_kinds_are_not_found(context: Context) -> None:
 
 
 def test_results_are_kept_under_the_jobs_uuid() -> None:
-    assert evaluations.results_name("evaluation-1") == "evaluations/evaluation-1"
+    assert evaluations.results_name("default", "evaluation-1") == "evaluations/evaluation-1"
 
 
 def test_a_models_id_goes_before_a_jobs(context: Context) -> None:
-    context.store.add_job("small", "supervised_fine_tune", {"model": "small"}, None)
+    samples.add_job(context.store, "small", "supervised_fine_tune", model="small")
     assert evaluations.model_of(context, "small").is_adapter is False

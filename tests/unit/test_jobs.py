@@ -1,5 +1,7 @@
 """Jobs: one uuid is one job, and what a job's state says."""
 
+import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +9,9 @@ import pytest
 from stack import jobs
 from stack.api.jobs import JobProgress, JobState
 from stack.context import Context
-from stack.errors import Conflict, NotFound
+from stack.errors import BadInput, Conflict, NotFound, TooManyRequests
+from stack.store import now
+from tests import samples
 
 REQUEST = {"lr": 0.001, "columns": {"a": "text", "b": "json"}, "names": ["x", None]}
 
@@ -19,21 +23,21 @@ def submit(context: Context, kind: str = jobs.EVALUATE, uuid: str = "job-1", **c
 def test_a_submitted_job_is_scheduled_and_waits_for_the_supervisor(context: Context) -> None:
     job = jobs.submit(context, jobs.EVALUATE, "job-1", REQUEST)
     assert (job.uuid, job.kind, job.request, job.status) == ("job-1", jobs.EVALUATE, REQUEST, "scheduled")
-    assert job.submission_id is None
-    assert [one.uuid for one in context.store.unfinished_jobs()] == ["job-1"]
+    assert [one.uuid for one in context.store.jobs.waiting()] == ["job-1"]
 
 
 def test_a_job_that_ray_runs_already_keeps_its_submission(context: Context) -> None:
-    assert jobs.submit(context, jobs.EVALUATE, "job-1", REQUEST, "raysubmit_1").submission_id == "raysubmit_1"
+    job = jobs.submit(context, jobs.EVALUATE, "job-1", REQUEST, submission_id="raysubmit_1")
+    assert [one.submission_id for one in context.store.jobs.attempts(job.id)] == ["raysubmit_1"]
 
 
 def test_the_same_request_again_is_the_same_job(context: Context) -> None:
     submit(context)
-    context.store.start_job("job-1")
+    samples.start(context.store, "job-1")
     reordered = dict(reversed(REQUEST.items()))
-    again = jobs.submit(context, jobs.EVALUATE, "job-1", reordered, "raysubmit_2")
-    assert (again.status, again.submission_id) == ("running", None)
-    assert len(context.store.jobs_of_kinds([jobs.EVALUATE])) == 1
+    again = jobs.submit(context, jobs.EVALUATE, "job-1", reordered, submission_id="raysubmit_2")
+    assert again.status == "running"
+    assert len(context.store.jobs.page("default", [jobs.EVALUATE])) == 1
 
 
 @pytest.mark.parametrize("change", [{"lr": 0.002}, {"names": ["x"]}, {"more": 1}])
@@ -42,7 +46,7 @@ def test_another_request_with_the_same_uuid_is_a_conflict(context: Context, chan
     with pytest.raises(Conflict, match="'job-1' stands for another job") as caught:
         submit(context, **change)
     assert caught.value.param == "job_uuid"
-    job = context.store.job("job-1")
+    job = context.store.jobs.get("default", "job-1")
     assert job is not None
     assert job.request == REQUEST
 
@@ -67,7 +71,7 @@ def test_a_job_of_another_uuid_or_kind_is_not_found(context: Context, uuid: str,
 
 
 def state(context: Context) -> JobState:
-    job = context.store.job("job-1")
+    job = context.store.jobs.get("default", "job-1")
     assert job is not None
     return JobState.model_validate(jobs.state(context, job))
 
@@ -77,13 +81,13 @@ def test_the_state_of_a_job_follows_it_to_its_end(context: Context) -> None:
     scheduled = state(context)
     assert (scheduled.status, scheduled.progress, scheduled.metrics) == ("scheduled", None, {})
     assert (scheduled.started_at, scheduled.completed_at, scheduled.error) == (None, None, None)
-    context.store.start_job("job-1")
+    samples.start(context.store, "job-1")
     progress = {"done": 1, "total": 4, "unit": "steps", "seconds_left": 2.5}
-    context.store.record_progress("job-1", progress, [("loss", 1, 0.5)])
+    samples.report(context.store, "job-1", progress, [("loss", 1, 0.5)])
     running = state(context)
     assert (running.status, running.progress) == ("running", JobProgress.model_validate(progress))
     assert running.metrics == {"loss": 0.5}
-    context.store.complete_job("job-1", {})
+    samples.complete(context.store, "job-1", {})
     completed = state(context)
     assert completed.status == "completed"
     assert completed.started_at is not None
@@ -93,7 +97,7 @@ def test_the_state_of_a_job_follows_it_to_its_end(context: Context) -> None:
 
 def test_the_state_of_a_failed_job_has_the_reason(context: Context) -> None:
     submit(context)
-    context.store.fail_job("job-1", "the disk is full")
+    samples.fail(context.store, "job-1", "the disk is full")
     assert (state(context).status, state(context).error) == ("failed", "the disk is full")
 
 
@@ -102,3 +106,51 @@ def test_every_kind_of_job_has_a_driver() -> None:
         jobs.SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune",
         jobs.EVALUATE: "jobs.evaluate",
     }
+
+
+def test_too_many_waiting_jobs_are_refused_until_some_run(context: Context) -> None:
+    config = context.config.model_copy(update={"max_waiting_jobs_per_tenant": 1})
+    narrow = replace(context, config=config)
+    submit(narrow)
+    with pytest.raises(TooManyRequests, match="allowed: 1"):
+        submit(narrow, uuid="job-2")
+    assert submit(narrow) == "scheduled", "the same again is no further one"
+    assert submit(narrow.of_tenant("acme"), uuid="job-2") == "scheduled"
+    samples.start(context.store, "job-1")
+    assert submit(narrow, uuid="job-2") == "scheduled"
+
+
+def test_pages_go_on_behind_a_job(context: Context) -> None:
+    for number in range(3):
+        submit(context, uuid=f"job-{number}")
+    kinds = [jobs.EVALUATE]
+    first = jobs.page(context, kinds, None, None, None, 2)
+    assert [job.uuid for job in first] == ["job-2", "job-1"]
+    assert [job.uuid for job in jobs.page(context, kinds, None, None, "job-1", 2)] == ["job-0"]
+    with pytest.raises(BadInput, match="allowed: evaluate"):
+        jobs.page(context, kinds, "bake", None, None, 2)
+    with pytest.raises(NotFound):
+        jobs.page(context, kinds, None, None, "job-9", 2)
+
+
+def test_cancelling_is_idempotent_and_bound_to_the_tenant(context: Context) -> None:
+    submit(context)
+    with pytest.raises(NotFound):
+        jobs.cancel(context.of_tenant("acme"), "job-1", [jobs.EVALUATE])
+    for _ in range(2):
+        assert jobs.cancel(context, "job-1", [jobs.EVALUATE]).status == "cancelled"
+
+
+async def test_a_log_is_followed_to_the_end_of_its_job(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "FOLLOW_S", 0.01)
+    submit(context)
+    job = samples.start(context.store, "job-1")
+    lines = jobs.follow(context, "job-1", [jobs.EVALUATE])
+    context.store.telemetry.add_logs("default", job.run_id, [(now(), "info", "one"), (now(), "warning", "two")])
+    assert [(await anext(lines)).message for _ in range(2)] == ["one", "two"]
+    next_line = asyncio.ensure_future(anext(lines))
+    context.store.telemetry.add_logs("default", job.run_id, [(now(), "info", "three")])
+    assert (await next_line).message == "three"
+    context.store.telemetry.add_logs("default", job.run_id, [(now(), "info", "four")])
+    samples.complete(context.store, "job-1", {})
+    assert [line.message async for line in lines] == ["four"]

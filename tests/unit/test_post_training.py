@@ -36,7 +36,7 @@ def request(data: Any, **changes: Any) -> PostTrainingSFTRequest:
 def refusal(context: Context, data: Any, **changes: Any) -> StackError:
     with pytest.raises(StackError) as caught:
         post_training.supervised_fine_tune(context, request(data, **changes))
-    assert context.store.job("tune-1") is None
+    assert context.store.jobs.get("default", "tune-1") is None
     return caught.value
 
 
@@ -95,7 +95,7 @@ def test_the_greatest_rank_that_is_served_is_accepted(context: Context, data: di
             ["fsdp_cpu_offload", "allowed: false"],
         ),
         ({"hyperparam_search_config": {"a": 1}}, "hyperparam_search_config", ["allowed: {}"]),
-        ({"logger_config": {"a": 1}}, "logger_config", ["allowed: {}"]),
+        ({"logger_config": {"report_to": ["wandb"]}}, "logger_config", ["wandb", "not installed"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -169,10 +169,10 @@ def test_another_request_with_the_same_uuid_is_a_conflict(context: Context, data
 
 
 def test_jobs_are_listed(context: Context, data: dict[str, Any]) -> None:
-    assert post_training.list_jobs(context) == []
+    assert post_training.list_jobs(context, None, None, None, 100) == []
     for uuid in ("tune-1", "tune-2"):
         post_training.supervised_fine_tune(context, request(data, job_uuid=uuid))
-    assert {job.job_uuid for job in post_training.list_jobs(context)} == {"tune-1", "tune-2"}
+    assert {job.job_uuid for job in post_training.list_jobs(context, None, None, None, 100)} == {"tune-1", "tune-2"}
 
 
 def test_the_status_and_artifacts_of_a_job_that_has_made_nothing_yet(context: Context, data: dict[str, Any]) -> None:
@@ -185,12 +185,12 @@ def test_the_status_and_artifacts_of_a_job_that_has_made_nothing_yet(context: Co
 
 def test_a_completed_job_tells_its_checkpoints_resources_and_metrics(context: Context, data: dict[str, Any]) -> None:
     post_training.supervised_fine_tune(context, request(data))
-    context.store.start_job("tune-1")
+    samples.start(context.store, "tune-1")
     progress = {"done": 2, "total": 2, "unit": "steps", "seconds_left": 0.0}
-    context.store.record_progress("tune-1", progress, [("loss", 1, 2.0), ("loss", 2, 1.0)])
+    samples.report(context.store, "tune-1", progress, [("loss", 1, 2.0), ("loss", 2, 1.0)])
     file = {"name": "adapter_model.safetensors", "bytes": 9, "sha256": "0" * 64}
     checkpoint = {"model": "small:tune-1", "path": "file:///adapters/tune-1", "iters": 2, "files": [file]}
-    context.store.complete_job("tune-1", {"checkpoints": [checkpoint], "resources_allocated": {"workers": 1}})
+    samples.complete(context.store, "tune-1", {"checkpoints": [checkpoint]})
     status = post_training.job_status(context, "tune-1")
     assert status.metrics == {"loss": 1.0}
     assert status.resources_allocated == {"workers": 1}
@@ -204,15 +204,19 @@ def test_a_completed_job_tells_its_checkpoints_resources_and_metrics(context: Co
 
 
 def test_jobs_of_other_kinds_are_not_found(context: Context) -> None:
-    context.store.add_job("evaluation-1", "evaluate", {}, None)
+    samples.add_job(context.store, "evaluation-1", "evaluate")
     for look in (post_training.job_status, post_training.job_artifacts):
         with pytest.raises(NotFound, match="'evaluation-1'"):
             look(context, "evaluation-1")
 
 
 def test_an_adapter_is_served_as_base_and_job() -> None:
-    assert post_training.model_id("small", "tune-1") == "small:tune-1"
-    assert post_training.adapter_name("tune-1") == "adapters/tune-1"
+    assert post_training.model_id("default", "small", "tune-1") == "small:tune-1"
+    assert post_training.model_id("acme", "small", "tune-1") == "small:acme/tune-1"
+    assert post_training.adapter_name("default", "tune-1") == "adapters/tune-1"
+    for tenant in ("default", "acme"):
+        model = post_training.model_id(tenant, "small", "tune-1")
+        assert post_training.adapter_of_model("small", model) == post_training.adapter_name(tenant, "tune-1")
 
 
 def test_a_uuid_whose_adapter_is_there_already_is_a_conflict(

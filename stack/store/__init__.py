@@ -1,0 +1,34 @@
+"""The database: the truth of what was accepted and how far it is. SQLite by default, PostgreSQL by its address.
+
+One class of queries per concept, as the attributes of `Store`. Each method is one transaction and blocks: call it from
+a thread where an event loop runs. Methods take the tenant whose rows they see; those few that see all tenants' rows,
+for the job supervisor and the administrator, say so in their docstring.
+"""
+
+from stack.store.adapters import Adapter, Adapters
+from stack.store.artifacts import Artifact, Artifacts
+from stack.store.connection import connect, now
+from stack.store.datasets import Datasets
+from stack.store.jobs import Attempt, Job, Jobs
+from stack.store.keys import Keys
+from stack.store.migrate import migrate
+from stack.store.telemetry import Telemetry
+
+__all__ = ["Adapter", "Artifact", "Attempt", "Job", "Store", "now"]
+
+
+class Store:
+    """An open database whose schema is up to date."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = connect(url)
+        migrate(self.engine)
+        self.keys = Keys(self.engine)
+        self.datasets = Datasets(self.engine)
+        self.jobs = Jobs(self.engine)
+        self.adapters = Adapters(self.engine)
+        self.artifacts = Artifacts(self.engine)
+        self.telemetry = Telemetry(self.engine)
+
+    def close(self) -> None:
+        self.engine.dispose()

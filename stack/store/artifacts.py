@@ -1,0 +1,52 @@
+"""The rows of artifacts: what a folder or file among the artifacts is, and where it came from."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Engine, func, insert, select
+
+from stack.store.schema import artifacts
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """`path` is its name in stack.artifacts.Artifacts, `name` the one that people gave it."""
+
+    id: str
+    tenant: str
+    experiment_id: str
+    run_id: str | None
+    name: str
+    type: str
+    path: str
+    bytes: int
+    metadata: dict[str, Any]
+    created_at: str
+
+
+class Artifacts:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, artifact: Artifact) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(insert(artifacts).values(**asdict(artifact)))
+
+    def get(self, tenant: str, id: str) -> Artifact | None:
+        query = select(artifacts).where(artifacts.c.tenant == tenant, artifacts.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return Artifact(**found) if found else None
+
+    def list(self, tenant: str, experiment_id: str, limit: int) -> list[Artifact]:
+        """The artifacts of an experiment, newest first."""
+        query = select(artifacts).where(artifacts.c.tenant == tenant, artifacts.c.experiment_id == experiment_id)
+        query = query.order_by(artifacts.c.created_at.desc(), artifacts.c.id).limit(limit)
+        with self._engine.connect() as connection:
+            return [Artifact(**row) for row in connection.execute(query).mappings()]
+
+    def bytes_of(self, tenant: str) -> int:
+        """How much a tenant keeps."""
+        query = select(func.coalesce(func.sum(artifacts.c.bytes), 0)).where(artifacts.c.tenant == tenant)
+        with self._engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())

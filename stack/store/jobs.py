@@ -1,0 +1,351 @@
+"""The rows of jobs and of the attempts at them. Every step of the state machine is one conditional update.
+
+An attempt that is not open any more (its `ended_at` is set) can write nothing: a driver that was given up for dead and
+lives on, on a node that was cut off, say, finds that out with its next heartbeat.
+"""
+
+import uuid as uuids
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, case, exists, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from stack.api.jobs import JobStatus
+from stack.store.adapters import Adapter
+from stack.store.artifacts import Artifact
+from stack.store.connection import now
+from stack.store.schema import adapters, artifacts, attempts, experiments, jobs, runs
+
+UNFINISHED = (JobStatus.scheduled, JobStatus.running)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of `jobs`. `progress` holds done, total, unit; `result` what its kind of job keeps when it is completed."""
+
+    id: int
+    tenant: str
+    uuid: str
+    kind: str
+    request: dict[str, Any]
+    priority: int
+    bundles: list[dict[str, float]]
+    run_id: str
+    status: str
+    waiting_for: str | None
+    cancelled_at: str | None
+    scheduled_at: str
+    started_at: str | None
+    completed_at: str | None
+    resources_allocated: dict[str, Any] | None
+    progress: dict[str, Any] | None
+    checkpoints: list[dict[str, Any]] | None
+    result: dict[str, Any] | None
+    error: str | None
+    trace: str | None
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A row of `attempts`: one Ray job that runs the driver of a job."""
+
+    job_id: int
+    number: int
+    submission_id: str
+    heartbeat: int
+    started_at: str
+    ended_at: str | None
+    exit_reason: str | None
+    retryable: bool | None
+
+
+@dataclass(frozen=True)
+class NewJob:
+    """What is known of a job when it is accepted. `experiment` is the name of the one that its run belongs to."""
+
+    tenant: str
+    uuid: str
+    kind: str
+    request: dict[str, Any]
+    experiment: str
+    priority: int = 0
+    bundles: Sequence[dict[str, float]] = ()
+    trace: str | None = None
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A job that has no attempt under way: what is needed to choose among them.
+
+    Of its `attempts`, the drivers of `begun` have begun to work.
+    """
+
+    id: int
+    tenant: str
+    uuid: str
+    kind: str
+    priority: int
+    bundles: list[dict[str, float]]
+    waiting_for: str | None
+    trace: str | None
+    attempts: int
+    begun: int
+    last_ended_at: str | None
+
+
+class Jobs:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # Accepting, looking up, cancelling
+
+    def add(self, job: NewJob, max_waiting: int, submission_id: str | None = None) -> tuple[Job | None, bool]:
+        """Accepts a job and opens its run.
+
+        With a submission id, it is one whose first attempt a user has submitted to Ray already. Returns the job of
+        this uuid and whether it is new; None if the tenant has `max_waiting` waiting jobs already.
+        """
+        time, run_id = now(), uuids.uuid4().hex
+        try:
+            with self._engine.begin() as connection:
+                row = dict(
+                    tenant=job.tenant, uuid=job.uuid, kind=job.kind, request=job.request, priority=job.priority,
+                    bundles=list(job.bundles), trace=job.trace, run_id=run_id, status=JobStatus.scheduled,
+                    scheduled_at=time,
+                )  # fmt: skip
+                metadata = {"job_uuid": job.uuid, "kind": job.kind}
+                run = dict(id=run_id, tenant=job.tenant, metadata=metadata, started_at=time, status=JobStatus.scheduled)
+                experiment_id = _experiment(connection, job.tenant, job.experiment, time)
+                connection.execute(insert(runs).values(experiment_id=experiment_id, **run))
+                key = connection.execute(insert(jobs).values(**row)).inserted_primary_key
+                assert key is not None
+                if submission_id is not None:
+                    _open_attempt(connection, key[0], 1, submission_id, time)
+                elif _waiting_of(connection, job.tenant) > max_waiting:
+                    connection.rollback()
+                    return None, False
+        except IntegrityError:
+            known = self.get(job.tenant, job.uuid)
+            if known is None:
+                raise  # it was not the uuid
+            return known, False
+        return self.get(job.tenant, job.uuid), True
+
+    def get(self, tenant: str, uuid: str) -> Job | None:
+        with self._engine.connect() as connection:
+            query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.uuid == uuid)
+            found = connection.execute(query).mappings().first()
+        return Job(**found) if found else None
+
+    def page(
+        self, tenant: str, kinds: Sequence[str], status: str | None = None, after: int | None = None, limit: int = 100
+    ) -> list[Job]:
+        """The jobs of these kinds, newest first; `after` is the id of the last one of the page before."""
+        query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.kind.in_(kinds))
+        if status is not None:
+            query = query.where(jobs.c.status == status)
+        if after is not None:
+            query = query.where(jobs.c.id < after)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(jobs.c.id.desc()).limit(limit)).mappings()
+            return [Job(**row) for row in rows]
+
+    def attempts(self, job_id: int) -> list[Attempt]:
+        """The attempts at a job, in their order."""
+        query = select(attempts).where(attempts.c.job_id == job_id).order_by(attempts.c.number)
+        with self._engine.connect() as connection:
+            return [Attempt(**row) for row in connection.execute(query).mappings()]
+
+    def counts(self) -> dict[tuple[str, str, str], int]:
+        """How many jobs there are of each (tenant, kind, status), of all tenants."""
+        columns = (jobs.c.tenant, jobs.c.kind, jobs.c.status)
+        query = select(*columns, func.count()).group_by(*columns)
+        with self._engine.connect() as connection:
+            return {(tenant, kind, status): count for tenant, kind, status, count in connection.execute(query)}
+
+    def cancel(self, tenant: str, uuid: str) -> None:
+        """Asks that a job be cancelled. One without an attempt under way is cancelled at once."""
+        mine = (jobs.c.tenant == tenant) & (jobs.c.uuid == uuid) & jobs.c.status.in_(UNFINISHED)
+        with self._engine.begin() as connection:
+            asked = update(jobs).where(mine, jobs.c.cancelled_at.is_(None)).values(cancelled_at=now())
+            connection.execute(asked)
+            job_id = connection.execute(select(jobs.c.id).where(mine, ~_is_under_way())).scalar()
+            if job_id is not None:
+                _end(connection, job_id, JobStatus.cancelled)
+
+    # What the job supervisor does, for all tenants
+
+    def waiting(self, limit: int = 10_000) -> list[Waiting]:
+        """The jobs of all tenants that have no attempt under way and are not to be cancelled, oldest first."""
+        of_job = attempts.c.job_id == jobs.c.id
+        count = select(func.count()).where(of_job).scalar_subquery()
+        begun = select(func.count()).where(of_job, attempts.c.heartbeat > 0).scalar_subquery()
+        last = select(func.max(attempts.c.ended_at)).where(of_job).scalar_subquery()
+        columns = (jobs.c.id, jobs.c.tenant, jobs.c.uuid, jobs.c.kind, jobs.c.priority, jobs.c.bundles)
+        query = select(
+            *columns,
+            jobs.c.waiting_for,
+            jobs.c.trace,
+            count.label("attempts"),
+            begun.label("begun"),
+            last.label("last_ended_at"),
+        ).where(jobs.c.status == JobStatus.scheduled, jobs.c.cancelled_at.is_(None), ~_is_under_way())
+        with self._engine.connect() as connection:
+            return [Waiting(**row) for row in connection.execute(query.order_by(jobs.c.id).limit(limit)).mappings()]
+
+    def under_way(self) -> list[tuple[Job, Attempt]]:
+        """The jobs of all tenants that have an attempt under way, with that attempt."""
+        with self._engine.connect() as connection:
+            query = select(attempts).where(attempts.c.ended_at.is_(None)).order_by(attempts.c.job_id)
+            found = [Attempt(**row) for row in connection.execute(query).mappings()]
+            rows = select(jobs).where(jobs.c.id.in_([attempt.job_id for attempt in found]))
+            by_id = {row["id"]: Job(**row) for row in connection.execute(rows).mappings()}
+        return [(by_id[attempt.job_id], attempt) for attempt in found]
+
+    def open_attempt(self, job_id: int, number: int, submission_id: str) -> bool:
+        """Opens an attempt at a waiting job; False if it does not wait any more."""
+        waits = (jobs.c.id == job_id) & (jobs.c.status == JobStatus.scheduled) & jobs.c.cancelled_at.is_(None)
+        try:
+            with self._engine.begin() as connection:
+                taken = connection.execute(update(jobs).where(waits, ~_is_under_way()).values(waiting_for=None))
+                if taken.rowcount == 1:
+                    _open_attempt(connection, job_id, number, submission_id, now())
+        except IntegrityError:  # another supervisor was faster
+            return False
+        return taken.rowcount == 1
+
+    def set_waiting_for(self, job_id: int, reason: str | None) -> None:
+        """Says why a job still waits."""
+        with self._engine.begin() as connection:
+            query = update(jobs).where(jobs.c.id == job_id, jobs.c.status == JobStatus.scheduled)
+            connection.execute(query.values(waiting_for=reason))
+
+    def lose_attempt(self, job_id: int, number: int, reason: str) -> bool:
+        """Ends an attempt that was lost for no fault of the job: the job waits for another one."""
+        with self._engine.begin() as connection:
+            lost = _close_attempt(connection, job_id, number, reason, retryable=True)
+            if lost:
+                query = update(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(UNFINISHED))
+                waiting_for = f"another attempt, as the last one was lost: {reason}"
+                connection.execute(query.values(status=JobStatus.scheduled, waiting_for=waiting_for))
+                _follow(connection, job_id, status=JobStatus.scheduled)
+        return lost
+
+    # What the driver of an attempt does
+
+    def begin(self, job_id: int, number: int, resources: dict[str, Any]) -> bool:
+        """scheduled -> running, by the driver of an open attempt that no other driver has begun."""
+        mine = (attempts.c.job_id == job_id) & (attempts.c.number == number)
+        with self._engine.begin() as connection:
+            fresh = mine & attempts.c.ended_at.is_(None) & (attempts.c.heartbeat == 0)
+            if connection.execute(update(attempts).where(fresh).values(heartbeat=1)).rowcount != 1:
+                return False
+            started = case((jobs.c.started_at.is_(None), now()), else_=jobs.c.started_at)
+            values = dict(status=JobStatus.running, started_at=started, resources_allocated=resources, waiting_for=None)
+            connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
+            _follow(connection, job_id, status=JobStatus.running, started_at=now())
+        return True
+
+    def beat(self, job_id: int, number: int) -> bool:
+        """Shows that an attempt's driver lives; False if the attempt has been given up."""
+        mine = (attempts.c.job_id == job_id) & (attempts.c.number == number) & attempts.c.ended_at.is_(None)
+        with self._engine.begin() as connection:
+            beaten = update(attempts).where(mine).values(heartbeat=attempts.c.heartbeat + 1)
+            return connection.execute(beaten).rowcount == 1
+
+    def record(self, job_id: int, number: int, **values: Any) -> bool:
+        """Writes `progress` or `checkpoints` of a job, by its attempt under way; False if that has been given up."""
+        with self._engine.begin() as connection:
+            query = update(jobs).where(jobs.c.id == job_id, _is_under_way(number)).values(**values)
+            return connection.execute(query).rowcount == 1
+
+    def complete(
+        self, job_id: int, number: int, result: dict[str, Any],
+        adapter: Adapter | None = None, artifact: Artifact | None = None,
+    ) -> bool:  # fmt: skip
+        """running -> completed, and registers what the job has made; False if the attempt has been given up."""
+        with self._engine.begin() as connection:
+            if not _close_attempt(connection, job_id, number, "completed", retryable=False):
+                return False
+            _end(connection, job_id, JobStatus.completed, result=result)
+            if adapter is not None:
+                connection.execute(insert(adapters).values(**asdict(adapter)))
+            if artifact is not None:
+                connection.execute(insert(artifacts).values(**asdict(artifact)))
+        return True
+
+    def fail(self, job_id: int, number: int, reason: str) -> bool:
+        """scheduled or running -> failed, with the attempt; False if that has been given up."""
+        with self._engine.begin() as connection:
+            closed = _close_attempt(connection, job_id, number, reason, retryable=False)
+            if closed:
+                _end(connection, job_id, JobStatus.failed, error=reason)
+        return closed
+
+    def give_up(self, job_id: int, reason: str) -> None:
+        """scheduled -> failed, for a job that has no attempt under way and gets no other."""
+        with self._engine.begin() as connection:
+            if connection.execute(select(jobs.c.id).where(jobs.c.id == job_id, ~_is_under_way())).first():
+                _end(connection, job_id, JobStatus.failed, error=reason)
+
+    def end_cancelled(self, job_id: int, number: int, reason: str) -> bool:
+        """scheduled or running -> cancelled, when the attempt has been stopped."""
+        with self._engine.begin() as connection:
+            closed = _close_attempt(connection, job_id, number, reason, retryable=False)
+            if closed:
+                _end(connection, job_id, JobStatus.cancelled)
+        return closed
+
+
+def _experiment(connection: Connection, tenant: str, name: str, time: str) -> str:
+    """The id of a tenant's experiment of this name, which is made if there is none."""
+    query = select(experiments.c.id).where(experiments.c.tenant == tenant, experiments.c.name == name)
+    found = connection.execute(query).scalar()
+    if found is None:
+        row = dict(id=uuids.uuid4().hex, tenant=tenant, name=name, status="running", metadata={})
+        try:
+            with connection.begin_nested():
+                connection.execute(insert(experiments).values(created_at=time, updated_at=time, **row))
+        except IntegrityError:  # another job's first was faster
+            found = connection.execute(query).scalar_one()
+        else:
+            found = row["id"]
+    return str(found)
+
+
+def _is_under_way(number: int | None = None) -> Any:
+    """Whether the job of a row has an open attempt, or this one."""
+    query = exists().where(attempts.c.job_id == jobs.c.id, attempts.c.ended_at.is_(None))
+    return query if number is None else query.where(attempts.c.number == number)
+
+
+def _waiting_of(connection: Connection, tenant: str) -> int:
+    waits = (jobs.c.tenant == tenant) & (jobs.c.status == JobStatus.scheduled)
+    return int(connection.execute(select(func.count()).select_from(jobs).where(waits)).scalar_one())
+
+
+def _open_attempt(connection: Connection, job_id: int, number: int, submission_id: str, time: str) -> None:
+    row = dict(job_id=job_id, number=number, submission_id=submission_id, heartbeat=0, started_at=time)
+    connection.execute(insert(attempts).values(**row))
+
+
+def _close_attempt(connection: Connection, job_id: int, number: int, reason: str, *, retryable: bool) -> bool:
+    mine = (attempts.c.job_id == job_id) & (attempts.c.number == number) & attempts.c.ended_at.is_(None)
+    values = dict(ended_at=now(), exit_reason=reason, retryable=retryable)
+    return connection.execute(update(attempts).where(mine).values(**values)).rowcount == 1
+
+
+def _end(connection: Connection, job_id: int, status: JobStatus, **values: Any) -> None:
+    time = now()
+    mine = (jobs.c.id == job_id) & jobs.c.status.in_(UNFINISHED)
+    ended = update(jobs).where(mine).values(status=status, completed_at=time, waiting_for=None, **values)
+    connection.execute(ended)
+    _follow(connection, job_id, status=status, ended_at=time)
+
+
+def _follow(connection: Connection, job_id: int, **values: Any) -> None:
+    """Writes into a job's run what has become of the job."""
+    run_id = select(jobs.c.run_id).where(jobs.c.id == job_id).scalar_subquery()
+    connection.execute(update(runs).where(runs.c.id == run_id).values(**values))

@@ -1,0 +1,217 @@
+"""The tables. Each row belongs to a tenant, and each key that a client chooses is a key within its tenant.
+
+A change here needs a migration in stack/store/migrations: `tests/unit/test_migrations.py` compares the two.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+
+schema = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+# SQLite counts up only a column of its own type Integer.
+_Number = BigInteger().with_variant(Integer, "sqlite")
+_Time = String(40)  # UTC, ISO 8601 with milliseconds, so that the order of the texts is that of the times
+_Tenant = String(63)
+_Id = String(100)
+
+api_keys = Table(
+    "api_keys",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("created_at", _Time, nullable=False),
+    Column("revoked_at", _Time),
+)
+
+datasets = Table(
+    "datasets",
+    schema,
+    Column("tenant", _Tenant, primary_key=True),
+    Column("uuid", _Id, primary_key=True),
+    Column("columns", JSON, nullable=False),
+    Column("content_url", Text, nullable=False),
+    Column("metadata", JSON),
+    Column("rows", BigInteger, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Index("datasets_by_time", "tenant", "created_at", "uuid"),
+)
+
+# Files that users sent; `name` is the user's, the content lies among the artifacts.
+uploads = Table(
+    "uploads",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("sha256", String(64), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Index("uploads_by_tenant", "tenant", "created_at"),
+)
+
+experiments = Table(
+    "experiments",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("updated_at", _Time, nullable=False),
+    UniqueConstraint("tenant", "name"),
+    Index("experiments_by_time", "tenant", "created_at", "id"),
+)
+
+runs = Table(
+    "runs",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("experiment_id", String(32), ForeignKey("experiments.id"), nullable=False),
+    Column("status", String(100), nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("started_at", _Time, nullable=False),
+    Column("ended_at", _Time),
+    Index("runs_by_experiment", "tenant", "experiment_id", "started_at"),
+)
+
+# `id` is the order in which jobs were accepted. `bundles` is what must be free for a job at once, node by node.
+jobs = Table(
+    "jobs",
+    schema,
+    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("uuid", _Id, nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("priority", Integer, nullable=False),
+    Column("bundles", JSON, nullable=False),
+    Column("run_id", String(32), ForeignKey("runs.id"), nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("waiting_for", Text),
+    Column("cancelled_at", _Time),
+    Column("scheduled_at", _Time, nullable=False),
+    Column("started_at", _Time),
+    Column("completed_at", _Time),
+    Column("resources_allocated", JSON),
+    Column("progress", JSON),
+    Column("checkpoints", JSON),
+    Column("result", JSON),
+    Column("error", Text),
+    Column("trace", String(100)),
+    UniqueConstraint("tenant", "uuid"),
+    Index("jobs_by_status", "status", "tenant", "id"),
+    Index("jobs_by_kind", "tenant", "kind", "id"),
+)
+
+# Attempts at jobs, each one Ray job. `heartbeat` counts up while its driver lives.
+attempts = Table(
+    "attempts",
+    schema,
+    Column("job_id", _Number, ForeignKey("jobs.id"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("submission_id", String(250), nullable=False, unique=True),
+    Column("heartbeat", BigInteger, nullable=False),
+    Column("started_at", _Time, nullable=False),
+    Column("ended_at", _Time),
+    Column("exit_reason", Text),
+    Column("retryable", Boolean),
+    Index("attempts_by_end", "ended_at", "job_id"),
+)
+
+adapters = Table(
+    "adapters",
+    schema,
+    Column("tenant", _Tenant, primary_key=True),
+    Column("model_id", String(400), primary_key=True),
+    Column("base", String(300), nullable=False),
+    Column("job_uuid", _Id, nullable=False),
+    Column("artifact", String(300), nullable=False),
+    Column("created_at", _Time, nullable=False),
+)
+
+# What `name` among the files of stack/artifacts.py is, and where it came from.
+artifacts = Table(
+    "artifacts",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("experiment_id", String(32), ForeignKey("experiments.id"), nullable=False),
+    Column("run_id", String(32), ForeignKey("runs.id")),
+    Column("name", String(300), nullable=False),
+    Column("type", String(20), nullable=False),
+    Column("path", String(300), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Index("artifacts_by_experiment", "tenant", "experiment_id", "created_at"),
+)
+
+# A value that is not a number (text, true, false) stands in `other`.
+metrics = Table(
+    "metrics",
+    schema,
+    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("run_id", String(32), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("step", BigInteger, nullable=False),
+    Column("value", Float),
+    Column("other", JSON),
+    Column("timestamp", _Time, nullable=False),
+    Index("metrics_by_run", "run_id", "name", "step"),
+)
+
+logs = Table(
+    "logs",
+    schema,
+    Column("id", _Number, primary_key=True, autoincrement=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("run_id", String(32)),
+    Column("timestamp", _Time, nullable=False),
+    Column("level", String(20), nullable=False),
+    Column("message", Text, nullable=False),
+    Column("additional_info", JSON, nullable=False),
+    Column("trace_id", String(100)),
+    Index("logs_by_run", "tenant", "run_id", "id"),
+    Index("logs_by_time", "tenant", "timestamp"),
+    Index("logs_by_trace", "tenant", "trace_id"),
+)
+
+spans = Table(
+    "spans",
+    schema,
+    Column("tenant", _Tenant, primary_key=True),
+    Column("trace_id", _Id, primary_key=True),
+    Column("span_id", _Id, primary_key=True),
+    Column("parent_span_id", _Id),
+    Column("name", Text, nullable=False),
+    Column("attributes", JSON, nullable=False),
+    Column("status", String(20)),
+    Column("started_at", _Time, nullable=False),
+    Column("ended_at", _Time),
+)

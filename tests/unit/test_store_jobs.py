@@ -1,0 +1,213 @@
+"""The state machine of jobs, on each database."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from stack.api.jobs import JobStatus
+from stack.store import Adapter, Artifact, Job, Store, now
+from stack.store.jobs import NewJob
+
+
+def new(uuid: str = "job-1", **changes: Any) -> NewJob:
+    given: dict[str, Any] = dict(tenant="default", uuid=uuid, kind="evaluate", request={"a": 1}, experiment="evaluate")
+    return NewJob(**given | changes)
+
+
+def add(store: Store, uuid: str = "job-1", **changes: Any) -> Job:
+    job, _ = store.jobs.add(new(uuid, **changes), max_waiting=100)
+    assert job is not None
+    return job
+
+
+def get(store: Store, uuid: str = "job-1") -> Job:
+    job = store.jobs.get("default", uuid)
+    assert job is not None
+    return job
+
+
+def running(store: Store, uuid: str = "job-1", number: int = 1) -> Job:
+    """A job whose attempt of this number has begun."""
+    job = store.jobs.get("default", uuid) or add(store, uuid)
+    assert store.jobs.open_attempt(job.id, number, f"{uuid}-{number}")
+    assert store.jobs.begin(job.id, number, {"workers": 1})
+    return get(store, uuid)
+
+
+def test_a_job_opens_a_run_in_the_experiment_of_its_name(store: Store) -> None:
+    first, second, other = add(store, "a"), add(store, "b"), add(store, "c", experiment="other")
+    experiments = [store.telemetry.run_experiment("default", job.run_id) for job in (first, second, other)]
+    assert experiments[0] == experiments[1] != experiments[2]
+    assert first.status == JobStatus.scheduled
+
+
+def test_the_same_uuid_again_is_the_same_job(store: Store) -> None:
+    job = add(store)
+    again, is_new = store.jobs.add(new(request={"b": 2}), max_waiting=100)
+    assert (again, is_new) == (job, False)
+
+
+def test_tenants_do_not_see_each_others_jobs(store: Store) -> None:
+    mine = add(store)
+    theirs, is_new = store.jobs.add(new(tenant="acme", request={"b": 2}), max_waiting=100)
+    assert is_new
+    assert theirs is not None
+    assert store.jobs.get("default", "job-1") == mine
+    assert [job.id for job in store.jobs.page("acme", ["evaluate"])] == [theirs.id]
+    store.jobs.cancel("acme", "job-1")
+    assert get(store).status == JobStatus.scheduled
+
+
+def test_no_more_jobs_wait_than_may(store: Store) -> None:
+    for uuid in ("a", "b"):
+        assert store.jobs.add(new(uuid), max_waiting=2)[0] is not None
+    assert store.jobs.add(new("c"), max_waiting=2) == (None, False)
+    assert store.jobs.get("default", "c") is None
+    assert store.jobs.add(new("c", tenant="acme"), max_waiting=2)[1]
+    assert store.jobs.add(new("a"), max_waiting=2)[0] is not None, "one that is there already is no further one"
+    running(store, "a")
+    assert store.jobs.add(new("c"), max_waiting=2)[0] is not None
+
+
+def test_from_scheduled_to_completed(store: Store) -> None:
+    job = running(store)
+    assert job.status == JobStatus.running
+    assert job.started_at is not None
+    assert job.resources_allocated == {"workers": 1}
+    assert store.jobs.record(job.id, 1, progress={"done": 1})
+    experiment = store.telemetry.run_experiment("default", job.run_id)
+    artifact = Artifact("id", "default", experiment, job.run_id, "n", "model", "adapters/n", 5, {}, now())
+    assert store.jobs.complete(
+        job.id, 1, {"x": 1}, Adapter("default", "m:a", "m", "job-1", "adapters/n", now()), artifact
+    )
+    ended = get(store)
+    assert (ended.status, ended.result, ended.progress) == (JobStatus.completed, {"x": 1}, {"done": 1})
+    assert ended.completed_at is not None
+    (attempt,) = store.jobs.attempts(job.id)
+    assert attempt.exit_reason == "completed"
+    assert store.adapters.get("default", "m:a") is not None
+    assert store.adapters.get("acme", "m:a") is None
+    assert store.artifacts.get("default", "id") == artifact
+
+
+def test_an_attempt_has_one_driver(store: Store) -> None:
+    job = running(store)
+    assert not store.jobs.begin(job.id, 1, {})
+
+
+def test_a_job_has_one_open_attempt(store: Store) -> None:
+    job = add(store)
+    assert store.jobs.open_attempt(job.id, 1, "s-1")
+    assert not store.jobs.open_attempt(job.id, 2, "s-2")
+    assert [one.id for one in store.jobs.waiting()] == []
+
+
+def test_of_many_supervisors_one_opens_the_attempt(store: Store) -> None:
+    job = add(store)
+    with ThreadPoolExecutor(4) as pool:
+        opened = list(pool.map(lambda number: store.jobs.open_attempt(job.id, 1, f"s-{number}"), range(8)))
+    assert opened.count(True) == 1
+
+
+def test_a_lost_attempt_leaves_the_job_waiting_and_its_driver_powerless(store: Store) -> None:
+    job = running(store)
+    assert store.jobs.beat(job.id, 1)
+    assert store.jobs.lose_attempt(job.id, 1, "the node died")
+    assert get(store).status == JobStatus.scheduled
+    assert "the node died" in (get(store).waiting_for or "")
+    assert not store.jobs.beat(job.id, 1)
+    assert not store.jobs.record(job.id, 1, progress={"done": 9})
+    assert not store.jobs.complete(job.id, 1, {})
+    assert not store.jobs.fail(job.id, 1, "late")
+    (waiting,) = store.jobs.waiting()
+    assert (waiting.attempts, waiting.begun, waiting.uuid) == (1, 1, "job-1")
+    started = job.started_at
+    again = running(store, number=2)
+    assert again.started_at == started, "a job starts once"
+    assert again.waiting_for is None
+    assert store.jobs.complete(again.id, 2, {})
+
+
+def test_cancelling_a_waiting_job_ends_it_at_once(store: Store) -> None:
+    add(store)
+    store.jobs.cancel("default", "job-1")
+    store.jobs.cancel("default", "job-1")
+    job = get(store)
+    assert job.status == JobStatus.cancelled
+    assert job.completed_at is not None
+    assert not store.jobs.open_attempt(job.id, 1, "s")
+
+
+def test_cancelling_a_running_job_waits_for_its_attempt_to_stop(store: Store) -> None:
+    job = running(store)
+    store.jobs.cancel("default", "job-1")
+    asked = get(store)
+    assert (asked.status, asked.cancelled_at is not None) == (JobStatus.running, True)
+    store.jobs.cancel("default", "job-1")
+    assert get(store).cancelled_at == asked.cancelled_at
+    assert store.jobs.end_cancelled(job.id, 1, "it was stopped")
+    assert get(store).status == JobStatus.cancelled
+    assert not store.jobs.end_cancelled(job.id, 1, "again")
+
+
+def test_a_job_that_has_ended_is_not_cancelled(store: Store) -> None:
+    job = running(store)
+    store.jobs.fail(job.id, 1, "why")
+    store.jobs.cancel("default", "job-1")
+    ended = get(store)
+    assert (ended.status, ended.error, ended.cancelled_at) == (JobStatus.failed, "why", None)
+
+
+def test_a_job_lost_while_it_was_to_be_cancelled_is_not_tried_again(store: Store) -> None:
+    job = running(store)
+    store.jobs.cancel("default", "job-1")
+    store.jobs.lose_attempt(job.id, 1, "the node died")
+    assert store.jobs.waiting() == []
+    store.jobs.cancel("default", "job-1")
+    assert get(store).status == JobStatus.cancelled
+
+
+def test_pages_are_newest_first_and_filtered(store: Store) -> None:
+    for number in range(5):
+        add(store, f"job-{number}")
+    running(store, "job-3")
+    page = store.jobs.page("default", ["evaluate"], limit=2)
+    assert [job.uuid for job in page] == ["job-4", "job-3"]
+    page = store.jobs.page("default", ["evaluate"], after=page[-1].id, limit=2)
+    assert [job.uuid for job in page] == ["job-2", "job-1"]
+    assert [job.uuid for job in store.jobs.page("default", ["evaluate"], status="running")] == ["job-3"]
+    assert store.jobs.page("default", ["supervised_fine_tune"]) == []
+    assert store.jobs.counts() == {
+        ("default", "evaluate", "running"): 1,
+        ("default", "evaluate", "scheduled"): 4,
+    }
+
+
+def test_a_job_submitted_by_hand_is_under_way_at_once(store: Store) -> None:
+    job, is_new = store.jobs.add(new(), max_waiting=0, submission_id="raysubmit_1")
+    assert is_new
+    assert job is not None
+    ((_, attempt),) = store.jobs.under_way()
+    assert (attempt.number, attempt.submission_id) == (1, "raysubmit_1")
+    assert store.jobs.waiting() == []
+
+
+def test_giving_up_a_job_that_was_lost_too_often(store: Store) -> None:
+    job = running(store)
+    store.jobs.give_up(job.id, "too often")
+    assert get(store).status == JobStatus.running, "an attempt is under way"
+    store.jobs.lose_attempt(job.id, 1, "why")
+    store.jobs.give_up(job.id, "too often")
+    assert (get(store).status, get(store).error) == (JobStatus.failed, "too often")
+
+
+@pytest.mark.parametrize("ending", ["complete", "fail", "end_cancelled"])
+def test_the_run_follows_its_job(store: Store, ending: str) -> None:
+    job = running(store)
+    arguments: list[Any] = [{}] if ending == "complete" else ["why"]
+    assert getattr(store.jobs, ending)(job.id, 1, *arguments)
+    run = store.telemetry.run("default", job.run_id)
+    assert run is not None
+    assert run.status == get(store).status
+    assert run.ended_at == get(store).completed_at
