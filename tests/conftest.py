@@ -10,6 +10,7 @@ import pytest
 from stack.config import Config
 from stack.context import Context
 from stack.store import Store
+from tests.running_stack import stack as stack  # for all folders: one stack a session
 from tests.scripted_engine import ScriptedEngine
 
 CONFIG: dict[str, Any] = {
@@ -49,3 +50,8 @@ def context(home: Path, engine: ScriptedEngine) -> Iterator[Context]:
     context = Context.open(Config.parse(CONFIG, "the tests' config"), engine=engine)
     yield context
     context.close()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start a stack of their own come before the one of the session: a machine has room for one."""
+    items.sort(key=lambda item: "stack" in getattr(item, "fixturenames", ()))

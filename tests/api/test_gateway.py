@@ -26,16 +26,20 @@ POSTS = [
     "/v1/completions",
     "/datasets/create",
     "/post_training/supervised_fine_tune",
+    "/post_training/job/cancel",
     "/evaluate/question_answering/",
+    "/evaluate/job/cancel",
 ]
 GETS = [
     "/datasets/get",
     "/post_training/job/status",
+    "/post_training/job/logs",
     "/post_training/job/artifacts",
     "/evaluate/job/status",
+    "/evaluate/job/logs",
     "/evaluate/job/artifacts",
 ]
-OTHERS = ["/health", "/v1/models", "/v1/models/{model}", "/post_training/jobs"]
+OTHERS = ["/health", "/v1/models", "/v1/models/{model}", "/post_training/jobs", "/evaluate/jobs"]
 JSON = {"content-type": "application/json"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.ray.conftest import MODEL, Stack, wait_for
+from tests.running_stack import MODEL, Stack, wait_for
 
 TOKENS = 1_900
 

@@ -8,7 +8,7 @@ import openai
 import pytest
 from llama_stack import AsyncLlamaStack, LlamaStack
 
-from tests.ray.conftest import MODEL, Stack
+from tests.running_stack import MODEL, Stack
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 GREEDY = {"strategy": "greedy", "max_tokens": 32}

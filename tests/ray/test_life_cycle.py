@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 from llama_stack import LlamaStack
 
 from scripts import prompt_injection
-from tests.ray.conftest import MODEL, Stack, ended, wait_for
+from tests.running_stack import MODEL, Stack, ended
 
 LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": False}
 
@@ -141,6 +140,10 @@ def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path
         status = client.post_training.jobs.status(job_uuid="tune-http")
         assert (status.status, len(status.checkpoints)) == ("completed", 1)
         assert client.post_training.jobs.artifacts(job_uuid="tune-http").checkpoints == status.checkpoints
+        assert client.post_training.jobs.logs(job_uuid="tune-http").log_lines
+        assert client.post_training.jobs.list()
+        client.post_training.jobs.cancel(job_uuid="tune-http")  # it has ended: nothing happens
+        assert client.post_training.jobs.status(job_uuid="tune-http").status == "completed"
         # Of the body of an evaluation, this client's method knows only the metrics.
         body = evaluation("evaluate-client", "by-client")
         job = client.evaluate.question_answering.create(metrics=body.pop("metrics"), extra_body=body)
@@ -148,6 +151,9 @@ def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path
         assert client.evaluate.jobs.status.list(job_uuid="evaluate-client").job_uuid == "evaluate-client"
         assert ended(http, "evaluate", "evaluate-client")["status"] == "completed"
         assert client.evaluate.jobs.artifacts.list(job_uuid="evaluate-client").job_uuid == "evaluate-client"
+        assert client.evaluate.jobs.logs.list(job_uuid="evaluate-client").job_uuid == "evaluate-client"
+        assert client.evaluate.jobs.list()
+        client.evaluate.jobs.cancel(job_uuid="evaluate-client")
 
 
 def test_jobs_by_ray_job_submit_show_like_any_other(
@@ -181,22 +187,6 @@ def test_unknown_layers_fail_the_job_with_the_models_own(client: httpx.Client, s
     assert "'query'" in status["error"]
     assert "q_proj" in status["error"]
     assert status["checkpoints"] == []
-
-
-def test_a_driver_that_is_killed_fails_its_job_with_the_reason(client: httpx.Client, small: Path) -> None:
-    request = fine_tuning("tune-killed", dataset(small), training_config={
-        "n_epochs": 1_000, "n_iters": 0, "batch_size": 8, "shuffle": True,
-    })  # fmt: skip
-    client.post("/post_training/supervised_fine_tune", json=request)
-    status = "/post_training/job/status?job_uuid=tune-killed"
-    wait_for(lambda: client.get(status).json().get("progress"), 120)
-    pattern = "jobs.supervised_fine_tune --job tune-killed"
-    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
-    for pid in found.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
-    ended_status = ended(client, "post_training", "tune-killed", seconds=60)
-    assert ended_status["status"] == "failed"
-    assert "without a result" in ended_status["error"]
 
 
 @pytest.fixture

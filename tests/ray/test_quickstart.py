@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts import local_stack
-from tests.ray.conftest import free_port, prepared_home, processes_of, wait_for
+from tests.running_stack import free_port, prepared_home, processes_of, wait_for
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_st
             env=os.environ | {"STACK_HOME": str(home)},
             cwd=local_stack.ROOT,
         )
-    wait_for(lambda: "waiting for" in log.read_text() or quickstart.poll() is not None, 120, log.read_text)
+    wait_for(lambda: "waiting for the gateway" in log.read_text() or quickstart.poll() is not None, 120, log.read_text)
     assert len(processes_of(home)) > 3
     quickstart.send_signal(number)
     assert quickstart.wait(timeout=60) == exit_status, log.read_text()

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.ray.conftest import Stack, ended
+from tests.running_stack import Stack, ended
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from scripts import local_stack
-from tests.ray.conftest import MODEL, START_S, free_port, prepared_home, processes_of, wait_for
+from tests.running_stack import MODEL, START_S, free_port, prepared_home, processes_of, wait_for
 
 BIN = Path(sys.executable).parent
 

@@ -1,0 +1,112 @@
+"""kill -9 of everything that a job runs on: the job goes on, ends once, and nothing that was acknowledged is gone."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests import samples
+from tests.running_stack import MODEL, Stack, ended, wait_for
+
+DRIVER = "jobs.supervised_fine_tune"
+TRAIN_WORKER = "RayTrainWorker"
+SUPERVISOR = "JobSupervisor"
+GATEWAY = "ServeReplica:gateway:Gateway"
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def data(stack: Stack) -> dict[str, Any]:
+    return samples.dataset(samples.write_rows(stack.home / "data" / "chaos.jsonl", samples.dialogs(24)))
+
+
+def submit(client: httpx.Client, data: dict[str, Any], uuid: str) -> None:
+    """A training of 24 steps, with a checkpoint every third."""
+    training = {"n_epochs": 8, "n_iters": 0, "batch_size": 8, "shuffle": True}
+    request = samples.fine_tuning(data, job_uuid=uuid, model=MODEL, training_config=training)
+    reply = client.post("/post_training/supervised_fine_tune", json=request)
+    assert reply.status_code == 200, reply.text
+
+
+def status_of(client: httpx.Client, uuid: str) -> dict[str, Any]:
+    status: dict[str, Any] = client.get("/post_training/job/status", params={"job_uuid": uuid}).json()
+    return status
+
+
+def wait_for_checkpoint(client: httpx.Client, uuid: str, steps: int) -> None:
+    """Waits for a checkpoint of at least so many steps."""
+
+    def saved() -> bool:
+        status = status_of(client, uuid)
+        assert status["status"] in ("scheduled", "running"), status
+        return any(checkpoint["iters"] >= steps for checkpoint in status.get("checkpoints") or [])
+
+    wait_for(saved, 240, lambda: status_of(client, uuid))
+
+
+def assert_ran_once(client: httpx.Client, uuid: str, attempts: int) -> None:
+    """The job is completed by the last of so many attempts, of which no two overlap; each step counts once."""
+    status = ended(client, "post_training", uuid)
+    assert status["status"] == "completed", status
+    assert [attempt["number"] for attempt in status["attempts"]] == list(range(1, attempts + 1)), status["attempts"]
+    for earlier, later in zip(status["attempts"], status["attempts"][1:], strict=False):
+        assert earlier["ended_at"] <= later["started_at"]
+        assert earlier["exit_reason"] != "completed"
+    assert status["attempts"][-1]["exit_reason"] == "completed"
+    artifacts = client.get("/post_training/job/artifacts", params={"job_uuid": uuid}).json()
+    losses = [point["step"] for point in artifacts["metrics"] if point["name"] == "loss"]
+    assert losses == list(range(1, STEPS + 1))
+    lines = client.get("/post_training/job/logs", params={"job_uuid": uuid}).json()["log_lines"]
+    assert sum("going on from step" in line for line in lines) == attempts - 1
+
+
+def test_a_training_survives_its_driver_its_worker_and_the_supervisor(
+    stack: Stack, client: httpx.Client, data: dict[str, Any]
+) -> None:
+    submit(client, data, "tune-killed")
+    wait_for_checkpoint(client, "tune-killed", 3)
+    stack.kill_9(f"{DRIVER} --tenant default --job tune-killed")
+    wait_for_checkpoint(client, "tune-killed", 6)
+    stack.kill_9(TRAIN_WORKER)
+    wait_for_checkpoint(client, "tune-killed", 12)
+    # Its driver does not need the supervisor: the attempt goes on, and the next supervisor finds it.
+    stack.kill_9(SUPERVISOR)
+    assert_ran_once(client, "tune-killed", attempts=3)
+
+
+def test_what_a_killed_gateway_has_accepted_is_kept(stack: Stack, client: httpx.Client, data: dict[str, Any]) -> None:
+    accepted = []
+    for number in range(20):
+        if number == 10:
+            stack.kill_9(GATEWAY)
+        request = samples.evaluation(data, job_uuid=f"evaluation-{number}", checkpoint=MODEL, priority=-1)
+        try:
+            reply = client.post("/evaluate/question_answering/", json=request)
+        except httpx.TransportError:
+            continue
+        if reply.status_code == 200:
+            accepted.append(request["job_uuid"])
+    assert len(accepted) >= 10
+    wait_for(lambda: answers(client), 60)
+    for uuid in accepted:
+        assert ended(client, "evaluate", uuid)["status"] == "completed"
+
+
+def answers(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_a_training_survives_all_of_ray(stack: Stack, data: dict[str, Any]) -> None:
+    with stack.client() as client:
+        submit(client, data, "tune-all-killed")
+        submit(client, data, "tune-all-waiting")
+        wait_for_checkpoint(client, "tune-all-killed", 3)
+    stack.kill()
+    stack.start()
+    with stack.client() as client:
+        assert_ran_once(client, "tune-all-killed", attempts=2)
+        waited = ended(client, "post_training", "tune-all-waiting")
+        assert waited["status"] == "completed"

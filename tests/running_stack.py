@@ -1,0 +1,174 @@
+"""One stack for all tests that need one: `scripts/serve` as a child, on a port and in a home folder of its own."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from scripts import local_stack
+from stack import config
+
+MODEL = "SmolLM2-135M-Instruct"
+START_S = 400
+# Ray's agents of a node notice after a minute or so that it is gone.
+GONE_S = 180
+
+
+@dataclass
+class Stack:
+    """A stack that runs, until it is killed, in its home folder, behind its port."""
+
+    home: Path
+    port: int
+    ray_address: str = ""
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        return self.home / "serve.log"
+
+    def start(self) -> None:
+        """Starts it and waits until it answers."""
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "scripts.serve", "--port", str(self.port), "--stop-with-stdin"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"STACK_HOME": str(self.home)},
+                cwd=local_stack.ROOT,
+            )
+        wait_for(lambda: "ready after" in self.log.read_text() or self.process.poll() is not None, START_S, self._said)
+        assert self.process.poll() is None, self._said()
+        self.ray_address = next(line.split()[1] for line in self._said().splitlines() if line.startswith("  Ray"))
+
+    def kill(self) -> None:
+        """Kills it, and waits until nothing of it is left: not Ray, not its workers, not the engines' processes."""
+        self.process.kill()
+        self.process.wait(timeout=60)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        wait_for(lambda: not processes_of(self.home), GONE_S, lambda: processes_of(self.home))
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command of this environment as a user of this stack would."""
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        ray = {"RAY_API_SERVER_ADDRESS": self.ray_address, "RAY_AUTH_MODE": "token"}
+        given = os.environ | ray | {"STACK_HOME": str(self.home), "PATH": path}
+        return subprocess.run(
+            command,
+            env=given | environment,
+            cwd=local_stack.ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Its processes whose command line has a part."""
+        return [process for process in processes_of(self.home) if part in command_of(process)]
+
+    def kill_9(self, part: str) -> None:
+        """Kills those, of which there must be some, with no chance to say goodbye."""
+        found = self.processes(part)
+        assert found, f"no process of the stack is {part!r}"
+        for process in found:
+            process.send_signal(signal.SIGKILL)
+        psutil.wait_procs(found, timeout=60)
+
+    def _said(self) -> str:
+        return self.log.read_text()
+
+
+@pytest.fixture(scope="session")
+def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    reporter.write_line("starting a stack for the tests (one to three minutes)")
+    stack = Stack(prepared_home(tmp_path_factory.mktemp("stack")), free_port())
+    try:
+        stack.start()
+        yield stack
+    finally:
+        stack.kill()
+
+
+def prepared_home(folder: Path) -> Path:
+    """A new home folder with the model and the data that are prepared already."""
+    home = folder / "home"
+    home.mkdir()
+    prepared = config.home()
+    if not (prepared / "models" / MODEL / "config.json").is_file():
+        pytest.fail(f"the model is not in {prepared}: run scripts/setup")
+    for name in ("models", "packaged-data"):
+        (home / name).symlink_to(prepared / name)
+    return home
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def processes_of(home: Path) -> list[psutil.Process]:
+    """All processes whose STACK_HOME is this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("STACK_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is another user's
+            continue
+    return found
+
+
+def command_of(process: psutil.Process) -> str:
+    """The command line of a process, or its title where it has set one; nothing if it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, explain: Callable[[], Any] = lambda: "") -> Any:
+    """Polls until a condition holds, and fails with an explanation when it does not in time."""
+    deadline = time.monotonic() + seconds
+    between = threading.Event()
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds} s: {explain()}")
+        between.wait(0.25)
+    return value
+
+
+def ended(client: httpx.Client, api: str, job_uuid: str, seconds: float = 300) -> dict[str, Any]:
+    """The status of a job once it has ended."""
+
+    def look() -> dict[str, Any] | None:
+        reply = client.get(f"/{api}/job/status", params={"job_uuid": job_uuid})
+        assert reply.status_code == 200, reply.text
+        status: dict[str, Any] = reply.json()
+        return status if status["status"] in ("completed", "failed", "cancelled") else None
+
+    result: dict[str, Any] = wait_for(look, seconds, lambda: client.get(f"/{api}/job/status?job_uuid={job_uuid}").text)
+    return result
