@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_apps.errors import add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
-from serve_apps.middleware import Bounds, Faults, RequestId
+from serve_apps.middleware import Authenticate, Bounds, Faults, RequestId
 from serve_apps.routes import datasets, evaluations, health, inference, openai, post_training
 from stack.config import Config
 from stack.context import Context
@@ -71,10 +71,19 @@ def create_app(context: Context, ready: Ready) -> FastAPI:
         app.include_router(router.router)
     add_error_handlers(app)
     app.add_middleware(Faults)
-    app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes)
+    app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes, by_path=_larger_bodies(context.config))
+    app.add_middleware(Authenticate)
     app.add_middleware(RequestId)
     _drop_422(app)
     return app
+
+
+def _larger_bodies(config: Config) -> dict[str, int]:
+    """The bounds of the bodies in which files are sent: the file, in base64 or in multipart, and what stands beside."""
+    return {
+        "/datasets/upload": config.max_dataset_bytes + 2**16,
+        "/experiments/artifacts/upload": config.max_artifact_bytes * 4 // 3 + 2**20,
+    }
 
 
 def _drop_422(app: FastAPI) -> None:

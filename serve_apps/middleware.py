@@ -3,11 +3,13 @@
 import logging
 import re
 import uuid
+from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.errors import error_response
+from stack.context import LOCAL_USER
 from stack.errors import StackError, TooLarge
 
 logger = logging.getLogger("ray.serve")
@@ -44,20 +46,34 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
-class Bounds:
-    """Refuses a body over its bound, by its declared length or as it arrives."""
+class Authenticate:
+    """Finds out in whose name a request is made."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope.setdefault("state", {})["principal"] = LOCAL_USER
+        await self.app(scope, receive, send)
+
+
+class Bounds:
+    """Refuses a body over its bound, by its declared length or as it arrives. `by_path` are other bounds of paths."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, by_path: Mapping[str, int]) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.by_path = by_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        too_large = error_response(scope, TooLarge(f"the body has more than {self.max_body_bytes} bytes"))
+        bound = self.by_path.get(scope["path"], self.max_body_bytes)
+        too_large = error_response(scope, TooLarge(f"the body has more than {bound} bytes"))
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self.max_body_bytes:
+        if declared.isdigit() and int(declared) > bound:
             await too_large(scope, receive, send)
             return
         arrived = 0
@@ -67,18 +83,18 @@ class Bounds:
             message = await receive()
             arrived += len(message.get("body", b""))
             # To the application it looks as if the client had left; what it then answers is not sent.
-            return {"type": "http.disconnect"} if arrived > self.max_body_bytes else message
+            return {"type": "http.disconnect"} if arrived > bound else message
 
         async def send_unless_refused(message: Message) -> None:
-            if arrived <= self.max_body_bytes:
+            if arrived <= bound:
                 await send(message)
 
         try:
             await self.app(scope, bounded, send_unless_refused)
         except ClientDisconnect:
-            if arrived <= self.max_body_bytes:
+            if arrived <= bound:
                 raise
-        if arrived > self.max_body_bytes:
+        if arrived > bound:
             await too_large(scope, receive, send)
 
 

@@ -59,6 +59,10 @@ class Config(Wire):
     `data_roots` the folders whose files may become data sets. Of the accepted jobs `max_running_jobs` run at once, of
     each tenant's at most `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job whose attempt
     was lost for no fault of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times.
+
+    `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
+    `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests.
+    Traces go to `otlp_address` (OTLP over HTTP), if there is one.
     """
 
     store: str = "stack.db"
@@ -70,6 +74,8 @@ class Config(Wire):
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**20
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
+    max_artifact_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 32 * 2**20
+    max_tenant_bytes: Annotated[int, Field(ge=1_024)] = 100 * 2**30
     otlp_address: str | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
 

@@ -2,6 +2,8 @@
 
 StackError
 ├── BadInput       400  a value that can never be right; the message names it and what is allowed
+├── Unauthorized   401  no API key where one is needed, or one that is not known (any more)
+├── Forbidden      403  a key that may not do this; the message names the scope that may
 ├── NotFound       404  an id that is not there (or not yours)
 ├── Conflict       409  an id that is taken by something else
 ├── TooLarge       413  a body or file over its bound
@@ -34,6 +36,18 @@ class BadInput(StackError):
     status = 400
     type = "invalid_request_error"
     code = "bad_input"
+
+
+class Unauthorized(StackError):
+    status = 401
+    type = "authentication_error"
+    code = "unauthorized"
+
+
+class Forbidden(StackError):
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
 
 
 class NotFound(StackError):

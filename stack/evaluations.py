@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from stack import datasets, jobs
+from stack import datasets, jobs, quotas
 from stack.api.evaluations import (
     EvaluateQuestionAnsweringRequest,
     EvaluationJobArtifactsResponse,
@@ -35,7 +35,7 @@ def question_answering(
             raise
         sampling_body(request.sampling_params)
         datasets.check_examples(context, request.dataset, "dataset")
-        context.artifacts.require_room(RESULT_BYTES)
+        quotas.require_room(context, RESULT_BYTES)
     return jobs.submit(
         context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"),
         bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,

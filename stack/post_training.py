@@ -4,7 +4,7 @@ import importlib.util
 import json
 from typing import Any
 
-from stack import datasets, jobs
+from stack import datasets, jobs, quotas
 from stack.api.jobs import ArtifactFile, JobStatus, MetricPoint
 from stack.api.post_training import (
     Checkpoint,
@@ -120,7 +120,7 @@ def _check(context: Context, request: PostTrainingSFTRequest) -> None:
     datasets.check_examples(context, request.dataset, "dataset")
     if request.validation_dataset is not None:
         datasets.check_examples(context, request.validation_dataset, "validation_dataset")
-    context.artifacts.require_room(_bytes(model.base, request))
+    quotas.require_room(context, _bytes(model.base, request))
     if context.artifacts.exists(adapter_name(context.tenant, request.job_uuid)):
         message = f"there is an adapter of a job {request.job_uuid!r} already; choose another job_uuid"
         raise Conflict(message, param="job_uuid")

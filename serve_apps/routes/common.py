@@ -11,17 +11,36 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from serve_apps.errors import envelope
-from stack.context import Context
-from stack.errors import StackError
+from stack.context import Context, Principal
+from stack.errors import Forbidden, StackError
 
 
 def _context(request: Request) -> Context:
-    context = request.app.state.context
+    """The context in the name of whoever asks."""
+    context, principal = request.app.state.context, request.scope["state"]["principal"]
     assert isinstance(context, Context)
-    return context
+    assert isinstance(principal, Principal)
+    return context.of(principal)
 
 
 ContextOf = Annotated[Context, Depends(_context)]
+
+
+def needs(scope: str) -> Any:
+    """A dependency of routes that only a principal with this scope may use: `APIRouter(dependencies=[needs("data")])`.
+
+    The scope `admin` may use all of them.
+    """
+
+    async def check(request: Request) -> None:
+        scopes = request.scope["state"]["principal"].scopes
+        if scope not in scopes and "admin" not in scopes:
+            held = ", ".join(sorted(scopes)) or "none"
+            raise Forbidden(f"{request.url.path} needs a key with the scope {scope!r}; this one has: {held}")
+
+    return Depends(check)
+
+
 JobUuid = Annotated[str, Query(max_length=100)]
 logger = logging.getLogger("ray.serve")
 

@@ -4,11 +4,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from serve_apps.routes.common import ContextOf
+from serve_apps.routes.common import ContextOf, needs
 from stack import datasets
 from stack.api.datasets import CreateDatasetRequest, RegisteredDataset
 
-router = APIRouter(prefix="/datasets", tags=["datasets"])
+router = APIRouter(prefix="/datasets", tags=["datasets"], dependencies=[needs("data")])
 
 
 @router.post("/create", response_model_exclude_none=True)

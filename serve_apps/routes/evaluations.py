@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from serve_apps.routes.common import ContextOf, JobUuid
+from serve_apps.routes.common import ContextOf, JobUuid, needs
 from serve_apps.routes.jobs import After, Kind, Limit, Status, add_job_routes
 from stack import evaluations
 from stack.api.evaluations import (
@@ -13,7 +13,7 @@ from stack.api.evaluations import (
     EvaluationJobStatusResponse,
 )
 
-router = APIRouter(prefix="/evaluate", tags=["evaluations"])
+router = APIRouter(prefix="/evaluate", tags=["evaluations"], dependencies=[needs("training")])
 
 
 @router.post("/question_answering/")

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, as_events, event_stream
+from serve_apps.routes.common import ContextOf, as_events, event_stream, needs
 from stack import inference
 from stack.api.inference import (
     ChatCompletionRequest,
@@ -14,7 +14,7 @@ from stack.api.inference import (
     CompletionResponseStreamChunk,
 )
 
-router = APIRouter(prefix="/inference", tags=["inference"])
+router = APIRouter(prefix="/inference", tags=["inference"], dependencies=[needs("inference")])
 
 
 @router.post("/chat_completion", response_model=ChatCompletionResponse | ChatCompletionResponseStreamChunk)

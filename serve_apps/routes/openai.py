@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, event_stream
+from serve_apps.routes.common import ContextOf, event_stream, needs
 from stack.api.openai import (
     OpenAIChatCompletionRequest,
     OpenAICompletionRequest,
@@ -17,7 +17,7 @@ from stack.api.openai import (
 from stack.context import Context
 from stack.models import Endpoint, Model
 
-router = APIRouter(prefix="/v1", tags=["openai"])
+router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[needs("inference")])
 STARTED = int(time.time())
 
 

@@ -2,7 +2,7 @@
 
 from fastapi import APIRouter
 
-from serve_apps.routes.common import ContextOf, JobUuid
+from serve_apps.routes.common import ContextOf, JobUuid, needs
 from serve_apps.routes.jobs import After, Kind, Limit, Status, add_job_routes
 from stack import post_training
 from stack.api.post_training import (
@@ -13,7 +13,7 @@ from stack.api.post_training import (
     PostTrainingSFTRequest,
 )
 
-router = APIRouter(prefix="/post_training", tags=["post_training"])
+router = APIRouter(prefix="/post_training", tags=["post_training"], dependencies=[needs("training")])
 
 
 @router.post("/supervised_fine_tune")

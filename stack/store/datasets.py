@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import Engine, delete, insert, select
+from sqlalchemy import Engine, delete, func, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from stack.store.schema import datasets
+from stack.store.schema import datasets, uploads
 
 
 class Datasets:
@@ -34,3 +34,9 @@ class Datasets:
         with self._engine.begin() as connection:
             query = delete(datasets).where(datasets.c.tenant == tenant, datasets.c.uuid == uuid)
             return connection.execute(query).rowcount == 1
+
+    def uploaded_bytes(self, tenant: str) -> int:
+        """How much a tenant has uploaded and not deleted."""
+        query = select(func.coalesce(func.sum(uploads.c.bytes), 0)).where(uploads.c.tenant == tenant)
+        with self._engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
