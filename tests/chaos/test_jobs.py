@@ -10,7 +10,7 @@ from tests.running_stack import MODEL, Stack, ended, wait_for
 
 DRIVER = "jobs.supervised_fine_tune"
 TRAIN_WORKER = "RayTrainWorker"
-SUPERVISOR = "JobSupervisor"
+SUPERVISOR = "ServeReplica:gateway:JobSupervisor"  # Ray has a JobSupervisor of its own for each of its jobs
 GATEWAY = "ServeReplica:gateway:Gateway"
 STEPS = 24
 
