@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_apps.errors import add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.middleware import Authenticate, Bounds, Faults, RequestId
-from serve_apps.routes import datasets, evaluations, health, inference, openai, post_training
+from serve_apps.routes import datasets, evaluations, health, inference, openai, post_training, telemetry
 from stack.config import Config
 from stack.context import Context
 
@@ -67,7 +67,7 @@ def create_app(context: Context, ready: Ready) -> FastAPI:
     )
     app.state.context = context
     app.state.ready = ready
-    for router in (health, inference, datasets, post_training, evaluations, openai):
+    for router in (health, inference, datasets, post_training, evaluations, telemetry, openai):
         app.include_router(router.router)
     add_error_handlers(app)
     app.add_middleware(Faults)

@@ -50,7 +50,7 @@ def job_artifacts(context: Context, job_uuid: str) -> PostTrainingJobArtifactsRe
     points = [
         MetricPoint(name=metric.name, step=metric.step, value=metric.value, timestamp=metric.timestamp)
         for metric in context.store.telemetry.metrics(job.tenant, job.run_id)
-        if isinstance(metric.value, float)
+        if isinstance(metric.value, float | int) and not isinstance(metric.value, bool)
     ]
     return PostTrainingJobArtifactsResponse(job_uuid=job_uuid, checkpoints=_checkpoints(job), metrics=points)
 

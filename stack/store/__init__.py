@@ -13,6 +13,7 @@ from stack.store.jobs import Attempt, Job, Jobs
 from stack.store.keys import Keys
 from stack.store.migrate import migrate
 from stack.store.telemetry import Telemetry
+from stack.store.traces import Traces
 
 __all__ = ["Adapter", "Artifact", "Attempt", "Job", "Store", "now"]
 
@@ -29,6 +30,7 @@ class Store:
         self.adapters = Adapters(self.engine)
         self.artifacts = Artifacts(self.engine)
         self.telemetry = Telemetry(self.engine)
+        self.traces = Traces(self.engine)
 
     def close(self) -> None:
         self.engine.dispose()

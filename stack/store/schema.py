@@ -181,7 +181,7 @@ metrics = Table(
     Column("name", String(200), nullable=False),
     Column("step", BigInteger, nullable=False),
     Column("value", Float),
-    Column("other", JSON),
+    Column("other", JSON(none_as_null=True)),
     Column("timestamp", _Time, nullable=False),
     Index("metrics_by_run", "run_id", "name", "step"),
 )

@@ -1,14 +1,16 @@
-"""The rows of experiments, runs, metrics, logs and spans."""
+"""The rows of runs, metrics and logs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy import Connection, Engine, Row, delete, func, insert, select
 
 from stack.store.connection import now
 from stack.store.schema import logs, metrics, runs
+
+MAX_POINTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Metric:
     run_id: str
     name: str
     step: int
-    value: float | str | bool
+    value: float | int | str | bool
     timestamp: str
 
 
@@ -26,6 +28,17 @@ class Metric:
 class Log:
     id: int
     run_id: str | None
+    timestamp: str
+    level: str
+    message: str
+    additional_info: dict[str, Any]
+    trace_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is written of a log."""
+
     timestamp: str
     level: str
     message: str
@@ -46,36 +59,78 @@ class Run:
 
 
 class Telemetry:
+    """A run belongs to one tenant, and so do its metrics: what walks the index of metrics goes by the run's id alone,
+    and rows are then read with the tenant."""
+
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
+    # Metrics
+
     def add_metrics(self, tenant: str, run_id: str, values: Sequence[tuple[str, int, float]]) -> None:
         """Adds (name, step, value) triples to a run; infinite values and NaN are left out."""
-        timestamp = now()
-        rows = [
-            dict(tenant=tenant, run_id=run_id, name=name, step=step, value=value, timestamp=timestamp)
-            for name, step, value in values
-            if math.isfinite(value)
-        ]
-        if rows:
-            with self._engine.begin() as connection:
-                connection.execute(insert(metrics), rows)
+        time = now()
+        self.add_points(
+            tenant, [Metric(run_id, name, step, value, time) for name, step, value in values if math.isfinite(value)]
+        )
 
-    def metrics(self, tenant: str, run_id: str) -> list[Metric]:
-        """All values of a run, in the order of their steps."""
-        columns = (metrics.c.run_id, metrics.c.name, metrics.c.step, metrics.c.value, metrics.c.timestamp)
-        query = select(*columns).where(metrics.c.tenant == tenant, metrics.c.run_id == run_id)
+    def add_points(self, tenant: str, points: Sequence[Metric]) -> None:
+        """Adds values of all kinds, with their own times, in one transaction."""
+        if points:
+            with self._engine.begin() as connection:
+                connection.execute(insert(metrics), [_row(tenant, point) for point in points])
+
+    def metrics(
+        self,
+        tenant: str,
+        run_id: str,
+        name: str | None = None,
+        from_step: int | None = None,
+        to_step: int | None = None,
+        max_points: int = MAX_POINTS,
+    ) -> list[Metric]:
+        """The values of a run, of one name and between two steps if these are given, in the order of their steps.
+
+        Where there are more than `max_points`, the names with the most of them are thinned out, each evenly by the
+        number of its values, and its first and last are kept. There can be more than `max_points` only if that is
+        less than two for each name. The database does it along its index: a million values are never read whole.
+        """
+        wanted = metrics.c.run_id == run_id
+        if name is not None:
+            wanted &= metrics.c.name == name
+        if from_step is not None:
+            wanted &= metrics.c.step >= from_step
+        if to_step is not None:
+            wanted &= metrics.c.step <= to_step
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(metrics.c.step, metrics.c.id)).mappings()
-            return [Metric(**row) for row in rows]
+            counting = select(metrics.c.name, func.count().label("points")).where(wanted).group_by(metrics.c.name)
+            counts = {row.name: row.points for row in connection.execute(counting)}
+            kept = _shares(counts, max_points)
+            thinned = [found for found, count in counts.items() if kept[found] < count]
+            if thinned:
+                whole = [found for found in counts if found not in thinned]
+                rows = _read(connection, tenant, wanted & metrics.c.name.in_(whole), max_points)
+                for found in thinned:
+                    of_name = _thinned(wanted & (metrics.c.name == found), counts[found], kept[found])
+                    rows += _read(connection, tenant, metrics.c.id.in_(of_name), max_points)
+            else:
+                rows = _read(connection, tenant, wanted, max_points)
+        return [_metric(row) for row in sorted(rows, key=lambda row: (row.step, row.id))]
 
     def newest_metrics(self, tenant: str, run_id: str) -> dict[str, float]:
-        """The last number of each metric of a run."""
-        of_run = (metrics.c.tenant == tenant) & (metrics.c.run_id == run_id) & metrics.c.value.is_not(None)
-        newest = select(func.max(metrics.c.id)).where(of_run).group_by(metrics.c.name)
-        query = select(metrics.c.name, metrics.c.value).where(metrics.c.id.in_(newest))
+        """The value of each metric of a run at its greatest step, where that is a number."""
+        query = select(metrics.c.name, metrics.c.value).where(
+            metrics.c.tenant == tenant, metrics.c.id.in_(select(_lasts(run_id).c.id)), metrics.c.value.is_not(None)
+        )
         with self._engine.connect() as connection:
             return {row.name: row.value for row in connection.execute(query)}
+
+    def last_steps(self, tenant: str, run_id: str) -> dict[str, int]:
+        """The greatest step of each metric of a run."""
+        newest = metrics.c.id.in_(select(_lasts(run_id).c.id))
+        query = select(metrics.c.name, metrics.c.step).where(metrics.c.tenant == tenant, newest)
+        with self._engine.connect() as connection:
+            return {row.name: row.step for row in connection.execute(query)}
 
     def drop_metrics(self, tenant: str, run_id: str, after_step: int) -> None:
         """Removes the values of a run behind a step, which is gone on from."""
@@ -83,7 +138,11 @@ class Telemetry:
         with self._engine.begin() as connection:
             connection.execute(delete(metrics).where(behind))
 
+    # Runs
+
     def run(self, tenant: str, run_id: str) -> Run | None:
+        if "\0" in run_id:  # PostgreSQL would not even look for it
+            return None
         query = select(runs).where(runs.c.tenant == tenant, runs.c.id == run_id)
         with self._engine.connect() as connection:
             found = connection.execute(query).mappings().first()
@@ -95,19 +154,127 @@ class Telemetry:
         with self._engine.connect() as connection:
             return str(connection.execute(query).scalar_one())
 
+    # Logs
+
     def add_logs(self, tenant: str, run_id: str, lines: Sequence[tuple[str, str, str]]) -> None:
         """Adds (timestamp, level, message) triples to the log of a run."""
-        if lines:
-            rows = [
-                dict(tenant=tenant, run_id=run_id, timestamp=time, level=level, message=message, additional_info={})
-                for time, level, message in lines
-            ]
+        self.add_messages(tenant, [Message(time, level, message, {}) for time, level, message in lines], run_id)
+
+    def add_messages(
+        self, tenant: str, messages: Sequence[Message], run_id: str | None = None, trace_id: str | None = None
+    ) -> None:
+        """Adds messages to the log of a run, of a trace, or of neither, in one transaction."""
+        if messages:
+            of = dict(tenant=tenant, run_id=run_id, trace_id=trace_id)
             with self._engine.begin() as connection:
-                connection.execute(insert(logs), rows)
+                connection.execute(insert(logs), [of | vars(message) for message in messages])
 
     def logs_after(self, tenant: str, run_id: str, after: int, limit: int) -> list[Log]:
         """The lines of a run's log behind the one with the id `after`, in the order in which they were written."""
-        columns = (logs.c.id, logs.c.run_id, logs.c.timestamp, logs.c.level, logs.c.message, logs.c.additional_info)
-        query = select(*columns).where(logs.c.tenant == tenant, logs.c.run_id == run_id, logs.c.id > after)
+        query = _logs(tenant).where(logs.c.run_id == run_id, logs.c.id > after)
         with self._engine.connect() as connection:
             return [Log(**row) for row in connection.execute(query.order_by(logs.c.id).limit(limit)).mappings()]
+
+    def logs_of_trace(
+        self, tenant: str, trace_id: str, limit: int, *, only: str | None = None, without: str | None = None
+    ) -> list[Log]:
+        """The logs of a trace in the order of their arrival, of one level or of all but one."""
+        query = _logs(tenant).where(logs.c.trace_id == trace_id)
+        if only is not None:
+            query = query.where(logs.c.level == only)
+        if without is not None:
+            query = query.where(logs.c.level != without)
+        with self._engine.connect() as connection:
+            return [Log(**row) for row in connection.execute(query.order_by(logs.c.id).limit(limit)).mappings()]
+
+    def search_logs(
+        self,
+        tenant: str,
+        text: str = "",
+        *,
+        of: Mapping[str, str] = {},
+        levels: Sequence[str] | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        before_id: int | None = None,
+        limit: int = 100,
+    ) -> list[Log]:
+        """The logs that hold a text, newest first: those that arrived last.
+
+        `of` are columns that must have a value: run_id, trace_id. Levels are in lower case. The times are those of the
+        logs themselves: `since` or later, and before `until`. A page ends before the log with the id `before_id`.
+        """
+        query = _logs(tenant).where(*(logs.c[column] == value for column, value in of.items()))
+        if text:
+            query = query.where(logs.c.message.icontains(text, autoescape=True))
+        if levels is not None:
+            query = query.where(func.lower(logs.c.level).in_(levels))
+        if since is not None:
+            query = query.where(logs.c.timestamp >= since)
+        if until is not None:
+            query = query.where(logs.c.timestamp < until)
+        if before_id is not None:
+            query = query.where(logs.c.id < before_id)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(logs.c.id.desc()).limit(limit)).mappings()
+            return [Log(**row) for row in rows]
+
+
+def _row(tenant: str, point: Metric) -> dict[str, Any]:
+    """A number stands in `value`; what a float cannot say exactly (an integer, a text, true, false) in `other`."""
+    value = point.value
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return dict(
+        tenant=tenant,
+        run_id=point.run_id,
+        name=point.name,
+        step=point.step,
+        value=float(value) if is_number else None,
+        other=None if isinstance(value, float) else value,
+        timestamp=point.timestamp,
+    )
+
+
+def _metric(row: Row[Any]) -> Metric:
+    return Metric(row.run_id, row.name, row.step, row.value if row.other is None else row.other, row.timestamp)
+
+
+def _read(connection: Connection, tenant: str, wanted: Any, most: int) -> list[Row[Any]]:
+    query = select(metrics).where(metrics.c.tenant == tenant, wanted)
+    return list(connection.execute(query.order_by(metrics.c.step, metrics.c.id).limit(most)))
+
+
+def _shares(counts: Mapping[str, int], most: int) -> dict[str, int]:
+    """How many values of each name are kept: what those with few leave over goes to the others."""
+    kept: dict[str, int] = {}
+    for name, count in sorted(counts.items(), key=lambda entry: entry[1]):
+        share = (most - sum(kept.values())) // (len(counts) - len(kept))
+        kept[name] = min(count, max(2, share))
+    return kept
+
+
+def _thinned(of_name: Any, count: int, kept: int) -> Any:
+    """A query of the ids of `kept` of the first `count` values of a name, evenly spaced, with the first and the last.
+
+    The values numbered i from 0 are kept at which i * (kept - 1) / (count - 1) passes a whole number.
+    """
+    number = func.row_number().over(order_by=(metrics.c.step, metrics.c.id)) - 1
+    numbered = select(metrics.c.id, number.label("number")).where(of_name).subquery()
+    passes = (numbered.c.number * (kept - 1)) % (count - 1) < kept - 1
+    return select(numbered.c.id).where(passes, numbered.c.number < count)
+
+
+def _lasts(run_id: str) -> Any:
+    """The id of the last value of each name of a run. It skips along the index from name to name and reads no more."""
+    of_run = metrics.c.run_id == run_id
+    names = select(func.min(metrics.c.name).label("name")).where(of_run).cte("names", recursive=True)
+    following = select(func.min(metrics.c.name)).where(of_run, metrics.c.name > names.c.name).scalar_subquery()
+    names = names.union_all(select(following).where(names.c.name.is_not(None)))
+    last = select(metrics.c.id).where(of_run, metrics.c.name == names.c.name)
+    newest_first = last.order_by(metrics.c.step.desc(), metrics.c.id.desc()).limit(1)
+    return select(newest_first.scalar_subquery().label("id")).where(names.c.name.is_not(None)).subquery()
+
+
+def _logs(tenant: str) -> Any:
+    columns = (logs.c.id, logs.c.run_id, logs.c.timestamp, logs.c.level, logs.c.message, logs.c.additional_info)
+    return select(*columns, logs.c.trace_id).where(logs.c.tenant == tenant)
