@@ -8,6 +8,7 @@ JSON text of a Config, which is what the job supervisor hands to them. Without i
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -56,9 +57,11 @@ class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
     `store` is a SQLite file or an SQLAlchemy address; `artifacts` a folder or an fsspec address (s3://bucket/prefix);
-    `data_roots` the folders whose files may become data sets. Of the accepted jobs `max_running_jobs` run at once, of
-    each tenant's at most `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job whose attempt
-    was lost for no fault of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times.
+    `data_roots` the folders, and the prefixes of object storage (s3://bucket/prefix, gs://bucket/prefix), whose files
+    may become data sets: they are read with the stack's own rights. Of the accepted jobs `max_running_jobs` run at
+    once, of each tenant's at most `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job
+    whose attempt was lost for no fault of its own (with a worker, a node, or all of Ray) gets another one, up to
+    `max_retries` times.
 
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
     `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests.
@@ -90,6 +93,14 @@ class Config(Wire):
                 raise ValueError(f"the model id {model_id!r} is used more than once")
         return models
 
+    @field_validator("data_roots")
+    @classmethod
+    def _roots_are_folders_or_prefixes(cls, roots: list[str]) -> list[str]:
+        for root in roots:
+            if "://" in root and not re.match(r"(s3|gs)://[^/]", root):
+                raise ValueError(f"{root!r} is no data root; allowed: a folder, s3://bucket/prefix, gs://bucket/prefix")
+        return roots
+
     @property
     def store_url(self) -> str:
         return self.store if "://" in self.store else f"sqlite:///{home() / Path(self.store).expanduser()}"
@@ -100,7 +111,11 @@ class Config(Wire):
 
     @property
     def data_folders(self) -> list[Path]:
-        return [(home() / Path(root).expanduser()).resolve() for root in self.data_roots]
+        return [(home() / Path(root).expanduser()).resolve() for root in self.data_roots if "://" not in root]
+
+    @property
+    def data_prefixes(self) -> list[str]:
+        return [root.rstrip("/") + "/" for root in self.data_roots if "://" in root]
 
     @classmethod
     def parse(cls, value: Mapping[str, Any], source: str) -> "Config":

@@ -7,6 +7,8 @@ from pydantic import Discriminator, Field, Tag
 
 from stack.api.wire import Id, Request, Wire, at_most
 
+MAX_PREVIEW_ROWS = 100
+
 
 class TrainEvalDatasetColumnType(StrEnum):
     dialog = "dialog"
@@ -17,14 +19,15 @@ class TrainEvalDatasetColumnType(StrEnum):
 
 
 class TrainEvalDataset(Wire):
-    """Rows for training or evaluation: a file of JSON Lines with these columns.
+    """Rows for training or evaluation: a file of JSON Lines, JSON, CSV or Parquet with these columns.
 
     Examples stand in one column of type `dialog`, a list of messages whose last one is the assistant's answer, or in
-    two of type `text`, `prompt` and `completion`.
+    two of type `text`, `prompt` and `completion`. The file is one under the data roots of the stack (file://, s3:// or
+    gs://), one that was uploaded (upload://), or lies in the public internet (https://).
     """
 
     columns: Annotated[dict[str, TrainEvalDatasetColumnType], Field(min_length=1), at_most(1_000)]
-    content_url: Annotated[str, Field(max_length=4_096, pattern=r"^file://")]
+    content_url: Annotated[str, Field(max_length=4_096, pattern=r"^(file|upload|s3|gs|https)://")]
     metadata: Annotated[dict[str, Any], at_most(1_000)] | None = None
 
 
@@ -39,7 +42,7 @@ DatasetReference = Annotated[
 
 
 class RegisteredDataset(TrainEvalDataset):
-    """A data set as it was found when it was registered."""
+    """A data set as it was found when it was registered. `bytes` and `sha256` are those of the file as it lies."""
 
     uuid: Id
     rows: int
@@ -51,3 +54,30 @@ class RegisteredDataset(TrainEvalDataset):
 class CreateDatasetRequest(Request):
     uuid: Id
     dataset: TrainEvalDataset
+
+
+class DeleteDatasetRequest(Request):
+    dataset_uuid: Annotated[str, Field(max_length=100)]
+
+
+class DatasetPreview(Wire):
+    """The first rows of a data set, with their declared columns; `more` if there are others."""
+
+    dataset_uuid: str
+    rows: list[dict[str, Any]]
+    more: bool
+
+
+class UploadedFile(Wire):
+    """A file that was sent; `content_url` is its address in the description of a data set."""
+
+    id: str
+    name: str
+    bytes: int
+    sha256: str
+    created_at: str
+    content_url: str
+
+
+class DeleteUploadRequest(Request):
+    upload_id: Annotated[str, Field(max_length=100)]

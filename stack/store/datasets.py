@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from sqlalchemy import Engine, delete, func, insert, select
+from sqlalchemy import Engine, Table, delete, func, insert, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
-from stack.store.schema import datasets, uploads
+from stack.store.schema import datasets, jobs, uploads
 
 
 class Datasets:
@@ -29,10 +29,48 @@ class Datasets:
             found = connection.execute(query).mappings().first()
         return dict(found) if found else None
 
+    def page(self, tenant: str, after: dict[str, Any] | None, limit: int) -> list[dict[str, Any]]:
+        """Data sets, newest first, behind the one of the page before."""
+        return self._page(datasets, datasets.c.uuid, tenant, after, limit)
+
     def delete(self, tenant: str, uuid: str) -> bool:
         """False if it is not there."""
         with self._engine.begin() as connection:
             query = delete(datasets).where(datasets.c.tenant == tenant, datasets.c.uuid == uuid)
+            return connection.execute(query).rowcount == 1
+
+    def at(self, tenant: str, content_url: str) -> str | None:
+        """The uuid of a data set whose content lies at an address."""
+        query = select(datasets.c.uuid).where(datasets.c.tenant == tenant, datasets.c.content_url == content_url)
+        with self._engine.connect() as connection:
+            return connection.execute(query.limit(1)).scalar()
+
+    def unfinished_jobs(self, tenant: str) -> list[tuple[str, dict[str, Any]]]:
+        """The uuids and requests of the tenant's jobs that have not ended."""
+        query = select(jobs.c.uuid, jobs.c.request).where(
+            jobs.c.tenant == tenant, jobs.c.status.in_(("scheduled", "running"))
+        )
+        with self._engine.connect() as connection:
+            return [(row.uuid, row.request) for row in connection.execute(query)]
+
+    def add_upload(self, tenant: str, row: dict[str, Any]) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(insert(uploads).values(tenant=tenant, **row))
+
+    def get_upload(self, tenant: str, id: str) -> dict[str, Any] | None:
+        query = select(uploads).where(uploads.c.tenant == tenant, uploads.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return dict(found) if found else None
+
+    def upload_page(self, tenant: str, after: dict[str, Any] | None, limit: int) -> list[dict[str, Any]]:
+        """Uploads, newest first, behind the one of the page before."""
+        return self._page(uploads, uploads.c.id, tenant, after, limit)
+
+    def delete_upload(self, tenant: str, id: str) -> bool:
+        """False if it is not there."""
+        with self._engine.begin() as connection:
+            query = delete(uploads).where(uploads.c.tenant == tenant, uploads.c.id == id)
             return connection.execute(query).rowcount == 1
 
     def uploaded_bytes(self, tenant: str) -> int:
@@ -40,3 +78,13 @@ class Datasets:
         query = select(func.coalesce(func.sum(uploads.c.bytes), 0)).where(uploads.c.tenant == tenant)
         with self._engine.connect() as connection:
             return int(connection.execute(query).scalar_one())
+
+    def _page(
+        self, table: Table, key: Any, tenant: str, after: dict[str, Any] | None, limit: int
+    ) -> list[dict[str, Any]]:
+        order = tuple_(table.c.created_at, key)
+        query = select(table).where(table.c.tenant == tenant).order_by(table.c.created_at.desc(), key.desc())
+        if after is not None:
+            query = query.where(order < (after["created_at"], after[key.name]))
+        with self._engine.connect() as connection:
+            return [dict(row) for row in connection.execute(query.limit(limit)).mappings()]

@@ -25,22 +25,47 @@ POSTS = [
     "/v1/chat/completions",
     "/v1/completions",
     "/datasets/create",
+    "/datasets/delete",
+    "/datasets/uploads/delete",
     "/post_training/supervised_fine_tune",
     "/post_training/job/cancel",
     "/evaluate/question_answering/",
     "/evaluate/job/cancel",
+    "/runs/log_metrics",
+    "/logging/log_messages",
+    "/logging/get_logs",
+    "/telemetry/log_event",
 ]
 GETS = [
     "/datasets/get",
+    "/datasets/preview",
     "/post_training/job/status",
     "/post_training/job/logs",
     "/post_training/job/artifacts",
     "/evaluate/job/status",
     "/evaluate/job/logs",
     "/evaluate/job/artifacts",
+    "/runs/metrics",
+    "/telemetry/get_trace",
 ]
-OTHERS = ["/health", "/v1/models", "/v1/models/{model}", "/post_training/jobs", "/evaluate/jobs"]
+OTHERS = [
+    "/health",
+    "/datasets/list",
+    "/datasets/uploads",
+    "/metrics",
+    "/v1/models",
+    "/v1/models/{model}",
+    "/post_training/jobs",
+    "/evaluate/jobs",
+]
+# The parameters that GETS require, by how the paths begin.
+IDS = {"/datasets/": "dataset_uuid", "/runs/": "run_id", "/telemetry/": "trace_id", "/": "job_uuid"}
+FORMS = ["/datasets/upload"]  # of POST, with a body that is not JSON
 JSON = {"content-type": "application/json"}
+
+
+def id_of(path: str) -> str:
+    return next(name for beginning, name in IDS.items() if path.startswith(beginning))
 
 
 # Bodies
@@ -204,7 +229,7 @@ def test_a_wrong_method_is_405_and_named(client: TestClient, method: str, path: 
 
 @pytest.mark.parametrize("path", GETS)
 def test_a_missing_or_too_long_query_is_400_and_named(client: TestClient, path: str) -> None:
-    name = "dataset_uuid" if path == "/datasets/get" else "job_uuid"
+    name = id_of(path)
     missing = error_of(client.get(path), 400)
     assert (missing["param"], missing["message"]) == (name, f"{name}: is required")
     long = error_of(client.get(path, params={name: "x" * 101}), 400)
@@ -215,7 +240,7 @@ def test_a_missing_or_too_long_query_is_400_and_named(client: TestClient, path: 
 @pytest.mark.parametrize("path", GETS)
 @pytest.mark.parametrize("id", ["none", "", "../../etc/passwd", "' OR 1=1 --", "\0", "ä"])
 def test_an_unknown_id_is_404_and_named(client: TestClient, path: str, id: str) -> None:
-    name = "dataset_uuid" if path == "/datasets/get" else "job_uuid"
+    name = id_of(path)
     error = error_of(client.get(path, params={name: id}), 404)
     assert (error["code"], error["param"]) == ("not_found", name)
     assert repr(id) in error["message"]
@@ -330,7 +355,7 @@ def test_an_unknown_model_is_404(client: TestClient, id: str) -> None:
 def test_the_openapi_document_has_every_route_and_no_422(client: TestClient) -> None:
     document: dict[str, Any] = client.get("/openapi.json").json()
     served = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
-    assert served == {*(("POST", path) for path in POSTS), *(("GET", path) for path in [*GETS, *OTHERS])}
+    assert served == {*(("POST", path) for path in POSTS + FORMS), *(("GET", path) for path in [*GETS, *OTHERS])}
     for methods in document["paths"].values():
         for operation in methods.values():
             assert "422" not in operation["responses"]
@@ -363,7 +388,7 @@ def test_an_application_of_a_smaller_bound_refuses_smaller_bodies(context: Conte
     config = context.config.model_copy(update={"max_body_bytes": 1_024})
     assert isinstance(config, Config)
     app = gateway.create_app(Context(config, context.store, context.artifacts, context.models), ready=never)
-    with TestClient(app) as client:
+    with TestClient(app, client=("127.0.0.1", 50_000)) as client:
         error_of(client.post("/v1/completions", content=b" " * 1_025, headers=JSON), 413)
 
 

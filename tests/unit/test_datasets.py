@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stack import datasets
+from stack import dataset_files, datasets
 from stack.api.datasets import CreateDatasetRequest, TrainEvalDataset
 from stack.api.wire import describe
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, TooLarge
-from tests.samples import DIALOG, dataset, dialogs, write_rows
+from tests.samples import DIALOG, add_job, dataset, dialogs, fail, start, write_rows
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -30,6 +30,10 @@ def described(file: Path, **columns: str) -> TrainEvalDataset:
 
 def at(url: str) -> TrainEvalDataset:
     return TrainEvalDataset.model_validate({"columns": {"dialog": "dialog"}, "content_url": url})
+
+
+def checked(context: Context, file: Path, **columns: str) -> datasets.Checked:
+    return datasets.check(context, described(file, **columns))
 
 
 def create_request(uuid: str, file: Path, **columns: str) -> CreateDatasetRequest:
@@ -74,7 +78,7 @@ def test_a_refused_data_set_is_not_registered(context: Context, data: Path) -> N
 def test_a_reference_is_a_registered_data_set_or_a_described_one(context: Context, data: Path) -> None:
     file = write_rows(data / "a.jsonl", dialogs(1))
     datasets.create(context, create_request("a", file))
-    assert datasets.resolve(context, "a") == datasets.resolve(context, described(file)) == described(file)
+    assert datasets.resolve(context, "a") == datasets.resolve(context, described(file))
 
 
 def test_a_described_data_set_is_checked_when_it_is_used(context: Context, data: Path) -> None:
@@ -124,7 +128,7 @@ def test_a_symbolic_link_that_leaves_the_data_folder_is_refused(context: Context
 def test_a_symbolic_link_within_the_data_folder_is_followed(context: Context, data: Path) -> None:
     file = write_rows(data / "a.jsonl", dialogs(2))
     (data / "link.jsonl").symlink_to(file)
-    assert datasets.check(context, at(f"file://{data}/link.jsonl"))[0] == 2
+    assert datasets.check(context, at(f"file://{data}/link.jsonl")).rows == 2
 
 
 @pytest.mark.parametrize(
@@ -142,23 +146,31 @@ def test_addresses_that_no_file_can_have_are_refused(context: Context, data: Pat
     assert "file://" in refusal(context, at(url.format(data=data, long="x" * 300)))
 
 
-@pytest.mark.parametrize("url", ["https://example.org/a.jsonl", "s3://bucket/a.jsonl", "/srv/a.jsonl", "", "a.jsonl"])
-def test_only_addresses_of_files_are_taken(url: str) -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://example.org/a.jsonl", "ftp://example.org/a.jsonl", "data:,x", "hf://a/b.jsonl", "memory://a.jsonl"),
+        *("/srv/a.jsonl", "", "a.jsonl", " file:///a.jsonl", "FILE:///a.jsonl"),
+    ],
+)
+def test_only_addresses_of_these_kinds_are_taken(url: str) -> None:
     with pytest.raises(ValidationError) as caught:
         at(url)
     assert "content_url" in describe(caught.value)
-    assert "^file://" in describe(caught.value)
+    assert "^(file|upload|s3|gs|https)://" in describe(caught.value)
 
 
 def test_an_escaped_address_leads_to_its_file(context: Context, data: Path) -> None:
     file = write_rows(data / "a b ä.jsonl", dialogs(1))
     assert "%20" in file.as_uri()
-    assert datasets.check(context, described(file))[0] == 1
+    assert datasets.check(context, described(file)).rows == 1
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.jsonl.gz", "a"])
-def test_only_json_lines_are_taken(context: Context, data: Path, name: str) -> None:
-    assert "its name must end with .jsonl" in refusal(context, described(write_rows(data / name, dialogs(1))))
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.zip", "a.parquet.gz", "a.gz", "a", "jsonl"])
+def test_a_file_of_another_kind_is_refused_with_what_is_allowed(context: Context, data: Path, name: str) -> None:
+    assert "it must end with one of .jsonl, .ndjson, .json, .csv, .parquet" in refusal(
+        context, described(write_rows(data / name, dialogs(1)))
+    )
 
 
 # What is wrong with a file
@@ -174,14 +186,14 @@ def test_a_file_over_its_bound_is_refused(context: Context, data: Path) -> None:
     line = f"{row}{' ' * (1024 - len(row) - 1)}\n"
     file = data / "a.jsonl"
     file.write_text(line * (limit // 1024))
-    assert datasets.check(context, described(file))[1] == limit
+    assert datasets.check(context, described(file)).bytes == limit
     file.write_text(line * (limit // 1024) + line)
-    with pytest.raises(TooLarge, match=f"more than {limit} bytes"):
+    with pytest.raises(TooLarge, match=f"allowed: {limit}"):
         datasets.check(context, described(file))
 
 
 def test_a_row_over_its_bound_is_refused(context: Context, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "MAX_ROW_BYTES", 1_000)
+    monkeypatch.setattr(dataset_files, "MAX_ROW_BYTES", 1_000)
     file = write_rows(data / "a.jsonl", [*dialogs(1), {"dialog": DIALOG, "more": "x" * 1_000}])
     assert refusal(context, described(file)) == "row 2 has more than 1000 bytes"
 
@@ -206,7 +218,7 @@ def test_a_row_that_is_no_object_is_named(context: Context, data: Path, row: Any
 
 
 def test_a_row_that_lacks_a_declared_column_is_named_with_what_it_has(context: Context, data: Path) -> None:
-    file = write_rows(data / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "answer": "b"}, {}])
+    file = write_rows(data / "a.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a", "answer": "b"}])
     message = refusal(context, described(file, prompt="text", completion="text"))
     assert message == "row 2 lacks the declared column 'completion'; it has: prompt, answer"
 
@@ -214,11 +226,11 @@ def test_a_row_that_lacks_a_declared_column_is_named_with_what_it_has(context: C
 @pytest.mark.parametrize(
     ("kind", "value", "found"),
     [
-        ("text", 5, "holds a int"),
-        ("text", None, "holds a NoneType"),
+        ("text", 5, "holds the number 5"),
+        ("text", None, "holds null"),
         ("media", ["a"], "holds a list"),
-        ("number", "5", "holds a str"),
-        ("number", True, "holds a bool"),
+        ("number", "5", "holds the text '5'"),
+        ("number", True, "holds true"),
         ("dialog", "hello", "is not a list of messages"),
         ("dialog", [{"role": "robot", "content": "a"}], "'robot'"),
         ("dialog", [{"role": "user"}], "0.content: is required"),
@@ -249,22 +261,125 @@ def test_a_value_of_another_type_than_declared_is_named(
 )
 def test_values_of_the_declared_type_are_taken(context: Context, data: Path, kind: str, value: Any) -> None:
     checked = described(write_rows(data / "a.jsonl", [{"x": value, "undeclared": 1}]), x=kind)
-    assert list(datasets.rows(context, checked)) == [(1, {"x": value, "undeclared": 1})]
+    assert list(datasets.rows(context, datasets.check(context, checked))) == [(1, {"x": value})]
 
 
 def test_a_last_line_without_its_end_counts(context: Context, data: Path) -> None:
     file = write_rows(data / "a.jsonl", dialogs(2))
     file.write_text(file.read_text().removesuffix("\n"))
-    assert datasets.check(context, described(file))[0] == 2
+    assert datasets.check(context, described(file)).rows == 2
 
 
-def test_a_file_that_changed_after_it_was_checked_is_checked_as_it_is_read(context: Context, data: Path) -> None:
+@pytest.mark.parametrize("is_registered", [True, False], ids=["registered", "described"])
+def test_whoever_finds_other_content_than_was_checked_gets_both_hashes(
+    context: Context, data: Path, is_registered: bool
+) -> None:
     file = write_rows(data / "a.jsonl", dialogs(2))
-    checked = described(file)
-    datasets.check(context, checked)
-    write_rows(file, [*dialogs(1), {}])
-    with pytest.raises(BadInput, match="row 2 lacks"):
-        list(datasets.rows(context, checked))
+    before = datasets.create(context, create_request("a", file)).sha256
+    found = datasets.resolve(context, "a" if is_registered else described(file))
+    write_rows(file, dialogs(3))
+    for read in (datasets.rows, datasets.examples):
+        with pytest.raises(Conflict, match="has changed") as caught:
+            list(read(context, found))
+        assert before in caught.value.message
+        assert hashlib.sha256(file.read_bytes()).hexdigest() in caught.value.message
+
+
+def test_a_job_on_a_registered_data_set_whose_file_has_changed_is_not_accepted(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    datasets.create(context, create_request("a", file))
+    write_rows(file, dialogs(3))
+    with pytest.raises(Conflict, match="has changed"):
+        datasets.check_examples(context, "a", "dataset")
+
+
+def test_the_first_bad_rows_are_all_named(context: Context, data: Path) -> None:
+    rows = [{"x": number if number % 3 else "none"} for number in range(1, 100)]
+    message = refusal(context, described(write_rows(data / "a.jsonl", rows[:10]), x="number"))
+    assert [part.split(":")[0] for part in message.split("; ")] == ["row 3", "row 6", "row 9"]
+    message = refusal(context, described(write_rows(data / "a.jsonl", rows), x="number"))
+    assert [part.split(":")[0] for part in message.split("; ")[:-1]] == [f"row {3 * one}" for one in range(1, 11)]
+    assert message.endswith("; it was read no further")
+
+
+def test_what_is_wrong_is_said_in_few_words(context: Context, data: Path) -> None:
+    rows = [{"x": [{"role": "robot", "content": "x" * 3_000}] * 5}] * 3
+    message = refusal(context, described(write_rows(data / "a.jsonl", rows), x="dialog"))
+    assert len(message) < 3 * 350
+
+
+# Previews and lists
+
+
+def test_a_preview_has_the_first_rows_with_their_declared_columns(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", [{"x": number, "undeclared": 1} for number in range(5)])
+    datasets.create(context, create_request("a", file, x="number"))
+    assert datasets.preview(context, "a", 3).model_dump() == {
+        "dataset_uuid": "a",
+        "rows": [{"x": 0}, {"x": 1}, {"x": 2}],
+        "more": True,
+    }
+    assert not datasets.preview(context, "a", 5).more
+    with pytest.raises(NotFound, match="'b'"):
+        datasets.preview(context, "b", 3)
+
+
+def test_a_preview_is_bounded_in_bytes(context: Context, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "MAX_PREVIEW_BYTES", 1_000)
+    file = write_rows(data / "a.jsonl", [{"x": "y" * 400}] * 5)
+    datasets.create(context, create_request("a", file, x="text"))
+    preview = datasets.preview(context, "a", 5)
+    assert (len(preview.rows), preview.more) == (2, True)
+
+
+def test_data_sets_are_listed_newest_first_a_page_at_a_time(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(1))
+    other = context.of_tenant("acme")
+    datasets.create(other, create_request("theirs", file))
+    made = [datasets.create(context, create_request(f"a{number}", file)) for number in range(5)]
+    pages = [datasets.page(context, None, 2)]
+    while pages[-1]:
+        pages.append(datasets.page(context, pages[-1][-1].uuid, 2))
+    assert [len(page) for page in pages] == [2, 2, 1, 0]
+    newest = sorted(made, key=lambda one: (one.created_at, one.uuid), reverse=True)
+    assert [one for page in pages for one in page] == newest
+    with pytest.raises(NotFound, match="'theirs'"):
+        datasets.page(context, "theirs", 2)
+
+
+# Deletion
+
+
+def test_a_deleted_data_set_is_gone_and_its_file_is_not(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(1))
+    datasets.create(context, create_request("a", file))
+    datasets.create(context.of_tenant("acme"), create_request("a", file))
+    datasets.delete(context, "a")
+    with pytest.raises(NotFound):
+        datasets.get(context, "a")
+    with pytest.raises(NotFound):
+        datasets.delete(context, "a")
+    assert file.exists()
+    assert datasets.get(context.of_tenant("acme"), "a").rows == 1
+
+
+@pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
+def test_a_data_set_is_kept_while_a_job_needs_it(context: Context, data: Path, field: str) -> None:
+    datasets.create(context, create_request("a", write_rows(data / "a.jsonl", dialogs(1))))
+    add_job(context.store, "evaluation-1", **{field: "a"})
+    start(context.store, "evaluation-1")
+    with pytest.raises(Conflict, match="the job 'evaluation-1' needs the data set 'a' and has not ended"):
+        datasets.delete(context, "a")
+    fail(context.store, "evaluation-1", "it is over")
+    datasets.delete(context, "a")
+
+
+def test_jobs_of_others_and_on_other_data_sets_keep_nothing(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(1))
+    datasets.create(context, create_request("a", file))
+    add_job(context.store, "theirs", tenant="acme", dataset="a")
+    add_job(context.store, "mine", dataset=dataset(file), model="a")
+    datasets.delete(context, "a")
 
 
 # Examples
@@ -273,20 +388,20 @@ def test_a_file_that_changed_after_it_was_checked_is_checked_as_it_is_read(conte
 def test_examples_of_dialogs_are_the_messages_and_the_last_answer(context: Context, data: Path) -> None:
     chat = [QUESTION, {"role": "assistant", "content": ["Par", "is"]}]
     file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": chat}])
-    first, second = datasets.examples(context, described(file))
+    first, second = datasets.examples(context, checked(context, file))
     assert (first.messages, first.answer) == (DIALOG[:2], "Paris")
     assert (second.messages, second.answer) == ([QUESTION], "Paris")
 
 
 def test_the_dialog_column_may_have_any_name(context: Context, data: Path) -> None:
     file = write_rows(data / "a.jsonl", [{"chat": DIALOG, "prompt": "a"}])
-    (example,) = datasets.examples(context, described(file, chat="dialog", prompt="text"))
+    (example,) = datasets.examples(context, checked(context, file, chat="dialog", prompt="text"))
     assert example.answer == "Paris"
 
 
 def test_examples_of_prompts_are_a_user_message_and_the_completion(context: Context, data: Path) -> None:
     file = write_rows(data / "a.jsonl", [{"prompt": "One, two", "completion": ", three", "source": "me"}])
-    (example,) = datasets.examples(context, described(file, prompt="text", completion="text", source="text"))
+    (example,) = datasets.examples(context, checked(context, file, prompt="text", completion="text", source="text"))
     assert example == datasets.Example([{"role": "user", "content": "One, two"}], ", three")
 
 
@@ -300,7 +415,7 @@ def test_a_dialog_that_does_not_end_with_an_answer_is_named(
 ) -> None:
     file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": dialog}])
     with pytest.raises(BadInput, match="row 2: the dialog in 'dialog' does not end with an answer of the assistant"):
-        list(datasets.examples(context, described(file)))
+        list(datasets.examples(context, checked(context, file)))
 
 
 def test_a_dialog_with_tool_calls_is_refused_with_its_row(context: Context, data: Path) -> None:
@@ -308,7 +423,7 @@ def test_a_dialog_with_tool_calls_is_refused_with_its_row(context: Context, data
     answer = {"role": "assistant", "content": "", "tool_calls": [call]}
     file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": [QUESTION, answer]}])
     with pytest.raises(BadInput, match=r"row 2.*tool calls"):
-        list(datasets.examples(context, described(file)))
+        list(datasets.examples(context, checked(context, file)))
 
 
 @pytest.mark.parametrize(
@@ -321,9 +436,9 @@ def test_a_dialog_with_tool_calls_is_refused_with_its_row(context: Context, data
     ],
 )
 def test_columns_without_examples_are_refused_with_what_is_allowed(context: Context, columns: dict[str, str]) -> None:
-    checked = TrainEvalDataset.model_validate({"columns": columns, "content_url": "file:///a.jsonl"})
+    described = TrainEvalDataset.model_validate({"columns": columns, "content_url": "file:///a.jsonl"})
     with pytest.raises(BadInput) as caught:
-        next(datasets.examples(context, checked))
+        datasets.check_examples(context, described, "dataset")
     for word in ("dialog", "prompt and completion", *(f"{name} ({kind})" for name, kind in columns.items())):
         assert word in caught.value.message
 
@@ -343,13 +458,3 @@ def test_examples_are_all_read_before_any_work_and_refused_with_their_field(
     with pytest.raises(BadInput, match=words) as caught:
         datasets.check_examples(context, described(file), "validation_dataset")
     assert caught.value.param == "validation_dataset"
-
-
-def test_a_registered_data_set_whose_file_has_changed_is_a_conflict(context: Context, data: Path) -> None:
-    file = write_rows(data / "a.jsonl", dialogs(2))
-    registered = datasets.create(context, create_request("a", file))
-    write_rows(file, dialogs(3))
-    with pytest.raises(Conflict, match="the file of the data set 'a' has changed") as caught:
-        datasets.resolve(context, "a")
-    assert registered.sha256 in caught.value.message
-    assert hashlib.sha256(file.read_bytes()).hexdigest() in caught.value.message

@@ -1,0 +1,186 @@
+"""The one way to what lies at an address that a user gave.
+
+Such an address must not lead the server to where only the server can go. So the addresses that its name stands for are
+looked up once, all of them must be public, and the connection goes to one of those, while TLS still proves the name.
+There are no redirects and no proxies; bytes and time are bounded.
+"""
+
+import contextlib
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from stack.errors import BadInput, TooLarge, Unavailable
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+BLOCK = 2**18
+# Beside what Python's ipaddress takes for private: addresses that lead on to others (6to4 and its relays, Teredo),
+# and documentation. Of IPv6 only 2000::/3 is public at all, which leaves out NAT64 and mapped IPv4.
+_NOT_PUBLIC = [
+    ipaddress.ip_network(network)
+    for network in ("192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
+]
+_PUBLIC_V6 = ipaddress.ip_network("2000::/3")
+
+
+def is_public(address: Address) -> bool:
+    """Whether an address belongs to the public internet, and leads to nowhere else."""
+    if address.version == 6 and address not in _PUBLIC_V6:
+        return False
+    if not address.is_global or address.is_multicast or address.is_reserved:
+        return False
+    return not any(address in network for network in _NOT_PUBLIC)
+
+
+def resolve(host: str, port: int) -> list[str]:
+    """The addresses that a name stands for. Raises OSError."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+@dataclass(frozen=True)
+class Fetcher:
+    """Fetches files by https. `seconds` bounds a whole fetch, `idle_seconds` each wait within it.
+
+    After the first `idle_seconds` content must come at `slowest` bytes a second on average.
+    """
+
+    resolve: Callable[[str, int], list[str]] = resolve
+    is_allowed: Callable[[Address], bool] = is_public
+    ports: frozenset[int] = frozenset({443})
+    tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
+    seconds: float = 600
+    idle_seconds: float = 10
+    slowest: int = 16 * 1024
+
+    def fetch(self, url: str, into: BinaryIO, most: int) -> None:
+        """Writes what lies at an address into a file.
+
+        Raises BadInput for an address that is not allowed or has nothing, TooLarge for more than `most` bytes, and
+        Unavailable where nobody answers in time.
+        """
+        host, port, target = self._parts(url)
+        addresses = self._addresses(host, port)
+        deadline = time.monotonic() + self.seconds
+        try:
+            with self._connected(host, port, addresses, deadline) as connection:
+                connection.request(
+                    "GET",
+                    target,
+                    headers={"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "llama-stack-ray"},
+                )
+                with connection.getresponse() as response:
+                    _check(response, url, most)
+                    self._copy(response, into, most, deadline)
+        except ssl.SSLCertVerificationError as error:
+            raise BadInput(f"{host} cannot prove that it is {host}: {error.verify_message}") from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if time.monotonic() >= deadline:
+                raise _too_slow(f"was not there within {self.seconds:.0f} s") from error
+            raise Unavailable(f"{host} does not answer as it should: {str(error) or type(error).__name__}") from error
+
+    def _parts(self, url: str) -> tuple[str, int, str]:
+        """The host, the port and the rest of an address."""
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port or 443
+            host.encode("idna")
+        except ValueError as error:
+            raise BadInput(f"{url!r} is no address: {error}") from error
+        if parts.scheme != "https" or not host:
+            raise BadInput(f"{url!r} cannot be fetched; allowed: https://host/path")
+        if parts.username is not None or parts.password is not None:
+            raise BadInput("an address must not hold a user name or a password")
+        if port not in self.ports:
+            allowed = ", ".join(str(one) for one in sorted(self.ports))
+            raise BadInput(f"the port {port} may not be asked; allowed: {allowed}")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        if not target.isascii() or not target.isprintable() or " " in target or "\\" in url:
+            raise BadInput(f"{url!r} holds characters that must be percent-encoded in an address")
+        return host, port, target
+
+    def _addresses(self, host: str, port: int) -> list[str]:
+        try:
+            found = self.resolve(host, port)
+            addresses = [ipaddress.ip_address(address) for address in found]
+        except (OSError, ValueError) as error:
+            raise BadInput(f"there is no host {host!r}") from error
+        # One that is not allowed is enough: what a name stands for next time may be another one of them.
+        if not addresses or not all(self.is_allowed(address) for address in addresses):
+            raise BadInput(f"{host} may not be asked: it is not, or not only, at public addresses")
+        return found
+
+    @contextlib.contextmanager
+    def _connected(
+        self, host: str, port: int, addresses: list[str], deadline: float
+    ) -> Iterator[http.client.HTTPSConnection]:
+        connection = http.client.HTTPSConnection(host, port)
+        with contextlib.closing(connection), _connect(addresses, port, self.idle_seconds) as plain:
+            # Whatever it is doing, a fetch ends at its deadline: the far side can keep each single wait short.
+            copy = plain.dup()
+            watchdog = threading.Timer(max(0, deadline - time.monotonic()), _cut, args=[copy])
+            watchdog.daemon = True
+            watchdog.start()
+            try:
+                connection.sock = self.tls.wrap_socket(plain, server_hostname=host)
+                yield connection
+            finally:
+                watchdog.cancel()
+                copy.close()
+
+    def _copy(self, response: http.client.HTTPResponse, into: BinaryIO, most: int, deadline: float) -> None:
+        started, total = time.monotonic(), 0
+        while block := response.read1(BLOCK):
+            total += len(block)
+            if total > most:
+                raise TooLarge(f"the content has more than {most} bytes")
+            into.write(block)
+            now = time.monotonic()
+            if now >= deadline:
+                raise _too_slow(f"was not there within {self.seconds:.0f} s")
+            if now - started > self.idle_seconds and total < self.slowest * (now - started):
+                raise _too_slow(f"came with fewer than {self.slowest} bytes a second")
+        if time.monotonic() >= deadline:  # it was cut, which looks like an end
+            raise _too_slow(f"was not there within {self.seconds:.0f} s")
+        if response.length:
+            raise Unavailable(f"the content broke off after {total} bytes")
+
+
+def _check(response: http.client.HTTPResponse, url: str, most: int) -> None:
+    if 300 <= response.status < 400:
+        target = response.headers.get("location", "nowhere")
+        raise BadInput(f"{url} redirects to {target[:500]!r}; redirects are not followed: name that address")
+    if response.status >= 500:
+        raise Unavailable(f"{url} answers with the status {response.status}")
+    if response.status != 200:
+        raise BadInput(f"{url} answers with the status {response.status}")
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding != "identity":
+        raise BadInput(f"{url} answers with the content-encoding {encoding[:50]!r}; allowed: identity")
+    if response.length is not None and response.length > most:
+        raise TooLarge(f"the content has {response.length} bytes; allowed: {most}")
+
+
+def _connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
+    """A connection to the first address that takes one."""
+    for address in addresses[:-1]:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), timeout=seconds)
+    return socket.create_connection((addresses[-1], port), timeout=seconds)
+
+
+def _cut(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _too_slow(what: str) -> Unavailable:
+    return Unavailable(f"the content {what}")
