@@ -6,6 +6,7 @@ the tests start `scripts/serve` as a child.
 """
 
 import fcntl
+import ipaddress
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,12 @@ from typing import Any
 import httpx
 import yaml
 from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
+from stack import keys
 from stack.api.wire import describe
 from stack.config import Config, LanguageModel
+from stack.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "serve_apps" / "local.yaml"
@@ -51,7 +55,14 @@ class ServeFile:
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        """The address at which this machine reaches it, also where it listens at all of its addresses."""
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:  # a name
+            return f"http://{self.host}:{self.port}"
+        if address.version == 4:
+            return f"http://{'127.0.0.1' if address.is_unspecified else address}:{self.port}"
+        return f"http://[{'::1' if address.is_unspecified else address}]:{self.port}"
 
 
 def read_serve_file(file: Path, port: int | None = None) -> ServeFile:
@@ -146,14 +157,27 @@ def only_stack(home: Path) -> Iterator[None]:
 
 def require_free(host: str, port: int) -> None:
     """Raises StartFailed if something else listens there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartFailed(
-                f"{host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose a --port"
-            ) from error
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise StartFailed(
+            f"{host}:{port} cannot be used ({error.strerror}): stop what listens there, or choose a --port"
+        ) from error
+
+
+def require_keys(file: ServeFile) -> None:
+    """Raises Unauthorized where other machines would be listened to and no API key was ever made."""
+    if keys.is_loopback(file.host):
+        return
+    try:
+        with closing(Store(file.config.store_url)) as store:
+            keys.require_keys(store, file.host)
+    except SQLAlchemyError as error:
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())
+        raise StartFailed(f"the database cannot be used: {reason}") from error
 
 
 def wait_for_agent_port(stopped: Callable[[], bool], say: Callable[[str], None]) -> None:

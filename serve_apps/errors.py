@@ -28,7 +28,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def error_response(scope: Scope, error: StackError) -> JSONResponse:
     """The error envelope of both doors."""
-    headers = {"retry-after": str(error.retry_after)} if error.retry_after else None
+    headers = {"retry-after": str(error.retry_after)} if error.retry_after else {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     return JSONResponse(envelope(scope, error), error.status, headers)
 
 

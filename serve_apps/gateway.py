@@ -10,12 +10,26 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve_apps.address import listening_host
 from serve_apps.errors import add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
-from serve_apps.middleware import Authenticate, Bounds, Faults, RequestId
-from serve_apps.routes import datasets, evaluations, health, inference, openai, post_training, telemetry
+from serve_apps.metrics import Measure, Metrics
+from serve_apps.middleware import Authenticate, Bounds, Faults, RequestId, Trace
+from serve_apps.routes import (
+    datasets,
+    evaluations,
+    experiments,
+    health,
+    inference,
+    metrics,
+    openai,
+    post_training,
+    telemetry,
+)
+from stack import tracing
 from stack.config import Config
 from stack.context import Context
+from stack.keys import Keyring, require_keys
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -31,7 +45,11 @@ class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
 
     def __init__(self, config: Config, supervisor: DeploymentHandle[Any]) -> None:
+        tracing.start("gateway", config.otlp_address)
         self._context = Context.open(config)
+        # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
+        if (host := listening_host()) is not None:
+            require_keys(self._context.store, host)
         self._supervisor = supervisor
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
@@ -67,12 +85,16 @@ def create_app(context: Context, ready: Ready) -> FastAPI:
     )
     app.state.context = context
     app.state.ready = ready
-    for router in (health, inference, datasets, post_training, evaluations, telemetry, openai):
+    app.state.metrics = Metrics(context.store)
+    for router in (health, inference, metrics, datasets, post_training, evaluations, experiments, telemetry, openai):
         app.include_router(router.router)
     add_error_handlers(app)
     app.add_middleware(Faults)
     app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes, by_path=_larger_bodies(context.config))
-    app.add_middleware(Authenticate)
+    app.add_middleware(Authenticate, keyring=Keyring(context.store))
+    if context.config.otlp_address is not None:
+        app.add_middleware(Trace)
+    app.add_middleware(Measure, metrics=app.state.metrics)
     app.add_middleware(RequestId)
     _drop_422(app)
     return app
@@ -87,7 +109,10 @@ def _larger_bodies(config: Config) -> dict[str, int]:
 
 
 def _drop_422(app: FastAPI) -> None:
-    """FastAPI documents 422 for every route that takes input; here such input is answered with 400."""
+    """FastAPI documents 422 for every route that takes input; here such input is answered with 400.
+
+    It does not know of the keys either.
+    """
     original = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -96,6 +121,10 @@ def _drop_422(app: FastAPI) -> None:
             for methods in document["paths"].values():
                 for operation in methods.values():
                     operation["responses"].pop("422", None)
+            document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            document["security"] = [{"key": []}]
+            for path in Authenticate.OPEN & document["paths"].keys():
+                document["paths"][path]["get"]["security"] = []
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
             app.openapi_schema = document

@@ -1,16 +1,21 @@
-"""What every request passes first: an id, a bound on its body, and an answer if all else fails."""
+"""What every request passes first: an id, whose it is, a bound on its body, and an answer if all else fails."""
 
+import asyncio
 import logging
 import re
 import uuid
 from collections.abc import Mapping
 
+from opentelemetry.trace import Span, SpanKind, StatusCode, format_trace_id
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.errors import error_response
-from stack.context import LOCAL_USER
-from stack.errors import StackError, TooLarge
+from stack import tracing
+from stack.context import LOCAL_USER, Principal
+from stack.errors import StackError, TooLarge, Unauthorized, Unavailable
+from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,16 +51,115 @@ class RequestId:
         await self.app(scope, receive, send_with_id)
 
 
-class Authenticate:
-    """Finds out in whose name a request is made."""
+class Trace:
+    """A span around each request, to the end of its answer, below the one in its `traceparent` if it has one.
+
+    The answer names the trace in `x-trace-id`.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            scope.setdefault("state", {})["principal"] = LOCAL_USER
-        await self.app(scope, receive, send)
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        parent = dict(scope["headers"]).get(b"traceparent", b"").decode("latin-1")
+        with tracing.span(scope["method"], parent, SpanKind.SERVER) as span:
+            trace_id = format_trace_id(span.get_span_context().trace_id).encode()
+
+            async def send_with_trace(message: Message) -> None:
+                if message["type"] == "http.response.start":
+                    span.set_attribute("http.response.status_code", message["status"])
+                    if message["status"] >= 500:
+                        span.set_status(StatusCode.ERROR)
+                    message = {**message, "headers": [*message.get("headers", []), (b"x-trace-id", trace_id)]}
+                await send(message)
+
+            try:
+                await self.app(scope, receive, send_with_trace)
+            finally:
+                _describe(span, scope)
+
+
+def _describe(span: Span, scope: Scope) -> None:
+    """Names a request's span by its route, by the terms of OpenTelemetry's semantic conventions."""
+    span.update_name(f"{scope['method']} {route_of(scope)}")
+    span.set_attribute("http.request.method", scope["method"])
+    span.set_attribute("http.route", route_of(scope))
+    span.set_attribute("url.path", scope["path"][:1_000])
+    span.set_attribute("request_id", scope["state"]["request_id"])
+    if principal := scope["state"].get("principal"):
+        span.set_attribute("tenant", principal.tenant)
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that has answered a request, such as /v1/models/{model}: of these there are few."""
+    return str(getattr(scope.get("route"), "path", "unknown"))
+
+
+class Authenticate:
+    """Finds out in whose name a request is made, before anything of its body is read.
+
+    Where no key was ever made, everybody on this machine is the local user, whatever key they send, and nobody else is
+    answered. The paths in OPEN need no key.
+    """
+
+    OPEN = frozenset(("/health", "/docs", "/openapi.json"))
+
+    def __init__(self, app: ASGIApp, keyring: Keyring) -> None:
+        self.app = app
+        self.keyring = keyring
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self.OPEN:
+            await self.app(scope, receive, send)
+            return
+        try:
+            principal = await self._principal(scope)
+        except StackError as error:
+            await error_response(scope, error)(scope, receive, send)
+        except SQLAlchemyError:
+            logger.exception("request %s: the API keys cannot be looked up", scope["state"]["request_id"])
+            unavailable = Unavailable("the database of the API keys does not answer")
+            await error_response(scope, unavailable)(scope, receive, send)
+        else:
+            scope.setdefault("state", {})["principal"] = principal
+            await self.app(scope, receive, send)
+
+    async def _principal(self, scope: Scope) -> Principal:
+        is_open = self.keyring.is_open()
+        if is_open is None:
+            is_open = await asyncio.to_thread(self.keyring.ask_whether_open)
+        if is_open:
+            return _local_user(scope)
+        key = _bearer(scope)
+        known = self.keyring.known(key)
+        return known if known is not None else await asyncio.to_thread(self.keyring.find, key)
+
+
+def _local_user(scope: Scope) -> Principal:
+    client = scope.get("client")
+    if client is None or not is_loopback(client[0]):
+        raise Unauthorized(
+            f"there are no API keys, so only requests from the stack's own machine are answered: make one there with "
+            f"`{HOW_TO_MAKE_ONE}`"
+        )
+    return LOCAL_USER
+
+
+def _bearer(scope: Scope) -> str:
+    """The key in a request's header, whose scheme may be written in any case (RFC 9110)."""
+    given = [value for name, value in scope["headers"] if name == b"authorization"]
+    if not given:
+        raise Unauthorized("this needs an API key, in the header `Authorization: Bearer KEY`")
+    if len(given) > 1:
+        raise Unauthorized(f"there are {len(given)} Authorization headers; allowed: one")
+    header: bytes = given[0]
+    scheme, _, key = header.decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthorized("the Authorization header must be `Bearer KEY`")
+    return key.strip(" ")
 
 
 class Bounds:

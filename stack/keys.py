@@ -14,8 +14,8 @@ import ipaddress
 import re
 import secrets
 import threading
-import time
 from collections.abc import Sequence
+from time import monotonic
 
 from stack.context import SCOPES, Principal
 from stack.errors import BadInput, NotFound, Unauthorized
@@ -71,7 +71,8 @@ def require_keys(store: Store, host: str) -> None:
     if not is_loopback(host) and not store.keys.any():
         raise Unauthorized(
             f"there are no API keys, so whoever reaches {host or 'all addresses'} could use the stack: "
-            f"make one with `{HOW_TO_MAKE_ONE}`, or set http_options.host to 127.0.0.1"
+            f"make one with `{HOW_TO_MAKE_ONE}` (and the same STACK_CONFIG and STACK_HOME), or set http_options.host "
+            f"to 127.0.0.1"
         )
 
 
@@ -108,11 +109,11 @@ class Keyring:
         if not _KEY.fullmatch(key):
             raise Unauthorized("the API key is not of the form lsr_ID_SECRET")
         principal, until = self._found.get(_hash(key), (None, 0.0))
-        return principal if time.monotonic() < until else None
+        return principal if monotonic() < until else None
 
     def find(self, key: str) -> Principal:
         """Who holds a key. Raises Unauthorized for one that is not known or is revoked. Asks the database."""
-        sha256, until = _hash(key), time.monotonic() + self._ttl
+        sha256, until = _hash(key), monotonic() + self._ttl
         found = self._store.keys.of_hash(sha256)
         with self._lock:
             self._found.pop(sha256, None)
@@ -128,11 +129,11 @@ class Keyring:
         """Whether no key was ever made, as far as was asked lately; None if it must be asked again."""
         if self._needed:
             return False
-        return True if time.monotonic() < self._asked_at + self._ttl else None
+        return True if monotonic() < self._asked_at + self._ttl else None
 
     def ask_whether_open(self) -> bool:
         """The same, from the database. It never turns back to true."""
-        asked_at = time.monotonic()
+        asked_at = monotonic()
         if self._store.keys.any():
             self._needed = True
         self._asked_at = asked_at

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from stack.config import home
+from stack.keys import is_loopback
 
 router = APIRouter(tags=["health"])
 SERVICE = "llama-stack-ray"
@@ -15,7 +16,9 @@ SERVICE = "llama-stack-ray"
 async def health(request: Request) -> JSONResponse:
     """200 when everything is ready; before that 503, with what is not."""
     waiting = await request.app.state.ready()
-    about = {"service": SERVICE, "home": str(home())}
+    about = {"service": SERVICE}
+    if request.client is not None and is_loopback(request.client.host):
+        about["home"] = str(home())  # by which scripts on this machine tell one stack from another
     if waiting:
         return JSONResponse({"status": "starting", "waiting_for": waiting, **about}, 503, {"retry-after": "2"})
     return JSONResponse({"status": "ready", **about})

@@ -33,7 +33,7 @@ def app(context: Context, waiting_for: dict[str, str]) -> FastAPI:
 
 @pytest.fixture
 def client(app: FastAPI) -> Iterator[TestClient]:
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, raise_server_exceptions=False, client=("127.0.0.1", 50_000)) as client:
         yield client
 
 

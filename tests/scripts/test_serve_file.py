@@ -1,7 +1,9 @@
 """What scripts/serve refuses before it starts anything: mistakes in the Serve file, and a home that is in use."""
 
 import copy
+import socket
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,14 @@ import yaml
 
 from scripts import local_stack, serve
 from scripts.local_stack import CONFIG, StartFailed, only_stack, read_serve_file
+from stack.__main__ import main as stack_command
 from stack.errors import BadInput
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
+    from ray.serve.schema import ServeInstanceDetails
+
+    from serve_apps.address import host_of
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -148,3 +157,90 @@ def test_serve_says_what_is_wrong_with_its_config(
     assert serve_command(monkeypatch, "--config", str(file)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"serve: {file}: http_options.port must be an integer")
+
+
+# Addresses and keys
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8321"),
+        ("localhost", "http://localhost:8321"),
+        ("0.0.0.0", "http://127.0.0.1:8321"),
+        ("192.168.1.5", "http://192.168.1.5:8321"),
+        ("::1", "http://[::1]:8321"),
+        ("::", "http://[::1]:8321"),
+    ],
+)
+def test_the_stack_is_reached_from_its_own_machine(tmp_path: Path, host: str, url: str) -> None:
+    file = read_serve_file(changed(tmp_path, lambda document: document["http_options"].update(host=host)))
+    assert (file.host, file.url) == (host, url)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_without_keys_serve_listens_to_no_other_machine(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str
+) -> None:
+    file = changed(tmp_path, lambda document: document["http_options"].update(host=host))
+    assert serve_command(monkeypatch, "--config", str(file)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("serve: there are no API keys")
+    assert host in line
+    assert "`python -m stack keys create" in line
+
+
+def test_with_a_key_serve_goes_on(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = changed(tmp_path, lambda document: document["http_options"].update(host="0.0.0.0"))
+    monkeypatch.setenv("STACK_CONFIG", str(file))
+    assert stack_command(["keys", "create", "--name", "n", "--scopes", "admin"]) == 0
+    capsys.readouterr()
+    assert serve_command(monkeypatch, "--config", str(file)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run scripts/setup" in line, "the next thing that is looked at is the model, which is not there"
+
+
+def test_a_database_that_cannot_be_used_is_one_line(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(document: dict[str, Any]) -> None:
+        document["http_options"].update(host="0.0.0.0")
+        document["applications"][0]["args"].update(store="postgresql://nobody:hush@127.0.0.1:1/none")
+
+    assert serve_command(monkeypatch, "--config", str(changed(tmp_path, change))) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("serve: the database cannot be used: ")
+    assert "hush" not in line
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "0.0.0.0", "localhost"])
+def test_a_taken_port_is_found_in_any_family(host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as taken:
+        taken.bind((host, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StartFailed, match=f"{host}:{port} cannot be used"):
+            local_stack.require_free(host, port)
+    local_stack.require_free(host, port)
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(StartFailed, match="cannot be used"):
+        local_stack.require_free("no such host", 8321)
+
+
+@pytest.mark.parametrize(
+    ("options", "host"),
+    [
+        ({"host": "0.0.0.0", "port": 1}, "0.0.0.0"),
+        ({"host": "::1"}, "::1"),
+        ({"port": 1}, "127.0.0.1"),
+        ({}, "127.0.0.1"),
+    ],
+)
+def test_serves_details_tell_where_it_listens(options: dict[str, Any], host: str) -> None:
+    details = {"http_options": options, "proxies": {}, "applications": {}}
+    assert host_of(ServeInstanceDetails.model_validate(details)) == host

@@ -19,7 +19,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds = 1_000.0
-        monkeypatch.setattr(keys.time, "monotonic", lambda: self.seconds)
+        monkeypatch.setattr(keys, "monotonic", lambda: self.seconds)
 
 
 @pytest.fixture
@@ -67,33 +67,39 @@ def test_keys_are_listed_by_tenant(store: Store) -> None:
 
 
 @pytest.mark.parametrize("tenant", ["a", "default", "0", "a-b_c9", "x" * 63])
-def test_these_may_be_tenants(store: Store, tenant: str) -> None:
-    assert keys.create(store, tenant, "n", ["data"])[0].tenant == tenant
+def test_these_may_be_tenants(tenant: str) -> None:
+    keys.check_tenant(tenant)
 
 
 @pytest.mark.parametrize(
     "tenant", ["", "a.b", "a/b", "..", "/a", "a\\b", "-a", "_a", "A", "ä", "a b", "a\0", "a\n", "x" * 64, "x" * 10_000]
 )
-def test_these_may_not(store: Store, tenant: str) -> None:
+def test_these_may_not(tenant: str) -> None:
     with pytest.raises(BadInput, match="the tenant must be 1 to 63 of a-z") as caught:
-        keys.create(store, tenant, "n", ["data"])
+        keys.check_tenant(tenant)
     assert caught.value.param == "tenant"
     assert len(caught.value.message) < 500
+
+
+def test_a_wrong_tenant_gets_no_key(store: Store) -> None:
+    with pytest.raises(BadInput, match="the tenant must be"):
+        keys.create(store, "a.b", "n", ["data"])
     assert store.keys.list() == []
 
 
-@pytest.mark.parametrize("name", ["", "x" * 201, "a\nb", "\x1b[31m", "a\0"])
-def test_a_name_is_short_and_printable(store: Store, name: str) -> None:
-    with pytest.raises(BadInput, match="the name must have 1 to 200 printable characters"):
-        keys.create(store, "acme", name, ["data"])
+def test_a_name_is_short_and_printable(store: Store) -> None:
+    for name in ("", "x" * 201, "a\nb", "\x1b[31m", "a\0"):
+        with pytest.raises(BadInput, match="the name must have 1 to 200 printable characters"):
+            keys.create(store, "acme", name, ["data"])
+    assert store.keys.list() == []
 
 
-@pytest.mark.parametrize(("scopes", "word"), [([], "at least one"), (["data", "root"], "'root'"), (["Data"], "'Data'")])
-def test_scopes_are_those_there_are(store: Store, scopes: list[str], word: str) -> None:
-    with pytest.raises(BadInput) as caught:
-        keys.create(store, "acme", "n", scopes)
-    assert word in caught.value.message
-    assert f"allowed: {', '.join(SCOPES)}" in caught.value.message
+def test_scopes_are_those_there_are(store: Store) -> None:
+    wrong: list[tuple[list[str], str]] = [([], "at least one"), (["data", "root"], "'root'"), (["Data"], "'Data'")]
+    for scopes, word in wrong:
+        with pytest.raises(BadInput, match=f"{word}.*allowed: {', '.join(SCOPES)}"):
+            keys.create(store, "acme", "n", scopes)
+    assert store.keys.list() == []
 
 
 def test_revoking_is_for_good_and_can_be_done_again(store: Store) -> None:
@@ -105,12 +111,12 @@ def test_revoking_is_for_good_and_can_be_done_again(store: Store) -> None:
         Keyring(store).find(key)
 
 
-@pytest.mark.parametrize("id", ["", "0123456789abcdef", "' OR 1=1 --", "x" * 5_000, "\0"])
-def test_what_is_no_id_cannot_be_revoked(store: Store, id: str) -> None:
+def test_what_is_no_id_cannot_be_revoked(store: Store) -> None:
     row, _ = keys.create(store, "acme", "n", ["data"])
-    with pytest.raises(NotFound) as caught:
-        keys.revoke(store, id)
-    assert len(caught.value.message) < 200
+    for wrong in ("", "0123456789abcdef", "' OR 1=1 --", "x" * 5_000, "\0"):
+        with pytest.raises(NotFound) as caught:
+            keys.revoke(store, wrong)
+        assert len(caught.value.message) < 200
     assert store.keys.list() == [row]
 
 
@@ -172,14 +178,12 @@ def test_a_keyring_keeps_no_more_keys_than_its_size(store: Store) -> None:
     assert [keyring.known(key) is not None for key in made] == [False, False, True, True, True]
 
 
-@pytest.mark.parametrize(
-    "key", ["", "none", "lsr_", "lsr_0123456789abcdef_short", "sk-" + "a" * 60, "ä" * 64, "a" * 10**7]
-)
-def test_what_can_be_no_key_asks_no_database(store: Store, asked: list[str], key: str) -> None:
-    with pytest.raises(Unauthorized) as caught:
-        Keyring(store).known(key)
+def test_what_can_be_no_key_asks_no_database(store: Store, asked: list[str]) -> None:
+    for key in ("", "none", "lsr_", "lsr_0123456789abcdef_short", "sk-" + "a" * 60, "ä" * 64, "a" * 10**7):
+        with pytest.raises(Unauthorized) as caught:
+            Keyring(store).known(key)
+        assert len(caught.value.message) < 100
     assert asked == []
-    assert len(caught.value.message) < 100
 
 
 def test_an_almost_right_key_is_not_known_and_not_shown(store: Store) -> None:
@@ -228,26 +232,26 @@ def test_once_a_key_was_made_it_is_never_open_again(store: Store) -> None:
 
 # Addresses
 
+OWN = ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "0:0:0:0:0:0:0:1", "localhost", "LocalHost", "::ffff:127.0.0.1"]
+OTHERS = ["0.0.0.0", "::", "[::]", "", "192.168.1.5", "10.0.0.1", "fe80::1", "::ffff:10.0.0.1", "example.org"]
+# What some resolvers take for loopback, others for anything.
+DOUBTFUL = ["0", "127.1", "2130706433", "127.0.0.1.nip.io", "localhost.example.org"]
+
 
 @pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "0:0:0:0:0:0:0:1", "localhost", "LocalHost", "::ffff:127.0.0.1"],
+    ("host", "own"), [*((host, True) for host in OWN), *((host, False) for host in [*OTHERS, *DOUBTFUL])]
 )
-def test_addresses_of_this_machine_alone(store: Store, host: str) -> None:
-    assert keys.is_loopback(host)
-    keys.require_keys(store, host)
+def test_which_addresses_are_this_machines_alone(host: str, own: bool) -> None:
+    assert keys.is_loopback(host) == own
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["0.0.0.0", "::", "[::]", "", "192.168.1.5", "10.0.0.1", "fe80::1", "::ffff:10.0.0.1", "example.org",
-     "127.0.0.1.nip.io", "localhost.example.org", "0", "127.1", "2130706433"],
-)  # fmt: skip
-def test_other_addresses_need_keys(store: Store, host: str) -> None:
-    assert not keys.is_loopback(host)
-    with pytest.raises(Unauthorized) as caught:
+def test_this_machine_alone_may_be_listened_to_without_keys(store: Store) -> None:
+    for host in OWN:
         keys.require_keys(store, host)
-    assert "python -m stack keys create" in caught.value.message
-    assert "\n" not in caught.value.message
+    for host in [*OTHERS, *DOUBTFUL]:
+        with pytest.raises(Unauthorized, match="python -m stack keys create") as caught:
+            keys.require_keys(store, host)
+        assert "\n" not in caught.value.message
     keys.create(store, "acme", "n", ["data"])
-    keys.require_keys(store, host)
+    for host in OTHERS:
+        keys.require_keys(store, host)
