@@ -11,6 +11,8 @@ from stack.config import Config
 from stack.context import Context
 from stack.store import Store
 from tests.running_stack import stack as stack  # for all folders: one stack a session
+from tests.s3 import s3 as s3
+from tests.s3 import s3_server as s3_server
 from tests.scripted_engine import ScriptedEngine
 
 CONFIG: dict[str, Any] = {

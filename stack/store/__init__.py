@@ -9,6 +9,7 @@ from stack.store.adapters import Adapter, Adapters
 from stack.store.artifacts import Artifact, Artifacts
 from stack.store.connection import connect, now
 from stack.store.datasets import Datasets
+from stack.store.experiments import Experiments
 from stack.store.jobs import Attempt, Job, Jobs
 from stack.store.keys import Keys
 from stack.store.migrate import migrate
@@ -23,12 +24,17 @@ class Store:
 
     def __init__(self, url: str) -> None:
         self.engine = connect(url)
-        migrate(self.engine)
+        try:
+            migrate(self.engine)
+        except BaseException:
+            self.engine.dispose()
+            raise
         self.keys = Keys(self.engine)
         self.datasets = Datasets(self.engine)
         self.jobs = Jobs(self.engine)
         self.adapters = Adapters(self.engine)
         self.artifacts = Artifacts(self.engine)
+        self.experiments = Experiments(self.engine)
         self.telemetry = Telemetry(self.engine)
         self.traces = Traces(self.engine)
 

@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Engine, func, insert, select
+from sqlalchemy import Engine, delete, func, insert, select
 
-from stack.store.schema import artifacts
+from stack.store.paging import is_behind
+from stack.store.schema import adapters, artifacts
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,31 @@ class Artifacts:
             found = connection.execute(query).mappings().first()
         return Artifact(**found) if found else None
 
-    def list(self, tenant: str, experiment_id: str, limit: int) -> list[Artifact]:
-        """The artifacts of an experiment, newest first."""
+    def page(self, tenant: str, experiment_id: str, after: Artifact | None, limit: int) -> list[Artifact]:
+        """The artifacts of an experiment, newest first, behind this one."""
         query = select(artifacts).where(artifacts.c.tenant == tenant, artifacts.c.experiment_id == experiment_id)
-        query = query.order_by(artifacts.c.created_at.desc(), artifacts.c.id).limit(limit)
+        if after is not None:
+            query = query.where(is_behind(artifacts.c.created_at, artifacts.c.id, after.created_at, after.id))
+        query = query.order_by(artifacts.c.created_at.desc(), artifacts.c.id.desc()).limit(limit)
         with self._engine.connect() as connection:
             return [Artifact(**row) for row in connection.execute(query).mappings()]
+
+    def delete(self, tenant: str, id: str) -> bool:
+        """False if it is not there."""
+        with self._engine.begin() as connection:
+            query = delete(artifacts).where(artifacts.c.tenant == tenant, artifacts.c.id == id)
+            return connection.execute(query).rowcount == 1
+
+    def adapter_on(self, tenant: str, path: str) -> str | None:
+        """The id of a model that is served from the files of an artifact, if there is one."""
+        query = select(adapters.c.model_id).where(adapters.c.tenant == tenant, adapters.c.artifact == path)
+        with self._engine.connect() as connection:
+            return connection.execute(query.limit(1)).scalar()
+
+    def known_paths(self) -> set[str]:
+        """The paths of all tenants' artifacts."""
+        with self._engine.connect() as connection:
+            return set(connection.execute(select(artifacts.c.path)).scalars())
 
     def bytes_of(self, tenant: str) -> int:
         """How much a tenant keeps."""

@@ -1,20 +1,24 @@
-"""Artifacts: all of one or nothing, under safe names, on local and on remote file systems."""
+"""Artifacts: all of one or nothing, under safe names, in a local folder and in S3: a real server that speaks it."""
 
 import errno
 import hashlib
 import json
-import uuid
-from collections.abc import Iterator
+import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+import s3fs
 
-from stack.artifacts import MANIFEST, Artifacts, File
-from stack.errors import BadInput, NotFound
+from stack.artifacts import BLOCK, MANIFEST, Artifacts, File
+from stack.errors import BadInput, NotFound, StorageFull, Unavailable
+from tests.s3 import S3
 
 CONTENT = {"a.txt": b"one", "b.bin": bytes(range(256)), "deep/er/c.txt": b""}
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.fixture
@@ -26,16 +30,13 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(params=["file", "memory"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where artifacts are kept: a local folder, or a bucket of its own."""
     if request.param == "file":
-        yield f"file://{tmp_path}/artifacts"
-        return
-    root = f"/{uuid.uuid4().hex}"
-    yield f"memory:/{root}"
-    files = fsspec.filesystem("memory")
-    if files.exists(root):
-        files.rm(root, recursive=True)
+        return f"file://{tmp_path}/artifacts"
+    s3: S3 = request.getfixturevalue("s3")
+    return s3.bucket()
 
 
 @pytest.fixture
@@ -43,28 +44,46 @@ def artifacts(url: str, tmp_path: Path) -> Artifacts:
     return Artifacts(url, cache=tmp_path / "cache")
 
 
+@pytest.fixture
+def remote(s3: S3, tmp_path: Path) -> Artifacts:
+    """Artifacts in S3, where a test is about those alone."""
+    return Artifacts(s3.bucket(), cache=tmp_path / "cache")
+
+
 def stored(url: str) -> dict[str, bytes]:
     """All files under an address, by their names relative to it."""
-    files, root = fsspec.core.url_to_fs(url)
+    files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     if not files.exists(root):
         return {}
     return {path.removeprefix(f"{root}/"): files.cat_file(path) for path in files.find(root)}
 
 
+def write(url: str, content: bytes) -> None:
+    files, path = fsspec.core.url_to_fs(url, use_listings_cache=False)
+    files.pipe_file(path, content)
+
+
 def fail_at(
     monkeypatch: pytest.MonkeyPatch, artifacts: Artifacts, method: str, call: int, error: BaseException
 ) -> None:
-    """Makes a method of the file system fail at its nth call."""
+    """Makes a method of the file system fail at its nth call. That of S3 puts and gets files by asynchronous ones."""
     files = artifacts._files
-    original = getattr(files, method)
-    calls = iter(range(1, 1_000))
+    numbers = iter(range(1, 1_000))
 
-    def failing(*arguments: Any, **options: Any) -> Any:
-        if next(calls) == call:
-            raise error
-        return original(*arguments, **options)
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def fail(*arguments: Any, **options: Any) -> Any:
+            if next(numbers) == call:
+                raise error
+            return original(*arguments, **options)
 
-    monkeypatch.setattr(files, method, failing)
+        return fail
+
+    if method == "rename":
+        monkeypatch.setattr(os, method, failing(os.rename))
+        return
+    if files.async_impl and method in ("put_file", "get_file"):
+        method = f"_{method}"
+    monkeypatch.setattr(files, method, failing(getattr(files, method)))
 
 
 def test_an_artifact_is_its_files_with_sizes_and_hashes(artifacts: Artifacts, folder: Path) -> None:
@@ -103,24 +122,38 @@ def test_a_local_artifact_is_not_copied(tmp_path: Path, folder: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_remote_artifact_is_copied_once_and_without_leftovers(tmp_path: Path, folder: Path) -> None:
-    url = f"memory://{uuid.uuid4().hex}"
-    artifacts = Artifacts(url, cache=tmp_path / "cache")
-    artifacts.publish("a", folder)
-    local = artifacts.local("a")
-    assert local == tmp_path / "cache" / "a"
+def test_a_remote_artifact_is_copied_once_and_without_leftovers(
+    remote: Artifacts, s3: S3, folder: Path, tmp_path: Path
+) -> None:
+    remote.publish("a", folder)
+    local = remote.local("a")
+    assert local.is_relative_to(tmp_path / "cache")
     assert sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()) == sorted(CONTENT)
-    fsspec.filesystem("memory").pipe_file(f"{artifacts.url('a')}/a.txt", b"changed")
-    assert (artifacts.local("a") / "a.txt").read_bytes() == b"one"
+    s3.requests.clear()
+    assert remote.local("a") == local
+    assert s3.requests["GET"] == 1, "only the manifest is to be read again"
 
 
-def test_a_copy_that_broke_off_is_made_whole(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    artifacts = Artifacts(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
+def test_another_artifact_of_the_same_name_is_not_taken_for_the_one_in_the_cache(
+    artifacts: Artifacts, folder: Path
+) -> None:
     artifacts.publish("a", folder)
-    fail_at(monkeypatch, artifacts, "get_file", 2, OSError(errno.ENOSPC, "No space left on device"))
+    artifacts.local("a")
+    artifacts.remove("a")
+    (folder / "a.txt").write_bytes(b"two")
+    artifacts.publish("a", folder)
+    assert (artifacts.local("a") / "a.txt").read_bytes() == b"two"
+
+
+def test_a_copy_that_broke_off_is_made_whole(
+    remote: Artifacts, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote.publish("a", folder)
+    fail_at(monkeypatch, remote, "get_file", 2, FULL)
     with pytest.raises(OSError, match="No space left"):
-        artifacts.local("a")
-    local = artifacts.local("a")
+        remote.local("a")
+    assert not list((tmp_path / "cache").rglob("*.part-*"))
+    local = remote.local("a")
     assert {name: (local / name).read_bytes() for name in CONTENT} == CONTENT
 
 
@@ -132,6 +165,7 @@ def test_an_empty_folder_is_an_artifact_too(artifacts: Artifacts, tmp_path: Path
 
 def test_symbolic_links_are_left_out(artifacts: Artifacts, folder: Path) -> None:
     (folder / "passwords").symlink_to("/etc/passwd")
+    (folder / "everything").symlink_to("/etc")
     artifacts.publish("a", folder)
     assert [file.name for file in artifacts.files("a")] == sorted(CONTENT)
 
@@ -147,7 +181,7 @@ def test_what_is_not_there_is_not_found(artifacts: Artifacts, folder: Path) -> N
 
 def test_without_its_manifest_an_artifact_is_not_there(artifacts: Artifacts, url: str, folder: Path) -> None:
     artifacts.publish("a", folder)
-    fsspec.core.url_to_fs(url)[0].rm(f"{artifacts.url('a')}/{MANIFEST}")
+    fsspec.core.url_to_fs(url)[0].rm_file(f"{artifacts.url('a')}/{MANIFEST}")
     with pytest.raises(NotFound):
         artifacts.files("a")
 
@@ -177,15 +211,18 @@ def test_a_name_is_given_once(artifacts: Artifacts, url: str, folder: Path) -> N
     assert stored(url) == before
 
 
-@pytest.mark.parametrize(
-    ("method", "call"),
-    [("put_file", 1), ("put_file", 2), ("put_file", 3), ("mv", 1), ("pipe_file", 1), ("mv", 2)],
-    ids=["first file", "second file", "last file", "moving the files", "writing the manifest", "moving the manifest"],
-)
+# What a publication does, one after the other, where artifacts are kept.
+STEPS = [
+    *(("file", "put_file", 1), ("file", "put_file", 3), ("file", "rename", 1), ("file", "pipe_file", 1)),
+    *(("file", "rename", 2), ("s3", "put_file", 1), ("s3", "put_file", 3), ("s3", "pipe_file", 1)),
+]
+
+
+@pytest.mark.parametrize(("url", "method", "call"), STEPS, indirect=["url"])
 def test_a_publish_that_fails_leaves_nothing_and_can_be_repeated(
     artifacts: Artifacts, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, call: int
 ) -> None:
-    fail_at(monkeypatch, artifacts, method, call, OSError(errno.ENOSPC, "No space left on device"))
+    fail_at(monkeypatch, artifacts, method, call, FULL)
     with pytest.raises(OSError, match="No space left on device") as caught:
         artifacts.publish("adapters/tune-1", folder)
     assert caught.value.errno == errno.ENOSPC
@@ -200,13 +237,17 @@ def test_a_publish_that_fails_leaves_other_artifacts(
     artifacts: Artifacts, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     artifacts.publish("adapters/tune-1", folder)
-    fail_at(monkeypatch, artifacts, "put_file", 2, OSError(errno.ENOSPC, "No space left on device"))
+    fail_at(monkeypatch, artifacts, "put_file", 2, FULL)
     with pytest.raises(OSError, match="No space left"):
         artifacts.publish("adapters/tune-2", folder)
     assert [file.name for file in artifacts.files("adapters/tune-1")] == sorted(CONTENT)
 
 
-@pytest.mark.parametrize(("method", "call"), [("put_file", 2), ("mv", 1), ("pipe_file", 1), ("mv", 2)])
+# Those at which this process can be stopped from outside: files go to S3 in a thread of its client.
+STOPS = [step for step in STEPS if step[:2] != ("s3", "put_file")]
+
+
+@pytest.mark.parametrize(("url", "method", "call"), STOPS, indirect=["url"])
 def test_the_manifest_comes_last(
     artifacts: Artifacts, url: str, folder: Path, monkeypatch: pytest.MonkeyPatch, method: str, call: int
 ) -> None:
@@ -254,10 +295,150 @@ def test_a_removal_that_breaks_off_leaves_no_artifact(
     assert not artifacts.exists("a")
 
 
-def test_a_remote_file_that_is_not_what_was_published_is_refused(tmp_path: Path, folder: Path) -> None:
-    artifacts = Artifacts(f"memory://{uuid.uuid4().hex}", cache=tmp_path / "cache")
-    artifacts.publish("a", folder)
-    fsspec.filesystem("memory").pipe_file(f"{artifacts.url('a')}/b.bin", bytes(256))
+def test_a_remote_file_that_is_not_what_was_published_is_refused(remote: Artifacts, folder: Path) -> None:
+    remote.publish("a", folder)
+    write(f"{remote.url('a')}/b.bin", bytes(256))
     with pytest.raises(OSError, match=r"b\.bin of the artifact 'a' is not what was published"):
+        remote.local("a")
+
+
+@pytest.mark.parametrize("name", ["../out", "/etc/out", "a/../../out", "a/./b", "a//b", "a\0b", ".", ""])
+def test_a_manifest_that_leads_elsewhere_is_refused(
+    artifacts: Artifacts, tmp_path: Path, folder: Path, name: str
+) -> None:
+    """Others may write where artifacts are kept."""
+    artifacts.publish("a", folder)
+    write(f"{artifacts.url('a')}/{MANIFEST}", json.dumps([dict(name=name, bytes=1, sha256="")]).encode())
+    with pytest.raises(OSError, match="the manifest of an artifact has a file named"):
+        artifacts.files("a")
+    with pytest.raises(OSError, match="the manifest"):
         artifacts.local("a")
-    assert not list((tmp_path / "cache").rglob("b.bin*"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_another_process_has_changed_is_seen(artifacts: Artifacts, url: str, folder: Path, tmp_path: Path) -> None:
+    other = Artifacts(url, cache=tmp_path / "other")
+    assert not artifacts.exists("a")
+    other.publish("a", folder)
+    assert artifacts.exists("a")
+    assert len(artifacts.files("a")) == len(CONTENT)
+    other.remove("a")
+    assert not artifacts.exists("a")
+    artifacts.publish("a", folder)
+
+
+def test_of_two_who_publish_a_name_at_once_one_does(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other comes between the first one's look at the name and its end."""
+    first, other = (Artifacts(f"file://{tmp_path}/artifacts", cache=tmp_path / "cache") for _ in range(2))
+    look = first._clear
+
+    def look_and_wait(path: str) -> None:
+        monkeypatch.undo()
+        look(path)
+        other.publish("a", folder)
+
+    monkeypatch.setattr(first, "_clear", look_and_wait)
+    with pytest.raises(OSError, match="not empty"):
+        first.publish("a", folder)
+    assert (first.local("a") / "a.txt").read_bytes() == b"one"
+    assert os.listdir(tmp_path / "artifacts") == ["a"]
+
+
+# Content in blocks
+
+
+def test_content_comes_in_blocks(artifacts: Artifacts, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 4096 * 2 + b"end"
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "x").write_bytes(content)
+    (file,) = artifacts.publish("a", tmp_path / "big")
+    blocks = list(artifacts.blocks("a", file))
+    assert [len(block) for block in blocks] == [BLOCK, BLOCK, 3]
+    assert b"".join(blocks) == content
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 1), (5, 10), (255, 256), (10, 10), (0, 256), (200, None)])
+def test_a_part_of_the_content(artifacts: Artifacts, folder: Path, start: int, stop: int | None) -> None:
+    file = artifacts.publish("a", folder)[1]
+    assert b"".join(artifacts.blocks("a", file, start, stop)) == CONTENT["b.bin"][start:stop]
+
+
+def test_content_that_is_shorter_than_it_was_is_an_error(artifacts: Artifacts, folder: Path) -> None:
+    file = artifacts.publish("a", folder)[1]
+    write(f"{artifacts.url('a')}/b.bin", bytes(range(100)))
+    with pytest.raises(OSError):  # noqa: PT011 - each storage has its own words
+        list(artifacts.blocks("a", file))
+
+
+def test_content_that_is_gone_is_not_found(artifacts: Artifacts, folder: Path) -> None:
+    file = artifacts.publish("a", folder)[1]
+    artifacts.remove("a")
+    with pytest.raises(NotFound, match=r"'b\.bin' of the artifact 'a' is gone"):
+        list(artifacts.blocks("a", file))
+
+
+# Object storage
+
+
+def test_a_file_takes_one_request_to_write_and_one_to_read(remote: Artifacts, s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "many" / "deep").mkdir(parents=True)
+    for number in range(200):
+        (tmp_path / "many" / "deep" / f"{number}.txt").write_text(str(number))
+    remote.publish("a", tmp_path / "many")
+    assert s3.requests["PUT"] == 201
+    assert s3.requests.total() - s3.requests["PUT"] < 10
+    s3.requests.clear()
+    remote.local("a")
+    assert s3.requests["GET"] == 201
+    assert s3.requests.total() - s3.requests["GET"] < 10
+    s3.requests.clear()
+    remote.remove("a")
+    assert s3.requests.total() < 10
+
+
+def test_a_block_takes_one_request(remote: Artifacts, s3: S3, tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "x").write_bytes(bytes(3 * BLOCK))
+    (file,) = remote.publish("a", tmp_path / "big")
+    s3.requests.clear()
+    assert sum(len(block) for block in remote.blocks("a", file, BLOCK // 2, 2 * BLOCK)) == 3 * BLOCK // 2
+    assert s3.requests == Counter(GET=2)
+
+
+def test_object_storage_that_does_not_answer_is_unavailable(
+    remote: Artifacts, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = remote.publish("a", folder)[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # no client that looks for the other server
+    away = Artifacts(remote.url("a").removesuffix("/a"), cache=tmp_path / "other")
+    for ask in (
+        lambda: away.files("a"),
+        lambda: away.exists("a"),
+        lambda: away.local("a"),
+        lambda: away.publish("b", folder),
+        lambda: away.remove("a"),
+        lambda: list(away.blocks("a", file)),
+    ):
+        with pytest.raises(Unavailable, match="the storage of the artifacts does not answer"):
+            ask()
+
+
+def test_object_storage_has_no_bound_of_its_own(remote: Artifacts) -> None:
+    remote.require_room(2**60)
+
+
+def test_a_local_disk_must_have_the_room(tmp_path: Path) -> None:
+    artifacts = Artifacts(f"file://{tmp_path}/artifacts", cache=tmp_path / "cache")
+    artifacts.require_room(1)
+    with pytest.raises(StorageFull, match=f"and {2**60} are needed"):
+        artifacts.require_room(2**60)
+
+
+@pytest.mark.parametrize("url", ["nonsense://bucket", "gs://bucket/prefix"])
+def test_an_address_that_nothing_here_speaks_is_refused(url: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"artifacts cannot be kept at '{url}'"):
+        Artifacts(url, cache=tmp_path)
