@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from stack.errors import BadInput, TooLarge, Unavailable
+from stack.errors import BadInput, StorageFull, TooLarge, Unavailable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -28,6 +28,12 @@ _NOT_PUBLIC = [
     ipaddress.ip_network(network)
     for network in ("192.88.99.0/24", "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")
 ]
+_HEADERS = {
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+    "Connection": "close",
+    "User-Agent": "llama-stack-ray",
+}
 _PUBLIC_V6 = ipaddress.ip_network("2000::/3")
 
 
@@ -72,11 +78,7 @@ class Fetcher:
         deadline = time.monotonic() + self.seconds
         try:
             with self._connected(host, port, addresses, deadline) as connection:
-                connection.request(
-                    "GET",
-                    target,
-                    headers={"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "llama-stack-ray"},
-                )
+                connection.request("GET", target, headers=_HEADERS)
                 with connection.getresponse() as response:
                     _check(response, url, most)
                     self._copy(response, into, most, deadline)
@@ -84,7 +86,7 @@ class Fetcher:
             raise BadInput(f"{host} cannot prove that it is {host}: {error.verify_message}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= deadline:
-                raise _too_slow(f"was not there within {self.seconds:.0f} s") from error
+                raise _too_slow(f"was not there within {self.seconds:g} s") from error
             raise Unavailable(f"{host} does not answer as it should: {str(error) or type(error).__name__}") from error
 
     def _parts(self, url: str) -> tuple[str, int, str]:
@@ -142,14 +144,14 @@ class Fetcher:
             total += len(block)
             if total > most:
                 raise TooLarge(f"the content has more than {most} bytes")
-            into.write(block)
+            _write(into, block)
             now = time.monotonic()
             if now >= deadline:
-                raise _too_slow(f"was not there within {self.seconds:.0f} s")
+                raise _too_slow(f"was not there within {self.seconds:g} s")
             if now - started > self.idle_seconds and total < self.slowest * (now - started):
                 raise _too_slow(f"came with fewer than {self.slowest} bytes a second")
         if time.monotonic() >= deadline:  # it was cut, which looks like an end
-            raise _too_slow(f"was not there within {self.seconds:.0f} s")
+            raise _too_slow(f"was not there within {self.seconds:g} s")
         if response.length:
             raise Unavailable(f"the content broke off after {total} bytes")
 
@@ -180,6 +182,13 @@ def _connect(addresses: list[str], port: int, seconds: float) -> socket.socket:
 def _cut(connection: socket.socket) -> None:
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _write(into: BinaryIO, block: bytes) -> None:
+    try:
+        into.write(block)
+    except OSError as error:  # told apart from one of the connection
+        raise StorageFull(f"the content cannot be kept: {error.strerror}") from error
 
 
 def _too_slow(what: str) -> Unavailable:
