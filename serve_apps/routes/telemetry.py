@@ -15,6 +15,7 @@ from stack.api.telemetry import (
     LogMetricsRequest,
     LogSearchRequest,
     MetricEntry,
+    Name,
     Trace,
 )
 
@@ -32,7 +33,7 @@ def log_metrics(context: ContextOf, body: LogMetricsRequest) -> None:
 def metrics(
     context: ContextOf,
     run_id: Annotated[str, Query(max_length=100)],
-    name: Annotated[str | None, Query(max_length=200, description="only the metric of this name")] = None,
+    name: Annotated[Name | None, Query(description="only the metric of this name")] = None,
     from_step: Step = None,
     to_step: Step = None,
     max_points: Annotated[int, Query(ge=2, le=MAX_POINTS)] = MAX_POINTS,

@@ -52,6 +52,8 @@ def _metric_value(value: Any) -> Any:
         raise ValueError("is to be a number, a text, true or false")
     elif len(_without_nul(value)) > MAX_VALUE_CHARACTERS:
         raise ValueError(f"has {len(value)} characters; allowed: at most {MAX_VALUE_CHARACTERS}")
+    elif not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds half of a character")
     return value
 
 

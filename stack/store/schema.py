@@ -198,6 +198,7 @@ logs = Table(
     Column("additional_info", JSON, nullable=False),
     Column("trace_id", String(100)),
     Index("logs_by_run", "tenant", "run_id", "id"),
+    Index("logs_by_id", "tenant", "id"),
     Index("logs_by_time", "tenant", "timestamp"),
     Index("logs_by_trace", "tenant", "trace_id"),
 )
