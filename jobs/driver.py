@@ -14,6 +14,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import dropwhile
 from pathlib import Path
@@ -77,13 +78,27 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was stopped"))
     arguments = _arguments(work.__doc__ or "")
     try:
-        context = Context.open(Config.from_environment()).of_tenant(arguments.tenant)
+        context = Context.open(Config.from_environment())
+    except StackError as error:
+        return _refuse(error)
+    with closing(context):
+        return _run(context.of_tenant(arguments.tenant), arguments, request_type, submit, resources, work)
+
+
+def _run(
+    context: Context,
+    arguments: argparse.Namespace,
+    request_type: type[R],
+    submit: Callable[[Context, R, str | None], Job],
+    resources: Callable[[Context, R], dict[str, Any]],
+    work: Callable[[Work, R], Outcome],
+) -> int:
+    try:
         job, attempt = _job(context, arguments, request_type, submit)
         request = request_type.model_validate(job.request)
         taken = resources(context, request)
     except StackError as error:
-        print(f"refused: {error.message}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     if not context.store.jobs.begin(job.id, attempt.number, taken):
         return _report_earlier(context, job)
     folder = jobs.work_folder(job.tenant, job.uuid)
@@ -96,6 +111,11 @@ def run(
         status = _work(Work(context, job, reporter, folder), request, work)
     tracing.stop()
     return status
+
+
+def _refuse(error: StackError) -> int:
+    print(f"refused: {error.message}", file=sys.stderr)
+    return 2
 
 
 def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:

@@ -1,6 +1,7 @@
 """What the tests share: a home folder of their own and a context on a scripted engine."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from stack.config import Config
 from stack.context import Context
 from stack.store import Store
+from tests import postgres
 from tests.running_stack import stack as stack  # for all folders: one stack a session
 from tests.s3 import s3 as s3
 from tests.s3 import s3_server as s3_server
@@ -35,9 +37,34 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Server]:
+    with postgres.server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def new_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store without rows; a copy of it is made faster than another one."""
+    file = tmp_path_factory.mktemp("store") / "stack.db"
+    Store(f"sqlite:///{file}").close()
+    return file
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    store = Store(f"sqlite:///{tmp_path}/stack.db")
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a store without rows. Tests in tests/unit run once with each database: see below."""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        with request.getfixturevalue("postgres_server").database() as url:
+            yield url
+    else:
+        shutil.copy(request.getfixturevalue("new_sqlite_file"), tmp_path / "stack.db")
+        yield f"sqlite:///{tmp_path}/stack.db"
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    store = Store(store_url)
     yield store
     store.close()
 
@@ -48,10 +75,16 @@ def engine() -> ScriptedEngine:
 
 
 @pytest.fixture
-def context(home: Path, engine: ScriptedEngine) -> Iterator[Context]:
-    context = Context.open(Config.parse(CONFIG, "the tests' config"), engine=engine)
+def context(home: Path, store_url: str, engine: ScriptedEngine) -> Iterator[Context]:
+    context = Context.open(Config.parse(CONFIG | {"store": store_url}, "the tests' config"), engine=engine)
     yield context
     context.close()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The tests without HTTP run with both databases, each for all tests that use a store."""
+    if "store_url" in metafunc.fixturenames and metafunc.module.__name__.startswith("tests.unit."):
+        metafunc.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

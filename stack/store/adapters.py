@@ -31,6 +31,7 @@ class Adapters:
 
     def list(self, tenant: str) -> list[Adapter]:
         """All adapters of a tenant, newest first."""
-        query = select(adapters).where(adapters.c.tenant == tenant).order_by(adapters.c.created_at.desc())
+        query = select(adapters).where(adapters.c.tenant == tenant)
+        query = query.order_by(adapters.c.created_at.desc(), adapters.c.model_id)
         with self._engine.connect() as connection:
             return [Adapter(**row) for row in connection.execute(query).mappings()]

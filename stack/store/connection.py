@@ -3,10 +3,12 @@
 import datetime as dt
 import sqlite3
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 
 BUSY_S = 20
@@ -18,16 +20,40 @@ def now() -> str:
 
 
 def connect(url: str) -> Engine:
-    """The engine of a database: `sqlite:///file`, or `postgresql+psycopg://user@host/name`."""
+    """The engine of a database: `sqlite:///file`, or `postgresql://user@host/name`."""
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     if not url.startswith("sqlite"):
-        return create_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
-    engine = create_engine(url)
+        # What the queries are written for, whatever the server's own default is.
+        return create_engine(url, isolation_level="READ COMMITTED", pool_pre_ping=True, pool_size=10, max_overflow=20)
+    # A transaction takes SQLite's one lock with its first write, and waits for it there: one that reads first and wants
+    # the lock later would fail at once if another had written in between.
+    engine = create_engine(url, connect_args={"isolation_level": "IMMEDIATE"})
     if database := make_url(url).database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
     event.listen(engine, "connect", _set_up_sqlite)
     return engine
+
+
+@contextmanager
+def writing(engine: Engine, wait_s: int = BUSY_S) -> Iterator[Connection]:
+    """A transaction that reads, and writes by what it has read.
+
+    In SQLite it is the only one that writes, from its start. In PostgreSQL it sees what others have committed before
+    each of its queries: it must first lock the rows that it goes by (`with_for_update`), or `hold` a name.
+    """
+    with engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {wait_s * 1_000}")
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            connection.exec_driver_sql(f"PRAGMA busy_timeout = {BUSY_S * 1_000}")
+        yield connection
+
+
+def hold(connection: Connection, name: str) -> None:
+    """Waits until no other transaction holds `name`, and holds it to the end of this one, which is a `writing` one."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
 
 
 def _set_up_sqlite(connection: Any, _: Any) -> None:

@@ -1,24 +1,30 @@
-"""The rows of jobs and of the attempts at them. Every step of the state machine is one conditional update.
+"""The rows of jobs and of the attempts at them.
+
+Each step of the state machine is one transaction that has taken the job first, so that the steps of a job follow one
+another and each sees what the one before has left: see `_taken`.
 
 An attempt that is not open any more (its `ended_at` is set) can write nothing: a driver that was given up for dead and
 lives on, on a node that was cut off, say, finds that out with its next heartbeat.
 """
 
 import uuid as uuids
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, case, exists, func, insert, select, update
+from sqlalchemy import Connection, Engine, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from stack.api.jobs import JobStatus
 from stack.store.adapters import Adapter
 from stack.store.artifacts import Artifact
-from stack.store.connection import now
+from stack.store.connection import hold, now, writing
 from stack.store.schema import adapters, artifacts, attempts, experiments, jobs, runs
 
 UNFINISHED = (JobStatus.scheduled, JobStatus.running)
+# How many characters are kept of why a job or an attempt ended.
+MAX_REASON = 10_000
 
 
 @dataclass(frozen=True)
@@ -107,31 +113,18 @@ class Jobs:
         With a submission id, it is one whose first attempt a user has submitted to Ray already. Returns the job of
         this uuid and whether it is new; None if the tenant has `max_waiting` waiting jobs already.
         """
-        time, run_id = now(), uuids.uuid4().hex
-        try:
-            with self._engine.begin() as connection:
-                row = dict(
-                    tenant=job.tenant, uuid=job.uuid, kind=job.kind, request=job.request, priority=job.priority,
-                    bundles=list(job.bundles), trace=job.trace, run_id=run_id, status=JobStatus.scheduled,
-                    scheduled_at=time,
-                )  # fmt: skip
-                metadata = {"job_uuid": job.uuid, "kind": job.kind}
-                run = dict(id=run_id, tenant=job.tenant, metadata=metadata, started_at=time, status=JobStatus.scheduled)
-                experiment_id = _experiment(connection, job.tenant, job.experiment, time)
-                connection.execute(insert(runs).values(experiment_id=experiment_id, **run))
-                key = connection.execute(insert(jobs).values(**row)).inserted_primary_key
-                assert key is not None
-                if submission_id is not None:
-                    _open_attempt(connection, key[0], 1, submission_id, time)
-                elif _waiting_of(connection, job.tenant) > max_waiting:
-                    connection.rollback()
-                    return None, False
-        except IntegrityError:
-            known = self.get(job.tenant, job.uuid)
-            if known is None:
-                raise  # it was not the uuid
-            return known, False
-        return self.get(job.tenant, job.uuid), True
+        with writing(self._engine) as connection:
+            # One after another, so that none is counted twice or not at all.
+            hold(connection, f"llama-stack-ray: jobs of {job.tenant}")
+            query = select(jobs).where(jobs.c.tenant == job.tenant, jobs.c.uuid == job.uuid)
+            if known := connection.execute(query).mappings().first():
+                return Job(**known), False
+            if submission_id is None and _waiting_of(connection, job.tenant) >= max_waiting:
+                return None, False
+            job_id = _insert(connection, job)
+            if submission_id is not None:
+                _open_attempt(connection, job_id, 1, submission_id)
+            return Job(**connection.execute(query).mappings().one()), True
 
     def get(self, tenant: str, uuid: str) -> Job | None:
         with self._engine.connect() as connection:
@@ -165,15 +158,25 @@ class Jobs:
         with self._engine.connect() as connection:
             return {(tenant, kind, status): count for tenant, kind, status, count in connection.execute(query)}
 
+    def attempt_counts(self) -> dict[str, int]:
+        """How many attempts at jobs of all tenants are under way, were lost, and have ended otherwise."""
+        under_way = func.count().filter(attempts.c.ended_at.is_(None))
+        query = select(func.count(), under_way, func.count().filter(attempts.c.retryable))
+        with self._engine.connect() as connection:
+            total, open_ones, lost = connection.execute(query.select_from(attempts)).one()
+        return {"under way": open_ones, "lost": lost, "ended": total - open_ones - lost}
+
     def cancel(self, tenant: str, uuid: str) -> None:
         """Asks that a job be cancelled. One without an attempt under way is cancelled at once."""
-        mine = (jobs.c.tenant == tenant) & (jobs.c.uuid == uuid) & jobs.c.status.in_(UNFINISHED)
-        with self._engine.begin() as connection:
-            asked = update(jobs).where(mine, jobs.c.cancelled_at.is_(None)).values(cancelled_at=now())
-            connection.execute(asked)
-            job_id = connection.execute(select(jobs.c.id).where(mine, ~_is_under_way())).scalar()
-            if job_id is not None:
-                _end(connection, job_id, JobStatus.cancelled)
+        job = self.get(tenant, uuid)
+        if job is None:
+            return
+        with self._taken(job.id) as connection:
+            unfinished = (jobs.c.id == job.id) & jobs.c.status.in_(UNFINISHED)
+            asked = update(jobs).where(unfinished, jobs.c.cancelled_at.is_(None))
+            connection.execute(asked.values(cancelled_at=now()))
+            if not _has_open_attempt(connection, job.id):
+                _end(connection, job.id, JobStatus.cancelled)
 
     # What the job supervisor does, for all tenants
 
@@ -206,46 +209,57 @@ class Jobs:
 
     def open_attempt(self, job_id: int, number: int, submission_id: str) -> bool:
         """Opens an attempt at a waiting job; False if it does not wait any more."""
-        waits = (jobs.c.id == job_id) & (jobs.c.status == JobStatus.scheduled) & jobs.c.cancelled_at.is_(None)
-        try:
-            with self._engine.begin() as connection:
-                taken = connection.execute(update(jobs).where(waits, ~_is_under_way()).values(waiting_for=None))
-                if taken.rowcount == 1:
-                    _open_attempt(connection, job_id, number, submission_id, now())
-        except IntegrityError:  # another supervisor was faster
-            return False
-        return taken.rowcount == 1
+        with self._taken(job_id) as connection:
+            waits = (jobs.c.id == job_id) & (jobs.c.status == JobStatus.scheduled) & jobs.c.cancelled_at.is_(None)
+            waiting = update(jobs).where(waits, ~_is_under_way()).values(waiting_for=None)
+            # Another supervisor may have opened this one, and lost it too, since ours looked.
+            if _has_attempt(connection, job_id, number) or connection.execute(waiting).rowcount != 1:
+                return False
+            _open_attempt(connection, job_id, number, submission_id)
+        return True
 
     def set_waiting_for(self, job_id: int, reason: str | None) -> None:
         """Says why a job still waits."""
-        with self._engine.begin() as connection:
-            query = update(jobs).where(jobs.c.id == job_id, jobs.c.status == JobStatus.scheduled)
-            connection.execute(query.values(waiting_for=reason))
+        with self._taken(job_id) as connection:
+            waits = (jobs.c.id == job_id) & (jobs.c.status == JobStatus.scheduled) & ~_is_under_way()
+            connection.execute(update(jobs).where(waits).values(waiting_for=reason))
 
     def lose_attempt(self, job_id: int, number: int, reason: str) -> bool:
-        """Ends an attempt that was lost for no fault of the job: the job waits for another one."""
-        with self._engine.begin() as connection:
-            lost = _close_attempt(connection, job_id, number, reason, retryable=True)
-            if lost:
-                query = update(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(UNFINISHED))
-                waiting_for = f"another attempt, as the last one was lost: {reason}"
-                connection.execute(query.values(status=JobStatus.scheduled, waiting_for=waiting_for))
-                _follow(connection, job_id, status=JobStatus.scheduled)
-        return lost
+        """Ends an attempt that was lost for no fault of the job: the job waits for another one.
+
+        A job that is to be cancelled is cancelled by that.
+        """
+        with self._taken(job_id) as connection:
+            if not _close_attempt(connection, job_id, number, reason, retryable=True):
+                return False
+            if _is_to_be_cancelled(connection, job_id):
+                _end(connection, job_id, JobStatus.cancelled)
+                return True
+            waiting_for = _written(f"another attempt, as the last one was lost: {reason}")
+            query = update(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(UNFINISHED))
+            connection.execute(query.values(status=JobStatus.scheduled, waiting_for=waiting_for))
+            _follow(connection, job_id, status=JobStatus.scheduled)
+        return True
 
     # What the driver of an attempt does
 
     def begin(self, job_id: int, number: int, resources: dict[str, Any]) -> bool:
-        """scheduled -> running, by the driver of an open attempt that no other driver has begun."""
+        """scheduled -> running, by the driver of an open attempt that no other driver has begun.
+
+        False also for a job that is to be cancelled: the supervisor ends it.
+        """
         mine = (attempts.c.job_id == job_id) & (attempts.c.number == number)
-        with self._engine.begin() as connection:
+        with self._taken(job_id) as connection:
             fresh = mine & attempts.c.ended_at.is_(None) & (attempts.c.heartbeat == 0)
+            if _is_to_be_cancelled(connection, job_id):
+                return False
             if connection.execute(update(attempts).where(fresh).values(heartbeat=1)).rowcount != 1:
                 return False
-            started = case((jobs.c.started_at.is_(None), now()), else_=jobs.c.started_at)
-            values = dict(status=JobStatus.running, started_at=started, resources_allocated=resources, waiting_for=None)
-            connection.execute(update(jobs).where(jobs.c.id == job_id).values(**values))
-            _follow(connection, job_id, status=JobStatus.running, started_at=now())
+            started_at = connection.execute(select(jobs.c.started_at).where(jobs.c.id == job_id)).scalar() or now()
+            values = dict(status=JobStatus.running, started_at=started_at, waiting_for=None)
+            query = update(jobs).where(jobs.c.id == job_id)
+            connection.execute(query.values(resources_allocated=resources, **values))
+            _follow(connection, job_id, status=JobStatus.running, started_at=started_at)
         return True
 
     def beat(self, job_id: int, number: int) -> bool:
@@ -257,7 +271,7 @@ class Jobs:
 
     def record(self, job_id: int, number: int, **values: Any) -> bool:
         """Writes `progress` or `checkpoints` of a job, by its attempt under way; False if that has been given up."""
-        with self._engine.begin() as connection:
+        with self._taken(job_id) as connection:
             query = update(jobs).where(jobs.c.id == job_id, _is_under_way(number)).values(**values)
             return connection.execute(query).rowcount == 1
 
@@ -265,8 +279,11 @@ class Jobs:
         self, job_id: int, number: int, result: dict[str, Any],
         adapter: Adapter | None = None, artifact: Artifact | None = None,
     ) -> bool:  # fmt: skip
-        """running -> completed, and registers what the job has made; False if the attempt has been given up."""
-        with self._engine.begin() as connection:
+        """running -> completed, and registers what the job has made; False if the attempt has been given up.
+
+        What is done is done: a job that was to be cancelled is completed all the same.
+        """
+        with self._taken(job_id) as connection:
             if not _close_attempt(connection, job_id, number, "completed", retryable=False):
                 return False
             _end(connection, job_id, JobStatus.completed, result=result)
@@ -277,26 +294,58 @@ class Jobs:
         return True
 
     def fail(self, job_id: int, number: int, reason: str) -> bool:
-        """scheduled or running -> failed, with the attempt; False if that has been given up."""
-        with self._engine.begin() as connection:
-            closed = _close_attempt(connection, job_id, number, reason, retryable=False)
-            if closed:
-                _end(connection, job_id, JobStatus.failed, error=reason)
-        return closed
+        """scheduled or running -> failed, with the attempt; False if that has been given up.
+
+        A job that is to be cancelled is cancelled: what is being stopped may fail by that.
+        """
+        with self._taken(job_id) as connection:
+            if not _close_attempt(connection, job_id, number, reason, retryable=False):
+                return False
+            if _is_to_be_cancelled(connection, job_id):
+                _end(connection, job_id, JobStatus.cancelled)
+            else:
+                _end(connection, job_id, JobStatus.failed, error=_written(reason))
+        return True
 
     def give_up(self, job_id: int, reason: str) -> None:
         """scheduled -> failed, for a job that has no attempt under way and gets no other."""
-        with self._engine.begin() as connection:
-            if connection.execute(select(jobs.c.id).where(jobs.c.id == job_id, ~_is_under_way())).first():
-                _end(connection, job_id, JobStatus.failed, error=reason)
+        with self._taken(job_id) as connection:
+            if not _has_open_attempt(connection, job_id):
+                _end(connection, job_id, JobStatus.failed, error=_written(reason))
 
     def end_cancelled(self, job_id: int, number: int, reason: str) -> bool:
         """scheduled or running -> cancelled, when the attempt has been stopped."""
-        with self._engine.begin() as connection:
+        with self._taken(job_id) as connection:
             closed = _close_attempt(connection, job_id, number, reason, retryable=False)
             if closed:
                 _end(connection, job_id, JobStatus.cancelled)
         return closed
+
+    @contextmanager
+    def _taken(self, job_id: int) -> Iterator[Connection]:
+        """A transaction that has a job to itself: nobody else changes its state or its attempts meanwhile.
+
+        Heartbeats excepted, all changes of jobs and attempts are made in one.
+        """
+        with writing(self._engine) as connection:
+            connection.execute(select(jobs.c.id).where(jobs.c.id == job_id).with_for_update())
+            yield connection
+
+
+def _insert(connection: Connection, job: NewJob) -> int:
+    """Adds the rows of a job and its run, and returns the job's id."""
+    time, run_id = now(), uuids.uuid4().hex
+    metadata = {"job_uuid": job.uuid, "kind": job.kind}
+    run = dict(id=run_id, tenant=job.tenant, metadata=metadata, started_at=time, status=JobStatus.scheduled)
+    experiment_id = _experiment(connection, job.tenant, job.experiment, time)
+    connection.execute(insert(runs).values(experiment_id=experiment_id, **run))
+    row = dict(
+        tenant=job.tenant, uuid=job.uuid, kind=job.kind, request=job.request, priority=job.priority,
+        bundles=list(job.bundles), trace=job.trace, run_id=run_id, status=JobStatus.scheduled, scheduled_at=time,
+    )  # fmt: skip
+    key = connection.execute(insert(jobs).values(**row)).inserted_primary_key
+    assert key is not None
+    return int(key[0])
 
 
 def _experiment(connection: Connection, tenant: str, name: str, time: str) -> str:
@@ -326,23 +375,44 @@ def _waiting_of(connection: Connection, tenant: str) -> int:
     return int(connection.execute(select(func.count()).select_from(jobs).where(waits)).scalar_one())
 
 
-def _open_attempt(connection: Connection, job_id: int, number: int, submission_id: str, time: str) -> None:
-    row = dict(job_id=job_id, number=number, submission_id=submission_id, heartbeat=0, started_at=time)
+def _has_open_attempt(connection: Connection, job_id: int) -> bool:
+    query = select(attempts.c.number).where(attempts.c.job_id == job_id, attempts.c.ended_at.is_(None))
+    return connection.execute(query).first() is not None
+
+
+def _has_attempt(connection: Connection, job_id: int, number: int) -> bool:
+    query = select(attempts.c.number).where(attempts.c.job_id == job_id, attempts.c.number == number)
+    return connection.execute(query).first() is not None
+
+
+def _is_to_be_cancelled(connection: Connection, job_id: int) -> bool:
+    return connection.execute(select(jobs.c.cancelled_at).where(jobs.c.id == job_id)).scalar() is not None
+
+
+def _open_attempt(connection: Connection, job_id: int, number: int, submission_id: str) -> None:
+    row = dict(job_id=job_id, number=number, submission_id=submission_id, heartbeat=0, started_at=now())
     connection.execute(insert(attempts).values(**row))
 
 
 def _close_attempt(connection: Connection, job_id: int, number: int, reason: str, *, retryable: bool) -> bool:
     mine = (attempts.c.job_id == job_id) & (attempts.c.number == number) & attempts.c.ended_at.is_(None)
-    values = dict(ended_at=now(), exit_reason=reason, retryable=retryable)
+    values = dict(ended_at=now(), exit_reason=_written(reason), retryable=retryable)
     return connection.execute(update(attempts).where(mine).values(**values)).rowcount == 1
 
 
 def _end(connection: Connection, job_id: int, status: JobStatus, **values: Any) -> None:
+    """Ends a job that has not ended yet, and its run."""
     time = now()
     mine = (jobs.c.id == job_id) & jobs.c.status.in_(UNFINISHED)
     ended = update(jobs).where(mine).values(status=status, completed_at=time, waiting_for=None, **values)
-    connection.execute(ended)
-    _follow(connection, job_id, status=status, ended_at=time)
+    if connection.execute(ended).rowcount == 1:
+        _follow(connection, job_id, status=status, ended_at=time)
+
+
+def _written(reason: str) -> str:
+    """A reason as it can be kept: errors may quote anything, and PostgreSQL takes no NUL and no half characters."""
+    kept = reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]} …"
+    return kept.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def _follow(connection: Connection, job_id: int, **values: Any) -> None:

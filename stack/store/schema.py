@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    text,
 )
 
 schema = MetaData(
@@ -129,6 +130,7 @@ jobs = Table(
 )
 
 # Attempts at jobs, each one Ray job. `heartbeat` counts up while its driver lives.
+_is_open = text("ended_at IS NULL")
 attempts = Table(
     "attempts",
     schema,
@@ -140,7 +142,8 @@ attempts = Table(
     Column("ended_at", _Time),
     Column("exit_reason", Text),
     Column("retryable", Boolean),
-    Index("attempts_by_end", "ended_at", "job_id"),
+    # No two processes can open an attempt at the same job, whatever they have read before.
+    Index("open_attempts", "job_id", unique=True, sqlite_where=_is_open, postgresql_where=_is_open),
 )
 
 adapters = Table(

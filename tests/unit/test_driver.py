@@ -93,7 +93,7 @@ def test_the_reason_of_a_worker_that_died_is_what_ray_says_of_it() -> None:
 @pytest.fixture
 def run(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
     """Runs a driver as a Ray job with the given arguments and work."""
-    monkeypatch.setenv("STACK_CONFIG", json.dumps(CONFIG))
+    monkeypatch.setenv("STACK_CONFIG", json.dumps(CONFIG | {"store": context.config.store}))
     ray_job = {"metadata": {"job_submission_id": "raysubmit_1"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(ray_job))
 

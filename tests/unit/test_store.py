@@ -1,11 +1,9 @@
-"""The store: what is unique, metrics, and many writers at once. Jobs have tests of their own."""
+"""The store: what is unique, metrics, and many writers at once. Jobs and migrations have tests of their own."""
 
 import datetime as dt
 import math
-import sqlite3
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import TypeVar
 
@@ -18,18 +16,6 @@ from tests import samples
 
 WRITERS = 8
 T = TypeVar("T")
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/folder/stack.db"
-
-
-@pytest.fixture
-def store(url: str) -> Iterator[Store]:
-    store = Store(url)
-    yield store
-    store.close()
 
 
 def at_once(do: Callable[[int], T]) -> list[T]:
@@ -116,47 +102,22 @@ def test_adapters_are_listed_newest_first(store: Store) -> None:
     assert [adapter.job_uuid for adapter in store.adapters.list("default")] == ["a", "c", "b"]
 
 
-def test_what_was_written_is_there_after_opening_anew(url: str, store: Store) -> None:
+def test_what_was_written_is_there_after_opening_anew(store_url: str, store: Store) -> None:
     run_id = samples.add_job(store, "job-1").run_id
     store.telemetry.add_metrics("default", run_id, [("loss", 1, 0.5)])
     store.close()
-    again = Store(url)
+    again = Store(store_url)
     assert again.jobs.get("default", "job-1") is not None
     assert again.telemetry.newest_metrics("default", run_id) == {"loss": 0.5}
     again.close()
 
 
-def test_a_new_store_may_be_opened_many_times_at_once(url: str) -> None:
-    stores = at_once(lambda _: Store(url))
-    for number, store in enumerate(stores):
-        samples.add_job(store, f"job-{number}")
-    assert len(stores[0].jobs.waiting()) == WRITERS
-    for store in stores:
-        store.close()
-
-
-def test_opening_a_new_store_waits_while_another_process_sets_it_up(url: str) -> None:
-    file = Path(url.removeprefix("sqlite:///"))
-    file.parent.mkdir(parents=True)
-    other = sqlite3.connect(file, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    with ThreadPoolExecutor(1) as threads:
-        opening = threads.submit(Store, url)
-        done, _ = wait([opening], timeout=0.2)
-        other.execute("COMMIT")
-        other.close()
-        assert not done, opening.exception()
-        store = opening.result(timeout=30)
-    samples.add_job(store, "job-1")
-    store.close()
-
-
-def test_writers_at_once_lose_nothing(url: str, store: Store) -> None:
+def test_writers_at_once_lose_nothing(store_url: str, store: Store) -> None:
     run_id = samples.add_job(store, "job-1").run_id
     steps = 20
 
     def write(writer: int) -> None:
-        own = Store(url)
+        own = Store(store_url)
         for step in range(steps):
             own.telemetry.add_metrics("default", run_id, [(f"metric-{writer}", step, float(step))])
             samples.add_job(own, f"job-{writer}-{step}")

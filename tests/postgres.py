@@ -1,0 +1,155 @@
+"""A PostgreSQL server for the tests: a private one in a temporary folder, which ends with the process that started it.
+
+With STACK_TEST_POSTGRES, the address of a server on which one may create databases (postgresql://user@host/postgres),
+that one is used instead.
+"""
+
+import glob
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import psycopg
+from sqlalchemy import create_engine, delete, make_url, text
+
+from stack.store import Store
+from stack.store.schema import schema
+
+START_S = 60
+MISSING = (
+    "these tests need PostgreSQL 15 or newer: apt install postgresql, or name a server on which databases may be "
+    "created: STACK_TEST_POSTGRES=postgresql://user@host/postgres"
+)
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, url: str) -> None:
+        self._url = make_url(url).set(drivername="postgresql+psycopg")
+        self._engine = create_engine(self._url, isolation_level="AUTOCOMMIT")
+        self._clean: list[str] = []
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """The address of a database without rows, with today's schema; it is used again, which is much faster."""
+        name = self._clean.pop() if self._clean else self._create()
+        try:
+            yield self._address(name)
+        finally:
+            store = Store(self._address(name))
+            with store.engine.begin() as connection:
+                for table in reversed(schema.sorted_tables):
+                    connection.execute(delete(table))
+            store.close()
+            self._clean.append(name)
+
+    @contextmanager
+    def empty_database(self) -> Iterator[str]:
+        """The address of a database without tables."""
+        name = self._create()
+        try:
+            yield self._address(name)
+        finally:
+            self._drop(name)
+
+    def close(self) -> None:
+        for name in self._clean:
+            self._drop(name)
+        self._engine.dispose()
+
+    def _address(self, name: str) -> str:
+        return self._url.set(database=name).render_as_string(hide_password=False)
+
+    def _create(self) -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        with self._engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE {name}"))
+        return name
+
+    def _drop(self, name: str) -> None:
+        with self._engine.connect() as connection:
+            connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@contextmanager
+def server() -> Iterator[Server]:
+    """A server for as long as the block. Raises RuntimeError if there is none and none can be started."""
+    if url := os.environ.get("STACK_TEST_POSTGRES"):
+        with closing(Server(url)) as given:
+            yield given
+        return
+    programs, user = _programs(), _user()
+    folder = Path(tempfile.mkdtemp(prefix="stack-test-postgres-"))
+    try:
+        if user:
+            shutil.chown(folder, user, user)
+        _initialize(programs, folder, user)
+        with _running(programs, folder, user) as url, closing(Server(url)) as private:
+            yield private
+    finally:
+        shutil.rmtree(folder)
+
+
+def _programs() -> Path:
+    """The folder of the newest PostgreSQL here."""
+    found = [Path(path).parent for path in glob.glob("/usr/lib/postgresql/*/bin/initdb")]
+    if on_path := shutil.which("initdb"):
+        found.append(Path(on_path).resolve().parent)
+    if not found:
+        raise RuntimeError(MISSING)
+    return max(found, key=lambda path: [int(part) for part in path.parts if part.isdecimal()])
+
+
+def _user() -> str | None:
+    """As whom the server runs, if not as this user: PostgreSQL refuses to run as root."""
+    return "postgres" if os.geteuid() == 0 else None
+
+
+def _initialize(programs: Path, folder: Path, user: str | None) -> None:
+    # Texts are ordered as in a language, not by their bytes, so that what relies on the latter fails here.
+    order = ["--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en"]
+    command = [programs / "initdb", "--auth=trust", "--username=postgres", "--no-sync", *order, folder / "data"]
+    made = subprocess.run(command, user=user, group=user, cwd=folder, capture_output=True, text=True)
+    if made.returncode != 0:
+        raise RuntimeError(f"{MISSING}\n{made.stderr}")
+
+
+@contextmanager
+def _running(programs: Path, folder: Path, user: str | None) -> Iterator[str]:
+    """A server that is reached by a socket in its folder, and told to stop when this process dies, however it does."""
+    ids = [f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
+    fast = ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off", "-c", "autovacuum=off"]
+    where = ["-D", folder / "data", "-k", folder, "-c", "listen_addresses=", "-c", "max_connections=200"]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig=INT", *ids, programs / "postgres", *where, *fast],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder,
+        )  # fmt: skip
+    url = f"postgresql://postgres@/postgres?host={folder}"
+    try:
+        _wait_until_it_answers(process, url, folder / "log")
+        yield url
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=START_S)
+
+
+def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline, pause = time.monotonic() + START_S, threading.Event()
+    while True:
+        try:
+            psycopg.connect(url).close()
+            return
+        except psycopg.OperationalError:
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}") from None
+        pause.wait(0.05)
