@@ -24,7 +24,7 @@ from ray import serve
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from stack import jobs
+from stack import jobs, tracing
 from stack.config import Config
 from stack.store import Attempt, Job, Store, now
 from stack.store.jobs import Waiting
@@ -44,6 +44,7 @@ _KILLED = (-9, -15, 137, 143)
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0})
 class JobSupervisor:
     def __init__(self, config: Config) -> None:
+        tracing.start("job-supervisor", config.otlp_address)
         self._config = config
         self._store = Store(config.store_url)
         self._client: JobSubmissionClient | None = None
@@ -171,12 +172,13 @@ class JobSupervisor:
             return
         arguments = ["--tenant", job.tenant, "--job", job.uuid, "--attempt", str(number)]
         try:
-            client.submit_job(
-                entrypoint=shlex.join([sys.executable, "-m", jobs.DRIVERS[job.kind], *arguments]),
-                submission_id=submission_id,
-                runtime_env={"env_vars": {"STACK_CONFIG": json.dumps(self._config.model_dump(mode="json"))}},
-                metadata={MARK: job.uuid},
-            )
+            with tracing.span("submit attempt", parent=job.trace, job_uuid=job.uuid, attempt=number):
+                client.submit_job(
+                    entrypoint=shlex.join([sys.executable, "-m", jobs.DRIVERS[job.kind], *arguments]),
+                    submission_id=submission_id,
+                    runtime_env={"env_vars": {"STACK_CONFIG": json.dumps(self._config.model_dump(mode="json"))}},
+                    metadata={MARK: job.uuid},
+                )
         except RuntimeError as error:
             # Should the Ray job exist all the same, its driver finds the attempt closed.
             self._store.jobs.lose_attempt(job.id, number, f"it could not be handed to Ray: {error}")

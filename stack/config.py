@@ -79,7 +79,7 @@ class Config(Wire):
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
     max_artifact_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 32 * 2**20
     max_tenant_bytes: Annotated[int, Field(ge=1_024)] = 100 * 2**30
-    otlp_address: str | None = None
+    otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
 
     @field_validator("models")

@@ -12,6 +12,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from stack import tracing
 from stack.config import Config, LanguageModel
 from stack.errors import BadInput, EngineFailed, NotFound, StackError, Unavailable
 from stack.store import Store
@@ -129,7 +130,7 @@ class Models:
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         """The JSON answer to an OpenAI request, whose `model` names the model and whose `stream` is false."""
         model = await self.find(body["model"])
-        async with aclosing(self._engine.generate(model, endpoint, body)) as items:
+        async with aclosing(self._generate(model, endpoint, body)) as items:
             answer = b"".join([item async for item in items])
         if not answer:
             raise EngineFailed(f"the model {model.id!r} gave no answer")
@@ -143,18 +144,30 @@ class Models:
         stream ends without `[DONE]`.
         """
         model = await self.find(body["model"])
-        items = self._engine.generate(model, endpoint, body)
+        items = self._generate(model, endpoint, body)
         try:
             first = await anext(items)
         except StopAsyncIteration:
             raise EngineFailed(f"the model {model.id!r} gave no answer") from None
         return _whole(first, items)
 
+    def _generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        items = self._engine.generate(model, endpoint, body)
+        return _traced(model, endpoint, items) if tracing.is_on() else items
+
     def _of_adapter(self, id: str, base: str, created_at: str) -> Model | None:
         """An adapter whose base model is no longer in the config is not served."""
         if base not in self._configured:
             return None
         return Model(id, self._configured[base].base, is_adapter=True, created_at=created_at)
+
+
+async def _traced(model: Model, endpoint: Endpoint, items: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """A model's answer, in a span from its question to its end."""
+    with tracing.leaf("model", model=model.id, endpoint=endpoint):
+        async with aclosing(items):
+            async for item in items:
+                yield item
 
 
 _ERROR = b'data: {"error"'

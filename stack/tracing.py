@@ -21,7 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 logger = logging.getLogger("ray.serve")
 
 PATH = "/v1/traces"
-TIMEOUT_S = 5.0
+TIMEOUT_S = 3.0
 DELAY_S = 1.0
 _W3C = TraceContextTextMapPropagator()
 # The provider of this process, once it has started.
