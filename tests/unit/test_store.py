@@ -3,8 +3,7 @@
 import datetime as dt
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from functools import partial
 from typing import TypeVar
 
 import pytest
@@ -12,7 +11,7 @@ from sqlalchemy.exc import IntegrityError
 
 from stack.store import Adapter, Store, now
 from stack.store.jobs import NewJob
-from tests import samples
+from tests import samples, threads
 
 WRITERS = 8
 T = TypeVar("T")
@@ -20,14 +19,7 @@ T = TypeVar("T")
 
 def at_once(do: Callable[[int], T]) -> list[T]:
     """Does something in many threads at the same moment."""
-    barrier = Barrier(WRITERS)
-
-    def wait_and_do(number: int) -> T:
-        barrier.wait()
-        return do(number)
-
-    with ThreadPoolExecutor(WRITERS) as threads:
-        return list(threads.map(wait_and_do, range(WRITERS)))
+    return threads.at_once(*(partial(do, number) for number in range(WRITERS)))
 
 
 def test_times_are_utc_in_iso_8601() -> None:

@@ -1,13 +1,17 @@
 """The state machine of jobs, on each database."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 
 from stack.api.jobs import JobStatus
 from stack.store import Adapter, Artifact, Job, Store, now
-from stack.store.jobs import NewJob
+from stack.store.jobs import MAX_REASON, NewJob
+from tests.threads import at_once
+
+ROUNDS = 12
 
 
 def new(uuid: str = "job-1", **changes: Any) -> NewJob:
@@ -101,13 +105,6 @@ def test_a_job_has_one_open_attempt(store: Store) -> None:
     assert store.jobs.open_attempt(job.id, 1, "s-1")
     assert not store.jobs.open_attempt(job.id, 2, "s-2")
     assert [one.id for one in store.jobs.waiting()] == []
-
-
-def test_of_many_supervisors_one_opens_the_attempt(store: Store) -> None:
-    job = add(store)
-    with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda number: store.jobs.open_attempt(job.id, 1, f"s-{number}"), range(8)))
-    assert opened.count(True) == 1
 
 
 def test_a_lost_attempt_leaves_the_job_waiting_and_its_driver_powerless(store: Store) -> None:
@@ -211,3 +208,168 @@ def test_the_run_follows_its_job(store: Store, ending: str) -> None:
     assert run is not None
     assert run.status == get(store).status
     assert run.ended_at == get(store).completed_at
+
+
+@pytest.mark.parametrize("how", ["lose_attempt", "fail", "end_cancelled"])
+def test_a_job_that_is_to_be_cancelled_ends_so_however_its_attempt_does(store: Store, how: str) -> None:
+    """The driver or the supervisor may not have heard of it yet."""
+    job = running(store)
+    store.jobs.cancel("default", "job-1")
+    assert getattr(store.jobs, how)(job.id, 1, "the worker was stopped")
+    ended = get(store)
+    assert (ended.status, ended.error, ended.waiting_for) == (JobStatus.cancelled, None, None)
+    assert ended.completed_at is not None
+    (attempt,) = store.jobs.attempts(job.id)
+    assert attempt.exit_reason == "the worker was stopped"
+    run = store.telemetry.run("default", job.run_id)
+    assert run is not None
+    assert run.status == JobStatus.cancelled
+
+
+def test_a_job_that_is_done_is_completed_though_it_was_to_be_cancelled(store: Store) -> None:
+    job = running(store)
+    store.jobs.cancel("default", "job-1")
+    assert store.jobs.complete(job.id, 1, {"x": 1})
+    assert (get(store).status, get(store).result) == (JobStatus.completed, {"x": 1})
+
+
+def test_a_job_that_is_to_be_cancelled_is_not_begun(store: Store) -> None:
+    job = add(store)
+    assert store.jobs.open_attempt(job.id, 1, "s-1")
+    store.jobs.cancel("default", "job-1")
+    assert not store.jobs.begin(job.id, 1, {})
+    assert store.jobs.end_cancelled(job.id, 1, "it was stopped")
+    assert (get(store).status, get(store).started_at) == (JobStatus.cancelled, None)
+
+
+def test_a_job_between_two_attempts_is_cancelled_at_once(store: Store) -> None:
+    job = running(store)
+    assert store.jobs.lose_attempt(job.id, 1, "the node died")
+    store.jobs.cancel("default", "job-1")
+    assert get(store).status == JobStatus.cancelled
+    assert store.jobs.waiting() == []
+
+
+def test_a_job_that_has_ended_is_not_given_up_nor_its_run(store: Store) -> None:
+    job = running(store)
+    assert store.jobs.complete(job.id, 1, {})
+    store.jobs.give_up(job.id, "too often")
+    run = store.telemetry.run("default", job.run_id)
+    assert run is not None
+    assert (get(store).status, run.status) == (JobStatus.completed, JobStatus.completed)
+    assert run.ended_at == get(store).completed_at
+
+
+def test_a_run_starts_when_its_job_does_and_once(store: Store) -> None:
+    job = running(store)
+    store.jobs.lose_attempt(job.id, 1, "the node died")
+    running(store, number=2)
+    run = store.telemetry.run("default", job.run_id)
+    assert run is not None
+    assert run.started_at == job.started_at
+
+
+def test_a_job_with_an_attempt_under_way_waits_for_nothing(store: Store) -> None:
+    job = add(store)
+    store.jobs.set_waiting_for(job.id, "no node has 16 GPU")
+    assert get(store).waiting_for == "no node has 16 GPU"
+    assert store.jobs.open_attempt(job.id, 1, "s-1")
+    store.jobs.set_waiting_for(job.id, "no node has 16 GPU")
+    assert get(store).waiting_for is None
+
+
+def test_whatever_an_error_says_is_kept(store: Store) -> None:
+    job = running(store)
+    assert store.jobs.fail(job.id, 1, "a\0b \ud800 é " + "x" * 2 * MAX_REASON)
+    error = get(store).error
+    assert error is not None
+    assert error.startswith("a\ufffdb ? é xxx")
+    assert len(error) < MAX_REASON + 10
+
+
+# What several processes do at the same moment
+
+
+def test_of_many_supervisors_one_opens_an_attempt(store: Store) -> None:
+    """Though they have seen different ones before, and would open different ones."""
+    job = add(store)
+    opened = at_once(*(partial(store.jobs.open_attempt, job.id, number, f"s-{number}") for number in range(1, 9)))
+    assert opened.count(True) == 1
+    assert len(store.jobs.attempts(job.id)) == 1
+
+
+def test_no_more_jobs_wait_than_may_however_many_come_at_once(store: Store) -> None:
+    accepted = at_once(*(partial(store.jobs.add, new(f"job-{number}"), max_waiting=3) for number in range(8)))
+    assert [is_new for _, is_new in accepted].count(True) == 3
+    assert len(store.jobs.waiting()) == 3
+
+
+def rounds_of(store: Store, prepare: Callable[[Store, str], Job], *steps: Callable[[Job], Any]) -> list[list[Any]]:
+    """Does the steps at once with a job, time and again with another, and returns what they came to."""
+    results = []
+    for number in range(ROUNDS):
+        job = prepare(store, f"job-{number}")
+        done = at_once(*(partial(step, job) for step in steps))
+        results.append([get(store, job.uuid), *done])
+    return results
+
+
+def test_cancelling_while_an_attempt_is_lost_leaves_no_job_behind(store: Store) -> None:
+    for job, _, lost in rounds_of(
+        store,
+        running,
+        lambda job: store.jobs.cancel("default", job.uuid),
+        lambda job: store.jobs.lose_attempt(job.id, 1, "the node died"),
+    ):
+        assert lost
+        assert job.status == JobStatus.cancelled
+    assert store.jobs.under_way() == []
+
+
+def test_cancelling_while_an_attempt_is_opened_and_begun(store: Store) -> None:
+    """Either there is none, and the job has ended, or there is one, and the supervisor finds that it is to be ended."""
+
+    def open_and_begin(job: Job) -> tuple[bool, bool]:
+        return store.jobs.open_attempt(job.id, 1, job.uuid), store.jobs.begin(job.id, 1, {})
+
+    for job, _, (opened, begun) in rounds_of(
+        store, add, lambda job: store.jobs.cancel("default", job.uuid), open_and_begin
+    ):
+        assert job.cancelled_at is not None
+        expected = JobStatus.running if begun else JobStatus.scheduled if opened else JobStatus.cancelled
+        assert job.status == expected
+        assert len(store.jobs.attempts(job.id)) == int(opened)
+
+
+def test_completing_while_the_attempt_is_lost_and_the_job_cancelled(store: Store) -> None:
+    for job, completed, lost, _ in rounds_of(
+        store,
+        running,
+        lambda job: store.jobs.complete(job.id, 1, {"x": 1}),
+        lambda job: store.jobs.lose_attempt(job.id, 1, "the node died"),
+        lambda job: store.jobs.cancel("default", job.uuid),
+    ):
+        assert completed != lost
+        assert job.status == (JobStatus.completed if completed else JobStatus.cancelled)
+        assert (job.result is not None) == completed
+
+
+def test_what_a_lost_attempt_records_is_not_kept(store: Store) -> None:
+    for job, lost, recorded in rounds_of(
+        store,
+        running,
+        lambda job: store.jobs.lose_attempt(job.id, 1, "the node died"),
+        lambda job: store.jobs.record(job.id, 1, progress={"done": 9}),
+    ):
+        assert lost
+        assert (job.progress is not None) == recorded
+
+
+def test_giving_up_while_an_attempt_is_opened(store: Store) -> None:
+    for job, _, opened in rounds_of(
+        store,
+        add,
+        lambda job: store.jobs.give_up(job.id, "too often"),
+        lambda job: store.jobs.open_attempt(job.id, 1, job.uuid),
+    ):
+        assert job.status == (JobStatus.scheduled if opened else JobStatus.failed)
