@@ -91,7 +91,9 @@ def update_run(context: Context, request: api.UpdateRunRequest) -> api.Run:
         fields += [f"metadata.{key}" for key in JOBS_OWN if key in (request.metadata or {})]
         if fields:
             allowed = f"metadata other than {' and '.join(JOBS_OWN)}"
-            message = f"the run {run.id!r} is the job {job_uuid!r}'s, which sets {fields[0]} itself; allowed: {allowed}"
+            message = (
+                f"the run {run.id!r} is of the job {job_uuid!r}, which sets {fields[0]} itself; allowed: {allowed}"
+            )
             raise Conflict(message, param=fields[0])
     if request.ended_at is not None and request.ended_at < run.started_at:
         message = f"the run cannot end at {request.ended_at}: it started at {run.started_at}"
