@@ -4,8 +4,8 @@ Each replica of the gateway counts its own requests; the jobs are the same at al
 """
 
 import threading
-import time
 from collections.abc import Iterable
+from time import monotonic, perf_counter
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -59,9 +59,9 @@ class Jobs(Collector):
 
     def collect(self) -> Iterable[Metric]:
         with self._lock:
-            if time.monotonic() >= self._counted_at + self._ttl:
+            if monotonic() >= self._counted_at + self._ttl:
                 self._counted = [self._jobs(), self._attempts()]
-                self._counted_at = time.monotonic()
+                self._counted_at = monotonic()
             return self._counted
 
     def _jobs(self) -> Metric:
@@ -88,7 +88,7 @@ class Measure:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, started = LEFT, time.perf_counter()
+        status, started = LEFT, perf_counter()
 
         async def watched(message: Message) -> None:
             nonlocal status
@@ -107,4 +107,4 @@ class Measure:
             route = route_of(scope)
             method = scope["method"] if scope["method"] in METHODS else "other"
             self.metrics.requests.labels(method, route, status).inc()
-            self.metrics.seconds.labels(route).observe(time.perf_counter() - started)
+            self.metrics.seconds.labels(route).observe(perf_counter() - started)

@@ -325,7 +325,7 @@ def _create_tables() -> None:
         sa.Column("trace", sa.String(100)),
         sa.UniqueConstraint("tenant", "uuid"),
     )
-    op.create_index("jobs_by_kind", "jobs", ["tenant", "kind", "id"])
+    op.create_index("jobs_by_kind", "jobs", ["tenant", "kind", "id", "status"])
     op.create_index("jobs_by_status", "jobs", ["status", "tenant", "id"])
     op.create_table(
         "attempts",
