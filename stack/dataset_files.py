@@ -144,12 +144,12 @@ def _unpacked(file: BinaryIO, compression: str | None, most: int) -> io.Buffered
     return io.BufferedReader(_Unpacked(stream, most, f"compressed as {compression}"), _BLOCK)
 
 
-def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
+def _lines(stream: io.BufferedReader, what: str) -> Iterator[bytes]:
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if len(line) > MAX_ROW_BYTES:
-            raise BadInput(f"row {number} has more than {MAX_ROW_BYTES} bytes")
+            raise BadInput(f"{what} {number} has more than {MAX_ROW_BYTES} bytes")
         yield line.removeprefix(_BOM) if number == 1 else line
 
 
@@ -157,7 +157,7 @@ def _lines(stream: io.BufferedReader) -> Iterator[bytes]:
 
 
 def _json_lines(stream: io.BufferedReader) -> Iterator[Numbered]:
-    for number, line in enumerate(_lines(stream), start=1):
+    for number, line in enumerate(_lines(stream, "row"), start=1):
         yield number, _object(number, line)
 
 
@@ -198,14 +198,16 @@ class _Scanner:
         """Takes the character that `next` found."""
         self._at += 1
 
-    def value(self) -> str:
-        """The text of the value that begins here. Raises ValueError and RecursionError if it is none."""
+    def value(self, number: int) -> str:
+        """The text of the value that begins here, of this row. Raises ValueError and RecursionError if it is none."""
         while True:
             try:
                 _, end = self._scan(self._text, self._at)
             except ValueError:
-                if self._ended or len(self._text) - self._at > MAX_ROW_BYTES:
+                if self._ended:
                     raise
+                if len(self._text) - self._at > MAX_ROW_BYTES:
+                    raise BadInput(f"row {number} has more than {MAX_ROW_BYTES} bytes, or is not JSON") from None
             else:
                 if end < len(self._text) or self._ended:
                     value, self._at = self._text[self._at : end], end
@@ -232,9 +234,9 @@ def _json_array(stream: io.BufferedReader) -> Iterator[Numbered]:
     while scanner.next() != "]" or number:
         number += 1
         try:
-            text = scanner.value()
+            text = scanner.value(number)
         except (ValueError, RecursionError) as error:
-            yield number, f"row {number} is not JSON, or has more than {MAX_ROW_BYTES} bytes: {error}"
+            yield number, f"row {number} is not JSON: {error}"
             return
         if len(text) > MAX_ROW_BYTES:
             raise BadInput(f"row {number} has more than {MAX_ROW_BYTES} bytes")
@@ -254,7 +256,7 @@ def _csv(stream: io.BufferedReader, columns: Mapping[str, Type]) -> Iterator[Num
 
     def lines() -> Iterator[str]:
         nonlocal taken
-        for line in _lines(stream):
+        for line in _lines(stream, "line"):
             taken += len(line)
             if taken > MAX_ROW_BYTES:
                 raise BadInput(f"row {number} has more than {MAX_ROW_BYTES} bytes")

@@ -26,6 +26,8 @@ BATCH_ROWS = 64
 def main(descriptor: int, settings: dict[str, Any]) -> None:
     """Writes the rows, or refuses the file."""
     most = settings["memory"]
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
