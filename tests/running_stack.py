@@ -15,9 +15,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import yaml
 
 from scripts import local_stack
 from stack import config
+from tests.otlp import Receiver, receiver
 
 MODEL = "SmolLM2-135M-Instruct"
 START_S = 400
@@ -31,6 +33,7 @@ class Stack:
 
     home: Path
     port: int
+    traces: Receiver
     ray_address: str = ""
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -44,9 +47,13 @@ class Stack:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
+        file = write_config(self.home / "serve.yaml", otlp_address=self.traces.address)
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "scripts.serve", "--port", str(self.port), "--stop-with-stdin"],
+                [
+                    *(sys.executable, "-m", "scripts.serve", "--config", str(file), "--port", str(self.port)),
+                    "--stop-with-stdin",
+                ],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -103,12 +110,25 @@ class Stack:
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     reporter.write_line("starting a stack for the tests (one to three minutes)")
-    stack = Stack(prepared_home(tmp_path_factory.mktemp("stack")), free_port())
-    try:
-        stack.start()
-        yield stack
-    finally:
-        stack.kill()
+    with receiver() as traces:
+        stack = Stack(prepared_home(tmp_path_factory.mktemp("stack")), free_port(), traces)
+        try:
+            stack.start()
+            yield stack
+        finally:
+            stack.kill()
+
+
+def write_config(file: Path, **changes: Any) -> Path:
+    """serve_apps/local.yaml with changes of the stack's configuration."""
+    document = yaml.safe_load(local_stack.CONFIG.read_text())
+    for application in document["applications"]:
+        if application["name"] == config.GATEWAY:
+            application["args"] |= changes
+        elif "artifacts" in changes:
+            application["args"]["artifacts"] = changes["artifacts"]
+    file.write_text(yaml.safe_dump(document))
+    return file
 
 
 def prepared_home(folder: Path) -> Path:

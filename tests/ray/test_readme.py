@@ -1,4 +1,4 @@
-"""The README's examples, run as they stand, in their order."""
+"""The examples of the README and of docs/, run as they stand, in their order."""
 
 import re
 import sys
@@ -9,8 +9,13 @@ import pytest
 
 from tests.running_stack import Stack, ended
 
-README = Path(__file__).parents[2] / "README.md"
-EXAMPLES = re.findall(r"^```(bash|python)\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "jobs-and-data.md"]
+EXAMPLES = [
+    example
+    for page in PAGES
+    for example in re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 7
+    assert len(outputs) == 11
     for output in outputs[:4]:
         assert "Paris" in output
 
@@ -41,3 +46,24 @@ def test_the_data_set_is_registered_and_the_job_accepted(client: httpx.Client, o
 def test_the_jobs_by_file_are_completed(client: httpx.Client, outputs: list[str]) -> None:
     assert '"status":"completed"' in outputs[6]
     assert ended(client, "post_training", "example-tune")["status"] == "completed"
+
+
+def test_a_compressed_csv_file_becomes_a_data_set(outputs: list[str]) -> None:
+    assert '"rows":4' in outputs[7]
+    assert "Bonjour" in outputs[7]
+
+
+def test_a_job_is_followed_to_its_end(outputs: list[str]) -> None:
+    assert "step 6/6" in outputs[8]
+    assert '"status":"completed"' in outputs[8]
+    assert "tensorboard/" in outputs[8]
+
+
+def test_metrics_logs_and_files_are_kept_and_found(outputs: list[str]) -> None:
+    assert '"value":0.38' in outputs[9]
+    assert outputs[9].count("looked at 20 answers") == 1
+    assert outputs[9].endswith("looked")
+
+
+def test_prometheus_is_served(outputs: list[str]) -> None:
+    assert "# TYPE" in outputs[10]
