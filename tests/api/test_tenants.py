@@ -1,0 +1,234 @@
+"""Two tenants and all routes: what is one's does not exist for the other, and what both have by one name is apart.
+
+A new route goes into one of the tables below; a test says so when it is in none.
+"""
+
+import base64
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from stack import keys
+from stack.context import Context, Principal
+from stack.store import Adapter, now
+from tests import samples
+from tests.api.envelope import error_of
+from tests.samples import dataset, dialogs, evaluation, fine_tuning, write_rows
+
+OWNER = "acme"
+LOG = {"message": "hello", "level": "info", "timestamp": "2030-01-01T00:00:00.000Z"}
+EVENT = {
+    "type": "unstructured_log", "trace_id": "trace-1", "span_id": "span-1", "timestamp": LOG["timestamp"],
+    "message": "hello", "severity": "info",
+}  # fmt: skip
+CHAT = {"model": "small:tune-1", "messages": [{"role": "user", "content": "a"}]}
+UPLOADED = {"columns": {"dialog": "dialog"}, "content_url": "UPLOAD_URL"}
+
+# Requests that name something of acme's: a method, a path with its query, a body. Words in capitals stand for ids.
+NAMING: list[tuple[str, str, Any]] = [
+    ("GET", "/datasets/get?dataset_uuid=train", None),
+    ("GET", "/datasets/preview?dataset_uuid=train", None),
+    ("GET", "/datasets/list?after=train", None),
+    ("GET", "/datasets/uploads?after=UPLOAD", None),
+    ("POST", "/datasets/create", {"uuid": "new", "dataset": UPLOADED}),
+    ("POST", "/datasets/delete", {"dataset_uuid": "train"}),
+    ("POST", "/datasets/uploads/delete", {"upload_id": "UPLOAD"}),
+    ("POST", "/post_training/supervised_fine_tune", fine_tuning("train", job_uuid="new")),
+    ("GET", "/post_training/job/status?job_uuid=tune-1", None),
+    ("GET", "/post_training/job/logs?job_uuid=tune-1", None),
+    ("GET", "/post_training/job/artifacts?job_uuid=tune-1", None),
+    ("POST", "/post_training/job/cancel", {"job_uuid": "tune-1"}),
+    ("GET", "/post_training/jobs?after=tune-1", None),
+    ("POST", "/evaluate/question_answering/", evaluation("train", job_uuid="new")),
+    ("POST", "/evaluate/question_answering/", evaluation(UPLOADED, job_uuid="new")),
+    ("POST", "/evaluate/question_answering/", evaluation("MINE", job_uuid="new", checkpoint="small:tune-1")),
+    ("GET", "/evaluate/job/status?job_uuid=evaluation-1", None),
+    ("GET", "/evaluate/job/logs?job_uuid=evaluation-1", None),
+    ("GET", "/evaluate/job/artifacts?job_uuid=evaluation-1", None),
+    ("POST", "/evaluate/job/cancel", {"job_uuid": "evaluation-1"}),
+    ("GET", "/evaluate/jobs?after=evaluation-1", None),
+    ("POST", "/inference/chat_completion", CHAT),
+    ("POST", "/inference/completion", {"model": "small:tune-1", "content": "a"}),
+    ("POST", "/v1/chat/completions", CHAT),
+    ("POST", "/v1/completions", {"model": "small:tune-1", "prompt": "a"}),
+    ("GET", "/v1/models/small:tune-1", None),
+    ("GET", "/experiments/get?experiment_id=EXPERIMENT", None),
+    ("GET", "/experiments/list?after=EXPERIMENT", None),
+    ("GET", "/experiments/runs?experiment_id=EXPERIMENT", None),
+    ("POST", "/experiments/update", {"experiment_id": "EXPERIMENT", "metadata": {"a": 1}}),
+    ("POST", "/experiments/create_run", {"experiment_id": "EXPERIMENT"}),
+    ("POST", "/experiments/artifacts/get", {"experiment_id": "EXPERIMENT"}),
+    (
+        "POST",
+        "/experiments/artifacts/upload",
+        {"experiment_id": "EXPERIMENT", "name": "b.txt", "artifact_type": "other", "content": "aGVsbG8="},
+    ),
+    ("GET", "/runs/get?run_id=RUN", None),
+    ("GET", "/runs/metrics?run_id=RUN", None),
+    ("POST", "/runs/update", {"run_id": "RUN", "metadata": {"a": 1}}),
+    ("POST", "/runs/log_metrics", {"run_id": "RUN", "metrics": []}),
+    ("GET", "/artifacts/get?artifact_id=ARTIFACT", None),
+    ("GET", "/artifacts/content?artifact_id=ARTIFACT", None),
+    ("POST", "/artifacts/delete", {"artifact_id": "ARTIFACT"}),
+    ("POST", "/logging/log_messages", {"run_id": "RUN", "logs": [LOG]}),
+    ("POST", "/logging/get_logs", {"query": "", "filters": {"run_id": "RUN"}}),
+    ("POST", "/logging/get_logs", {"query": "", "filters": {"job_uuid": "tune-1"}}),
+    ("GET", "/telemetry/get_trace?trace_id=trace-1", None),
+]
+# Requests that are answered with lists, in which there is something of acme's for acme alone.
+LISTING: list[tuple[str, str, Any]] = [
+    ("GET", "/datasets/list", None),
+    ("GET", "/datasets/uploads", None),
+    ("GET", "/post_training/jobs", None),
+    ("GET", "/evaluate/jobs", None),
+    ("GET", "/experiments/list", None),
+    ("POST", "/logging/get_logs", {"query": ""}),
+    ("POST", "/logging/get_logs", {"query": "", "filters": {"trace_id": "trace-1"}}),
+]
+# Routes that name nothing and list nothing of a tenant's, or have a test of their own below.
+APART = {
+    ("GET", "/health"),
+    ("GET", "/metrics"),  # the administrator's, of all tenants
+    ("GET", "/v1/models"),
+    ("POST", "/datasets/upload"),
+    ("POST", "/experiments/create"),
+    ("POST", "/telemetry/log_event"),
+}
+
+
+@dataclass
+class Tenants:
+    """Two tenants' clients, and the ids of what the first one has."""
+
+    owner: TestClient
+    other: TestClient
+    ids: dict[str, str]
+
+    def ask(self, client: TestClient, method: str, path: str, body: Any) -> Any:
+        return client.request(method, self._filled(path), json=self._filled(body))
+
+    def _filled(self, value: Any) -> Any:
+        """A path or a body with the ids in place."""
+        if isinstance(value, dict):
+            return {key: self._filled(one) for key, one in value.items()}
+        if isinstance(value, str):
+            return re.sub("|".join(self.ids), lambda found: self.ids[found[0]], value)
+        return value
+
+
+def of_tenant(app: FastAPI, context: Context, tenant: str) -> TestClient:
+    key = keys.create(context.store, tenant, "test", ["inference", "data", "training", "agents"])[1]
+    return TestClient(app, raise_server_exceptions=False, headers={"authorization": f"Bearer {key}"})
+
+
+@pytest.fixture
+def tenants(app: FastAPI, context: Context, data: dict[str, Any]) -> Tenants:
+    owner, other = of_tenant(app, context, OWNER), of_tenant(app, context, "other")
+
+    def made(client: TestClient, path: str, **body: Any) -> Any:
+        reply = client.post(path, json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json() if reply.content else None
+
+    made(owner, "/datasets/create", uuid="train", dataset=data)
+    made(other, "/datasets/create", uuid="mine", dataset=data)
+    made(owner, "/datasets/create", uuid="mine", dataset=data)
+    rows = b'{"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
+    upload = owner.post("/datasets/upload", files={"file": ("rows.jsonl", rows)}).json()
+    made(owner, "/evaluate/question_answering/", **evaluation(data))
+    experiment = made(owner, "/experiments/create", name="mine")["id"]
+    run = made(owner, "/experiments/create_run", experiment_id=experiment)["id"]
+    content = base64.b64encode(b"hello").decode()
+    sent = dict(experiment_id=experiment, name="a.txt", artifact_type="other", content=content)
+    artifact = made(owner, "/experiments/artifacts/upload", **sent)["id"]
+    made(owner, "/logging/log_messages", run_id=run, logs=[LOG])
+    made(owner, "/telemetry/log_event", event=EVENT)
+    tune(context, OWNER, "tune-1")
+    # The longer words first: UPLOAD_URL is not UPLOAD.
+    ids = {"UPLOAD_URL": upload["content_url"], "UPLOAD": upload["id"], "EXPERIMENT": experiment, "RUN": run}
+    return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine"})
+
+
+def tune(context: Context, tenant: str, uuid: str) -> None:
+    """A fine-tuning job that is completed, with its adapter."""
+    samples.add_job(context.store, uuid, "supervised_fine_tune", tenant, model="small")
+    job = samples.start(context.store, uuid, tenant)
+    adapter = Adapter(tenant, f"small:{uuid}", "small", uuid, f"tenants/{tenant}/adapters/{uuid}", created_at=now())
+    assert context.store.jobs.complete(job.id, 1, {"checkpoints": []}, adapter)
+
+
+def name(case: tuple[str, str, Any]) -> str:
+    return f"{case[0]} {case[1]}"
+
+
+@pytest.mark.parametrize("case", NAMING, ids=name)
+def test_anothers_is_404_and_ones_own_is_not(tenants: Tenants, case: tuple[str, str, Any]) -> None:
+    error = error_of(tenants.ask(tenants.other, *case), 404)
+    assert error["code"] in ("not_found", "model_not_found")
+    assert OWNER not in error["message"]
+    reply = tenants.ask(tenants.owner, *case)
+    assert reply.status_code in (200, 206), reply.text
+
+
+@pytest.mark.parametrize("case", LISTING, ids=name)
+def test_lists_show_ones_own_alone(tenants: Tenants, case: tuple[str, str, Any]) -> None:
+    mine, others = tenants.ask(tenants.owner, *case), tenants.ask(tenants.other, *case)
+    assert (mine.status_code, others.status_code) == (200, 200)
+    assert len(mine.json()) > 0
+    assert [one for one in others.json() if one in mine.json()] == []
+    if "datasets/list" not in case[1]:
+        assert others.json() == []
+
+
+def test_models_are_the_configs_and_ones_own_adapters(tenants: Tenants) -> None:
+    def models(client: TestClient) -> list[str]:
+        return [model["id"] for model in client.get("/v1/models").json()["data"]]
+
+    assert (models(tenants.owner), models(tenants.other)) == (["small", "small:tune-1"], ["small"])
+
+
+def test_both_may_have_the_same_names(tenants: Tenants, context: Context, home: Any) -> None:
+    other = dataset(write_rows(home / "data" / "other.jsonl", dialogs(1)))
+    for path, body in [
+        ("/datasets/create", {"uuid": "train", "dataset": other}),
+        ("/evaluate/question_answering/", evaluation(other)),
+        ("/post_training/supervised_fine_tune", fine_tuning(other)),
+        ("/experiments/create", {"name": "mine", "metadata": {"a": 1}}),
+        ("/telemetry/log_event", {"event": EVENT | {"message": "mine"}}),
+    ]:
+        assert tenants.other.post(path, json=body).status_code == 200, path
+    assert tenants.owner.get("/datasets/get?dataset_uuid=train").json()["rows"] == 4
+    assert tenants.other.get("/datasets/get?dataset_uuid=train").json()["rows"] == 1
+    assert tenants.owner.get("/post_training/job/status?job_uuid=tune-1").json()["status"] == "completed"
+    assert tenants.other.get("/post_training/job/status?job_uuid=tune-1").json()["status"] == "scheduled"
+    cancel = {"job_uuid": "evaluation-1"}
+    assert tenants.other.post("/evaluate/job/cancel", json=cancel).json()["status"] == "cancelled"
+    assert tenants.owner.get("/evaluate/job/status?job_uuid=evaluation-1").json()["status"] == "scheduled"
+    for client, words in ((tenants.owner, "hello"), (tenants.other, "mine")):
+        logs = client.get("/telemetry/get_trace?trace_id=trace-1").json()["logs"]
+        assert [log["message"] for log in logs] == [words]
+
+
+def test_what_anothers_request_could_not_do_is_not_done(tenants: Tenants) -> None:
+    before = [tenants.ask(tenants.owner, *case).json() for case in LISTING]
+    for case in NAMING:
+        error_of(tenants.ask(tenants.other, *case), 404)
+    assert [tenants.ask(tenants.owner, *case).json() for case in LISTING] == before
+
+
+def test_without_its_tenant_a_context_sees_nothing(context: Context, tenants: Tenants) -> None:
+    nobody = context.of(Principal("nobody", frozenset()))
+    assert [model.id for model in nobody.models.all()] == ["small"]
+    assert context.store.keys.list("nobody") == []
+
+
+def test_every_route_is_in_a_table(app: FastAPI) -> None:
+    served = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
+    tabled = {(method, path.split("?")[0]) for method, path, _ in [*NAMING, *LISTING]}
+    tabled.add(("GET", "/v1/models/{model}"))
+    tabled.remove(("GET", "/v1/models/small:tune-1"))
+    assert served == tabled | APART
