@@ -11,6 +11,7 @@ server are found by the client of that storage as it documents it: for S3 in the
 AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION and AWS_ENDPOINT_URL_S3, or in the files and roles of the AWS tools.
 """
 
+import datetime as dt
 import errno
 import hashlib
 import json
@@ -161,6 +162,37 @@ class Artifacts:
         if self.exists(name):
             self._files.rm_file(f"{target}/{MANIFEST}")
         self._clear(target)
+
+    @_reaching()
+    def names(self, folder: str) -> list[str]:
+        """The names right under a folder, of artifacts and of what interrupted publications and removals have left."""
+        try:
+            paths = self._files.ls(f"{self._root}/{folder}", detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(f"{folder}/{path.rstrip('/').rsplit('/', 1)[-1]}" for path in paths)
+
+    @_reaching()
+    def remove_if_older(self, name: str, age: dt.timedelta) -> bool:
+        """Removes an artifact, or what is left of one, unless a file of it was written within this time."""
+        newest = [self._files.modified(path) for path in self._files.find(self._path(name))]
+        if any(time > dt.datetime.now(dt.UTC) - age for time in newest):
+            return False
+        self.remove(name)
+        return True
+
+    def remove_temporary(self, age: dt.timedelta) -> int:
+        """Removes what publications that were interrupted so long ago have left under temporary names; says how many.
+
+        There are such names only in a local folder.
+        """
+        if not self._is_local:
+            return 0
+        oldest = (dt.datetime.now(dt.UTC) - age).timestamp()
+        left = [part for part in Path(self._root).glob(f"{_PART}*") if part.stat().st_mtime < oldest]
+        for part in left:
+            shutil.rmtree(part)
+        return len(left)
 
     def url(self, name: str) -> str:
         """The address of an artifact."""

@@ -182,6 +182,19 @@ def delete(context: Context, request: api.DeleteArtifactRequest) -> api.DeletedA
     return api.DeletedArtifact(id=artifact.id, bytes=artifact.bytes)
 
 
+def sweep(context: Context) -> list[str]:
+    """Removes what uploads and publications have left that were interrupted longer ago than SWEEP_AFTER.
+
+    For the administrator: it sees all tenants' rows. Returns the names of the artifacts that had no row.
+    """
+    files = context.artifacts
+    folders = [UPLOADS, *(f"{tenant}/{UPLOADS}" for tenant in files.names("tenants"))]
+    names = [name for folder in folders for name in files.names(folder)]
+    known = context.store.artifacts.known_paths()
+    files.remove_temporary(SWEEP_AFTER)
+    return [name for name in names if name not in known and files.remove_if_older(name, SWEEP_AFTER)]
+
+
 def _publish(context: Context, path: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -61,7 +61,7 @@ class Artifacts:
             return connection.execute(query.limit(1)).scalar()
 
     def known_paths(self) -> set[str]:
-        """The paths of all tenants' artifacts."""
+        """The paths of all tenants' artifacts, for the administrator."""
         with self._engine.connect() as connection:
             return set(connection.execute(select(artifacts.c.path)).scalars())
 

@@ -1,5 +1,6 @@
 """Artifacts: all of one or nothing, under safe names, in a local folder and in S3: a real server that speaks it."""
 
+import datetime as dt
 import errno
 import hashlib
 import json
@@ -442,3 +443,32 @@ def test_a_local_disk_must_have_the_room(tmp_path: Path) -> None:
 def test_an_address_that_nothing_here_speaks_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=f"artifacts cannot be kept at '{url}'"):
         Artifacts(url, cache=tmp_path)
+
+
+# What interrupted publications leave
+
+
+def test_names_are_those_right_under_a_folder(artifacts: Artifacts, folder: Path) -> None:
+    assert artifacts.names("adapters") == []
+    for name in ("adapters/b", "adapters/a", "others/c"):
+        artifacts.publish(name, folder)
+    assert artifacts.names("adapters") == ["adapters/a", "adapters/b"]
+
+
+def test_only_what_is_old_is_removed(artifacts: Artifacts, folder: Path) -> None:
+    artifacts.publish("a", folder)
+    assert not artifacts.remove_if_older("a", dt.timedelta(hours=1))
+    assert artifacts.exists("a")
+    assert artifacts.remove_if_older("a", dt.timedelta(0))
+    assert not artifacts.exists("a")
+
+
+def test_old_temporary_names_are_removed(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = Artifacts(f"file://{tmp_path}/artifacts", cache=tmp_path / "cache")
+    fail_at(monkeypatch, artifacts, "rename", 1, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.publish("a", folder)
+    assert artifacts.remove_temporary(dt.timedelta(hours=1)) == 0
+    assert os.listdir(tmp_path / "artifacts")
+    assert artifacts.remove_temporary(dt.timedelta(0)) == 1
+    assert not os.listdir(tmp_path / "artifacts")

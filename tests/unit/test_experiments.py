@@ -1,6 +1,7 @@
 """Experiments, runs and their artifacts: names, pages, metadata, quotas, and whose they are."""
 
 import base64
+import datetime as dt
 import errno
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -337,6 +338,27 @@ def test_files_without_a_row_are_not_listed_and_do_not_count(context: Context) -
     assert stored(context)
     assert list_artifacts(context, experiment) == []
     assert context.store.artifacts.bytes_of("default") == 0
+
+
+@pytest.mark.parametrize("storage", ["file", "s3"])
+def test_what_was_left_long_ago_is_swept(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, storage: str
+) -> None:
+    if storage == "s3":
+        url = request.getfixturevalue("s3").bucket()
+        context = replace(context, artifacts=Artifacts(url, cache=tmp_path / "cache"))
+    acme = context.of_tenant("acme")
+    kept = [upload(context, create(context)), upload(acme, create(acme))]
+    lost = [f"experiments/{'1' * 32}", f"tenants/acme/experiments/{'1' * 32}"]
+    for path in lost:
+        experiments._publish(context, path, b"content")
+    context.artifacts._files.rm_file(f"{context.artifacts._path(lost[0])}/{MANIFEST}")
+    assert experiments.sweep(context) == [], "it may be an upload that is under way"
+    monkeypatch.setattr(experiments, "SWEEP_AFTER", dt.timedelta(0))
+    assert experiments.sweep(context) == lost
+    assert experiments.sweep(context) == []
+    assert context.artifacts.names("experiments") == [f"experiments/{kept[0]}"]
+    assert experiments.get_artifact(acme, kept[1]).files
 
 
 def test_a_removed_artifact_is_gone_with_its_files(context: Context) -> None:
