@@ -20,6 +20,7 @@ import ray.data
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from jobs import driver
+from jobs.dataset_source import questions
 from stack import datasets, evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest, QuestionAnsweringMetric
 from stack.config import Config
@@ -39,31 +40,28 @@ def question_answering(work: driver.Work, request: EvaluateQuestionAnsweringRequ
     """Asks a model every question of a data set and scores its answers against the expected ones."""
     context, job = work.context, work.job
     model = evaluations.model_of(context, request.checkpoint)
-    dataset = datasets.resolve(context, request.dataset)
+    checked = datasets.resolve(context, request.dataset)
+    # Read through before any question is asked, so that what is wrong is found first.
+    total = sum(1 for _ in datasets.examples(context, checked))
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
     file = results / "examples.jsonl"
-    answered = {example["row"] for example in _whole_lines(file)}  # by an attempt that was lost
-    questions = [
-        {"row": number, "messages": json.dumps(example.messages), "expected": example.answer}
-        for number, example in enumerate(datasets.examples(context, dataset), start=1)
-    ]
-    left = [question for question in questions if question["row"] not in answered]
+    answered = frozenset(example["row"] for example in _whole_lines(file))  # by an attempt that was lost
     if answered:
-        print(f"going on from {len(answered)} of {len(questions)} examples")
-    if left:
+        print(f"going on from {len(answered)} of {total} examples")
+    if len(answered) < total:
         body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
-        answers = ray.data.from_items(left).map_batches(
+        answers = questions(context, checked, but=answered).map_batches(
             Ask,
             fn_constructor_args=(context.config.model_dump(mode="json"), job.tenant, body),
             batch_size=BATCH_SIZE,
             concurrency=1,
             num_cpus=evaluations.ASKER_CPUS,
         )
-        _score(work, request, answers, len(questions), file)
+        _score(work, request, answers, total, file)
     totals = _totals(request, file)
     work.reporter.metrics.log(0, totals.items())
-    work.reporter.metrics.progress(len(questions), len(questions), "examples", 0)
+    work.reporter.metrics.progress(total, total, "examples", 0)
     name = evaluations.results_name(job.tenant, job.uuid)
     files = driver.publish(work, name, results)
     kept = {"path": context.artifacts.url(name), "files": [asdict(one) for one in files]}
@@ -78,8 +76,8 @@ class Ask:
         self._body = body
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        questions = zip(batch["row"], batch["messages"], strict=True)
-        answers = await asyncio.gather(*(self._ask(row, json.loads(messages)) for row, messages in questions))
+        asked = zip(batch["row"], batch["messages"], strict=True)
+        answers = await asyncio.gather(*(self._ask(row, json.loads(messages)) for row, messages in asked))
         yield dict(batch) | {name: [answer[name] for answer in answers] for name in answers[0]}
 
     async def _ask(self, row: int, messages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 from jobs import driver
+from jobs.dataset_source import on_disk
 from jobs.reporter import Metrics
 from stack import datasets, post_training
 from stack.api.post_training import LoraFinetuningConfig, OptimizerConfig, OptimizerType, PostTrainingSFTRequest
@@ -93,7 +94,6 @@ def fine_tune(work: driver.Work, request: PostTrainingSFTRequest) -> driver.Outc
 def train_on_worker(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train does: train, reporting checkpoints to go on from, and the adapter at the end."""
     import torch
-    from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -105,17 +105,6 @@ def train_on_worker(settings: dict[str, Any]) -> None:
     context = Context.open(Config.parse(settings["config"], "config")).of_tenant(settings["tenant"])
     request = PostTrainingSFTRequest.model_validate(settings["request"])
     training = request.training_config
-
-    def dataset(reference: Any) -> Any:
-        rows = datasets.examples(context, datasets.resolve(context, reference))
-        return Dataset.from_list(
-            [{"prompt": row.messages, "completion": [{"role": "assistant", "content": row.answer}]} for row in rows]
-        )
-
-    train = dataset(request.dataset)
-    validation = dataset(request.validation_dataset) if request.validation_dataset is not None else None
-    steps = -(-len(train) // training.batch_size) * training.n_epochs
-    steps = min(steps, training.n_iters) if training.n_iters else steps
     model = AutoModelForCausalLM.from_pretrained(settings["model_folder"], dtype=_dtype())
     _set_up_loggers(request, settings["tensorboard"])
     job = context.store.jobs.get(context.tenant, request.job_uuid)
@@ -125,6 +114,12 @@ def train_on_worker(settings: dict[str, Any]) -> None:
         TemporaryDirectory() as folder,
         restored.as_directory() if restored else nullcontext() as earlier,
     ):
+        train = on_disk(context, datasets.resolve(context, request.dataset), f"{folder}/dataset")
+        validation = None
+        if request.validation_dataset is not None:
+            validation = on_disk(context, datasets.resolve(context, request.validation_dataset), f"{folder}/validation")
+        steps = -(-len(train) // training.batch_size) * training.n_epochs
+        steps = min(steps, training.n_iters) if training.n_iters else steps
         if earlier and (Path(earlier) / ADAPTER).is_dir():  # it was trained to the end, but not published
             ray.train.report({"steps": steps}, checkpoint=restored)
             return
