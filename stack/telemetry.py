@@ -38,17 +38,7 @@ def log_metrics(context: Context, request: LogMetricsRequest) -> None:
                 f"the metric {metric.name!r} is of the run {metric.run_id!r}, not of the request's {request.run_id!r}",
                 param=f"metrics.{number}.run_id",
             )
-    last = context.store.telemetry.last_steps(context.tenant, request.run_id)
-    new = {metric.name for metric in request.metrics} - set(last)
-    if new and len(last) + len(new) > MAX_NAMES:
-        message = f"the run has {len(last)} names of metrics, and {len(new)} would be new; allowed: {MAX_NAMES}"
-        raise BadInput(message, param="metrics")
-    points = []
-    for metric in request.metrics:
-        step = last.get(metric.name, -1) + 1 if metric.step is None else metric.step
-        last[metric.name] = max(step, last.get(metric.name, step))
-        points.append(Metric(request.run_id, metric.name, step, metric.value, metric.timestamp))
-    context.store.telemetry.add_points(context.tenant, points)
+    context.store.telemetry.add_after(context.tenant, request.run_id, lambda last: _points(request, last))
 
 
 def metrics(
@@ -146,6 +136,20 @@ def require_run(context: Context, run_id: str, field: str) -> str:
     if context.store.telemetry.run(context.tenant, run_id) is None:
         raise NotFound(f"there is no run {run_id!r}", param=field)
     return run_id
+
+
+def _points(request: LogMetricsRequest, last: dict[str, int]) -> list[Metric]:
+    """The metrics of a request, with a step each. `last` are the greatest steps so far, and then those with these."""
+    new = {metric.name for metric in request.metrics} - set(last)
+    if new and len(last) + len(new) > MAX_NAMES:
+        message = f"the run has {len(last)} names of metrics, and {len(new)} would be new; allowed: {MAX_NAMES}"
+        raise BadInput(message, param="metrics")
+    points = []
+    for metric in request.metrics:
+        step = last.get(metric.name, -1) + 1 if metric.step is None else metric.step
+        last[metric.name] = max(step, last.get(metric.name, step))
+        points.append(Metric(request.run_id, metric.name, step, metric.value, metric.timestamp))
+    return points
 
 
 def _head(trace_id: str, root: Span | None, first: Log | None) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """The rows of runs, metrics and logs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, delete, func, insert, select
 
-from stack.store.connection import now
+from stack.store.connection import hold, now, writing
 from stack.store.schema import logs, metrics, runs
 
 MAX_POINTS = 10_000
@@ -80,6 +80,19 @@ class Telemetry:
             with self._engine.begin() as connection:
                 connection.execute(insert(metrics), [_row(tenant, point) for point in points])
 
+    def add_after(self, tenant: str, run_id: str, points: Callable[[dict[str, int]], Sequence[Metric]]) -> None:
+        """Adds the values that `points` makes of the greatest step of each metric so far, in one transaction.
+
+        No two calls for a run are given the same steps. What `points` raises leaves the run as it was.
+        """
+        newest = metrics.c.id.in_(select(_lasts(run_id).c.id))
+        query = select(metrics.c.name, metrics.c.step).where(metrics.c.tenant == tenant, newest)
+        with writing(self._engine) as connection:
+            hold(connection, f"steps of {run_id}")
+            rows = points({row.name: row.step for row in connection.execute(query)})
+            if rows:
+                connection.execute(insert(metrics), [_row(tenant, point) for point in rows])
+
     def metrics(
         self,
         tenant: str,
@@ -98,6 +111,9 @@ class Telemetry:
         wanted = metrics.c.run_id == run_id
         if name is not None:
             wanted &= metrics.c.name == name
+        elif from_step is not None or to_step is not None:
+            # Behind each name the index has the steps in their order.
+            wanted &= metrics.c.name.in_(select(_names(run_id).c.name))
         if from_step is not None:
             wanted &= metrics.c.step >= from_step
         if to_step is not None:
@@ -124,13 +140,6 @@ class Telemetry:
         )
         with self._engine.connect() as connection:
             return {row.name: row.value for row in connection.execute(query)}
-
-    def last_steps(self, tenant: str, run_id: str) -> dict[str, int]:
-        """The greatest step of each metric of a run."""
-        newest = metrics.c.id.in_(select(_lasts(run_id).c.id))
-        query = select(metrics.c.name, metrics.c.step).where(metrics.c.tenant == tenant, newest)
-        with self._engine.connect() as connection:
-            return {row.name: row.step for row in connection.execute(query)}
 
     def drop_metrics(self, tenant: str, run_id: str, after_step: int) -> None:
         """Removes the values of a run behind a step, which is gone on from."""
@@ -264,15 +273,21 @@ def _thinned(of_name: Any, count: int, kept: int) -> Any:
     return select(numbered.c.id).where(passes, numbered.c.number < count)
 
 
-def _lasts(run_id: str) -> Any:
-    """The id of the last value of each name of a run. It skips along the index from name to name and reads no more."""
+def _names(run_id: str) -> Any:
+    """The names of a run's metrics. It skips along the index from one to the next, and reads no more of it."""
     of_run = metrics.c.run_id == run_id
-    names = select(func.min(metrics.c.name).label("name")).where(of_run).cte("names", recursive=True)
+    names = select(func.min(metrics.c.name).label("name")).where(of_run).cte(recursive=True)
     following = select(func.min(metrics.c.name)).where(of_run, metrics.c.name > names.c.name).scalar_subquery()
     names = names.union_all(select(following).where(names.c.name.is_not(None)))
-    last = select(metrics.c.id).where(of_run, metrics.c.name == names.c.name)
-    newest_first = last.order_by(metrics.c.step.desc(), metrics.c.id.desc()).limit(1)
-    return select(newest_first.scalar_subquery().label("id")).where(names.c.name.is_not(None)).subquery()
+    return select(names.c.name).where(names.c.name.is_not(None)).subquery()
+
+
+def _lasts(run_id: str) -> Any:
+    """The id of the value at the greatest step of each name of a run; of two there, that of the later one."""
+    names = _names(run_id)
+    of_name = select(metrics.c.id).where(metrics.c.run_id == run_id, metrics.c.name == names.c.name)
+    last = of_name.order_by(metrics.c.step.desc(), metrics.c.id.desc()).limit(1)
+    return select(last.scalar_subquery().label("id")).select_from(names).subquery()
 
 
 def _logs(tenant: str) -> Any:
