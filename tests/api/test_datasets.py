@@ -4,9 +4,9 @@ import gzip
 import hashlib
 import json
 import shutil
-from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,8 +148,7 @@ def test_an_upload_that_grows_over_its_bound_is_413_and_leaves_nothing(
 def test_an_upload_that_cannot_fit_is_507_before_it_is_written(
     client: TestClient, context: Context, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10_000, 9_990, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     monkeypatch.setattr(uploads.Upload, "write", None)
     assert error_of(upload(client), 507)["code"] == "storage_full"
     assert nothing_is_kept(context, home)
@@ -158,11 +157,10 @@ def test_an_upload_that_cannot_fit_is_507_before_it_is_written(
 def test_a_disk_that_fills_up_meanwhile_is_507_and_nothing_is_kept(
     client: TestClient, context: Context, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(uploads, "CHECK_BYTES", 10_000)
     # Nothing is declared, and there is less room at each look.
     room = iter(range(70_000, 0, -20_000))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100_000, 0, next(room)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=next(room)))
     body = part(content=b"x" * 60_000) + END
     blocks = (body[start : start + 5_000] for start in range(0, len(body), 5_000))
     monkeypatch.setattr("serve_apps.routes.datasets.BLOCK", 5_000)
