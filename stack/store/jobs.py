@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Engine, exists, func, insert, select, update
+from sqlalchemy import Connection, Engine, Subquery, exists, func, insert, select, union_all, update
 from sqlalchemy.exc import IntegrityError
 
 from stack.api.jobs import JobStatus
@@ -136,14 +136,12 @@ class Jobs:
         self, tenant: str, kinds: Sequence[str], status: str | None = None, after: int | None = None, limit: int = 100
     ) -> list[Job]:
         """The jobs of these kinds, newest first; `after` is the id of the last one of the page before."""
-        query = select(jobs).where(jobs.c.tenant == tenant, jobs.c.kind.in_(kinds))
-        if status is not None:
-            query = query.where(jobs.c.status == status)
-        if after is not None:
-            query = query.where(jobs.c.id < after)
+        # Each kind's along an index, which has them in their order: of many thousand jobs none other is read.
+        pages = [_newest(tenant, kind, status, after, limit) for kind in kinds]
+        ids = union_all(*(select(page.c.id) for page in pages))
         with self._engine.connect() as connection:
-            rows = connection.execute(query.order_by(jobs.c.id.desc()).limit(limit)).mappings()
-            return [Job(**row) for row in rows]
+            query = select(jobs).where(jobs.c.id.in_(ids)).order_by(jobs.c.id.desc()).limit(limit)
+            return [Job(**row) for row in connection.execute(query).mappings()]
 
     def attempts(self, job_id: int) -> list[Attempt]:
         """The attempts at a job, in their order."""
@@ -180,29 +178,37 @@ class Jobs:
 
     # What the job supervisor does, for all tenants
 
-    def waiting(self, limit: int = 10_000) -> list[Waiting]:
-        """The jobs of all tenants that have no attempt under way and are not to be cancelled, oldest first."""
-        of_job = attempts.c.job_id == jobs.c.id
-        count = select(func.count()).where(of_job).scalar_subquery()
-        begun = select(func.count()).where(of_job, attempts.c.heartbeat > 0).scalar_subquery()
-        last = select(func.max(attempts.c.ended_at)).where(of_job).scalar_subquery()
+    def waiting(self, limit: int = 1_000) -> list[Waiting]:
+        """The jobs of all tenants that have no attempt under way and are not to be cancelled, oldest first.
+
+        Of each tenant at most `limit`: no tenant's jobs stay unseen behind those of others.
+        """
+        waits = (jobs.c.status == JobStatus.scheduled) & jobs.c.cancelled_at.is_(None)
+        place = func.row_number().over(partition_by=jobs.c.tenant, order_by=(jobs.c.priority.desc(), jobs.c.id))
+        placed = select(jobs.c.id, place.label("place")).where(waits).subquery()
         columns = (jobs.c.id, jobs.c.tenant, jobs.c.uuid, jobs.c.kind, jobs.c.priority, jobs.c.bundles)
+        tried = func.count(attempts.c.number)
         query = select(
             *columns,
             jobs.c.waiting_for,
             jobs.c.trace,
-            count.label("attempts"),
-            begun.label("begun"),
-            last.label("last_ended_at"),
-        ).where(jobs.c.status == JobStatus.scheduled, jobs.c.cancelled_at.is_(None), ~_is_under_way())
+            tried.label("attempts"),
+            func.count().filter(attempts.c.heartbeat > 0).label("begun"),
+            func.max(attempts.c.ended_at).label("last_ended_at"),
+        ).join_from(jobs, attempts, attempts.c.job_id == jobs.c.id, isouter=True)
+        query = query.where(jobs.c.id.in_(select(placed.c.id).where(placed.c.place <= limit)))
+        # All attempts of theirs have ended, so that none is under way.
+        query = query.group_by(jobs.c.id).having(tried == func.count(attempts.c.ended_at))
         with self._engine.connect() as connection:
-            return [Waiting(**row) for row in connection.execute(query.order_by(jobs.c.id).limit(limit)).mappings()]
+            return [Waiting(*row) for row in connection.execute(query.order_by(jobs.c.id))]
 
     def under_way(self) -> list[tuple[Job, Attempt]]:
         """The jobs of all tenants that have an attempt under way, with that attempt."""
         with self._engine.connect() as connection:
             query = select(attempts).where(attempts.c.ended_at.is_(None)).order_by(attempts.c.job_id)
             found = [Attempt(**row) for row in connection.execute(query).mappings()]
+            if not found:
+                return []
             rows = select(jobs).where(jobs.c.id.in_([attempt.job_id for attempt in found]))
             by_id = {row["id"]: Job(**row) for row in connection.execute(rows).mappings()}
         return [(by_id[attempt.job_id], attempt) for attempt in found]
@@ -362,6 +368,15 @@ def _experiment(connection: Connection, tenant: str, name: str, time: str) -> st
         else:
             found = row["id"]
     return str(found)
+
+
+def _newest(tenant: str, kind: str, status: str | None, after: int | None, limit: int) -> Subquery:
+    query = select(jobs.c.id).where(jobs.c.tenant == tenant, jobs.c.kind == kind)
+    if status is not None:
+        query = query.where(jobs.c.status == status)
+    if after is not None:
+        query = query.where(jobs.c.id < after)
+    return query.order_by(jobs.c.id.desc()).limit(limit).subquery()
 
 
 def _is_under_way(number: int | None = None) -> Any:

@@ -125,7 +125,7 @@ jobs = Table(
     Column("error", Text),
     Column("trace", String(100)),
     UniqueConstraint("tenant", "uuid"),
-    Index("jobs_by_status", "status", "tenant", "id"),
+    Index("jobs_by_status", "status", "tenant", "kind", "id"),
     # With the status, all jobs are counted without a look at their rows.
     Index("jobs_by_kind", "tenant", "kind", "id", "status"),
 )

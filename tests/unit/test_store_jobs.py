@@ -181,6 +181,24 @@ def test_pages_are_newest_first_and_filtered(store: Store) -> None:
     }
 
 
+def test_a_page_has_the_newest_of_several_kinds(store: Store) -> None:
+    for number in range(6):
+        add(store, f"job-{number}", kind=("evaluate", "a", "b")[number % 3])
+    page = store.jobs.page("default", ["a", "b"], limit=3)
+    assert [job.uuid for job in page] == ["job-5", "job-4", "job-2"]
+    assert [job.uuid for job in store.jobs.page("default", ["a", "b"], after=page[-1].id)] == ["job-1"]
+
+
+def test_of_each_tenants_waiting_jobs_the_most_urgent_are_seen(store: Store) -> None:
+    """However many others have."""
+    for number in range(4):
+        add(store, f"job-{number}", priority=number // 2)
+    add(store, "other", tenant="acme")
+    running(store, "job-0")
+    assert [job.uuid for job in store.jobs.waiting(limit=2)] == ["job-2", "job-3", "other"]
+    assert [job.uuid for job in store.jobs.waiting()] == ["job-1", "job-2", "job-3", "other"]
+
+
 def test_a_job_submitted_by_hand_is_under_way_at_once(store: Store) -> None:
     job, is_new = store.jobs.add(new(), max_waiting=0, submission_id="raysubmit_1")
     assert is_new

@@ -326,7 +326,7 @@ def _create_tables() -> None:
         sa.UniqueConstraint("tenant", "uuid"),
     )
     op.create_index("jobs_by_kind", "jobs", ["tenant", "kind", "id", "status"])
-    op.create_index("jobs_by_status", "jobs", ["status", "tenant", "id"])
+    op.create_index("jobs_by_status", "jobs", ["status", "tenant", "kind", "id"])
     op.create_table(
         "attempts",
         sa.Column("job_id", _Number, sa.ForeignKey("jobs.id"), primary_key=True),
