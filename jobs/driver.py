@@ -95,10 +95,15 @@ def _run(
 ) -> int:
     try:
         job, attempt = _job(context, arguments, request_type, submit)
-        request = request_type.model_validate(job.request)
-        taken = resources(context, request)
     except StackError as error:
         return _refuse(error)
+    try:
+        request = request_type.model_validate(job.request)
+        taken = resources(context, request)
+    except (StackError, ValidationError) as error:  # accepted by an earlier release, or on another configuration
+        why = error.message if isinstance(error, StackError) else describe(error)
+        context.store.jobs.fail(job.id, attempt.number, why)
+        return _refuse(BadInput(why))
     if not context.store.jobs.begin(job.id, attempt.number, taken):
         return _report_earlier(context, job)
     folder = jobs.work_folder(job.tenant, job.uuid)

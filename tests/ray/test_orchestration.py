@@ -62,10 +62,10 @@ def test_a_job_has_a_run_in_an_experiment_with_its_figures(http: httpx.Client, t
 
 
 def test_the_log_of_a_job_is_searched(http: httpx.Client, tuned: dict[str, Any]) -> None:
-    search = {"query": "STEP 4/4", "filters": {"run_id": tuned["run_id"], "level": "info"}}
+    search = {"query": "STEP 4/4 LOSS=", "filters": {"run_id": tuned["run_id"], "level": "info"}}
     found = http.post("/logging/get_logs", json=search).json()
     assert len(found) == 1
-    assert "loss=" in found[0]["message"]
+    assert "step 4/4 loss=" in found[0]["message"]
 
 
 def test_what_a_job_has_made_is_found_and_fetched_whole_and_in_part(http: httpx.Client, tuned: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.context import Context
 from stack.errors import BadInput, NotFound, Unavailable
 from stack.store import Adapter, Job, now
+from tests import samples
 from tests.conftest import CONFIG
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
@@ -428,3 +429,17 @@ def test_what_a_job_has_made_is_removed_when_it_was_failed_meanwhile(
     assert context.store.adapters.list("default") == []
     assert not context.artifacts.exists("adapters/evaluation-1")
     assert "its Ray job is gone" in capsys.readouterr().out
+
+
+def test_an_accepted_request_that_is_right_no_more_fails_the_job_with_the_reason(
+    context: Context, run: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A release may know other fields than the one that accepted the job."""
+    job = samples.add_job(context.store, "old", checkpoint="small")
+    assert context.store.jobs.open_attempt(job.id, 1, "default.old.1")
+    assert run("--job", "old", "--attempt", "1") == 2
+    assert "dataset: is required" in capsys.readouterr().err
+    now = context.store.jobs.get("default", "old")
+    assert now is not None
+    assert now.status == "failed"
+    assert "dataset: is required" in (now.error or "")
