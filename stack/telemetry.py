@@ -5,6 +5,7 @@ from typing import Any
 from stack.api.telemetry import (
     Event,
     LogEntry,
+    LogFilters,
     LogMessagesRequest,
     LogMetricsRequest,
     LogSearchRequest,
@@ -68,7 +69,7 @@ def log_messages(context: Context, request: LogMessagesRequest) -> None:
 
 def get_logs(context: Context, request: LogSearchRequest) -> list[LogEntry]:
     """The logs that fit, newest first. Raises NotFound for an unknown run or job."""
-    filters = request.filters
+    filters = request.filters or LogFilters()
     of: dict[str, str] = {}
     if filters.run_id is not None:
         of["run_id"] = require_run(context, filters.run_id, "filters.run_id")

@@ -158,7 +158,7 @@ class LogSearchRequest(Request):
     """
 
     query: Annotated[str, Field(max_length=1_000), AfterValidator(_without_nul)]
-    filters: LogFilters = LogFilters()
+    filters: LogFilters | None = None
     limit: Annotated[int, Field(ge=1, le=1_000)] = 100
     after_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 

@@ -59,8 +59,11 @@ class Run:
 
 
 class Telemetry:
-    """A run belongs to one tenant, and so do its metrics: what walks the index of metrics goes by the run's id alone,
-    and rows are then read with the tenant."""
+    """Runs, their metrics, and logs.
+
+    A run belongs to one tenant, and so do its metrics: what walks the index of metrics goes by the run's id alone, and
+    rows are then read with the tenant.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from llama_stack import AsyncLlamaStack
 
+from stack import keys
 from stack.context import Context
 from tests import samples
 from tests.api.envelope import error_of
@@ -168,14 +169,15 @@ def test_a_name_that_no_metric_can_have_is_400(client: TestClient, run_id: str) 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["flat", "wrapped"])
 def test_logs_are_kept_and_searched(client: TestClient, run_id: str, wrapped: bool) -> None:
-    info = {"worker": 1, "deep": {"list": [1, None, "ä", "\0"]}}
+    deep = json.loads("[" * 19 + "]" * 19)
+    info = {"worker": 1, "number": 10**100, "mixed": {"list": [1.5, None, "ä", "\0"]}, "deep": deep}
     body = {"run_id": run_id, "logs": [log(message="Disk is full", additional_info=info), log(level="error")]}
     reply = client.post("/logging/log_messages", json={"request": body} if wrapped else body)
     assert (reply.status_code, reply.content) == (200, b"")
     search = {"query": "DISK", "filters": {"run_id": run_id, "level": ["info", "warning"]}}
     (found,) = client.post("/logging/get_logs", json={"request": search} if wrapped else search).json()
     assert found == log(message="Disk is full", additional_info=info, run_id=run_id, trace_id=None, id=found["id"])
-    hello, disk = client.post("/logging/get_logs", json={"query": ""}).json()
+    hello, disk = client.post("/logging/get_logs", json={"query": "", "filters": None}).json()
     assert (hello["level"], disk["id"]) == ("error", found["id"])
 
 
@@ -226,7 +228,7 @@ def test_a_wrong_log_is_400_and_named(client: TestClient, wrong: dict[str, Any],
         ({"limit": 1_001}, "limit"),
         ({"after_id": -1}, "after_id"),
         ({"after_id": 2**63}, "after_id"),
-        ({"filters": []}, "filters"),
+        ({"filters": "run"}, "filters"),
         ({"filters": {"colour": "red"}}, "filters"),
         ({"filters": {"level": 5}}, "filters.level"),
         ({"filters": {"level": ["info"] * 21}}, "filters.level"),
@@ -305,6 +307,35 @@ def test_an_unknown_type_of_event_is_refused_with_the_known_ones(client: TestCli
 def test_a_wrong_limit_of_a_trace_is_400(client: TestClient, limit: int) -> None:
     reply = client.get("/telemetry/get_trace", params={"trace_id": "t-1", "limit": limit})
     assert error_of(reply, 400)["param"] == "limit"
+
+
+# Tenants and scopes
+
+
+def test_tenants_see_their_own_alone_and_need_the_scope_training(client: TestClient, context: Context) -> None:
+    def as_(tenant: str, scope: str = "training") -> dict[str, str]:
+        return {"authorization": f"Bearer {keys.create(context.store, tenant, 'test', (scope,))[1]}"}
+
+    run_id = samples.add_job(context.store, "job-1", tenant="acme").run_id
+    owner, stranger, reader = as_("acme"), as_("rival"), as_("acme", "data")
+    sent = {
+        "/runs/log_metrics": {"run_id": run_id, "metrics": [metric(run_id)]},
+        "/logging/log_messages": {"run_id": run_id, "logs": [log()]},
+        "/logging/get_logs": {"query": "", "filters": {"run_id": run_id}},
+        "/telemetry/log_event": {"event": event()},
+    }
+    asked = {"/runs/metrics": {"run_id": run_id}, "/telemetry/get_trace": {"trace_id": "t-1"}}
+    for path, body in sent.items():
+        assert client.post(path, json=body, headers=owner).status_code == 200
+        assert "training" in error_of(client.post(path, json=body, headers=reader), 403)["message"]
+        if path != "/telemetry/log_event":
+            error_of(client.post(path, json=body, headers=stranger), 404)
+    for path, query in asked.items():
+        assert client.get(path, params=query, headers=owner).status_code == 200
+        error_of(client.get(path, params=query, headers=reader), 403)
+        error_of(client.get(path, params=query, headers=stranger), 404)
+    assert client.post("/logging/get_logs", json={"query": ""}, headers=stranger).json() == []
+    assert len(client.get("/runs/metrics", params={"run_id": run_id}, headers=owner).json()) == 1
 
 
 # The RFC's own client

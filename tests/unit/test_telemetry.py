@@ -526,6 +526,17 @@ def test_the_first_start_and_end_of_a_span_stand_and_others_are_kept_as_warnings
     assert (after.timestamp, after.additional_info["event"]["status"]) == (second(3), "error")
 
 
+def test_starts_and_ends_told_at_once_make_whole_spans(context: Context) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        ids = [f"s-{number}" for number in range(20)]
+        for done in [threads.submit(tell, context, span_id) for span_id in ids for tell in (start, end, start, end)]:
+            done.result()
+    trace = telemetry.get_trace(context, "t-1", 100)
+    assert sorted(span.span_id for span in trace.spans) == sorted(ids)
+    assert all((span.name, span.status, span.end_time) == ("ask", "ok", T0) for span in trace.spans)
+    assert trace.logs == []
+
+
 @pytest.mark.parametrize(
     ("spans", "root"),
     [
