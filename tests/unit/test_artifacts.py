@@ -317,15 +317,19 @@ def test_a_manifest_that_leads_elsewhere_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_another_process_has_changed_is_seen(artifacts: Artifacts, url: str, folder: Path, tmp_path: Path) -> None:
+def test_what_another_process_has_changed_is_seen(
+    artifacts: Artifacts, url: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3fs.S3FileSystem, "cachable", False)  # a client of its own, as in another process
     other = Artifacts(url, cache=tmp_path / "other")
-    assert not artifacts.exists("a")
-    other.publish("a", folder)
-    assert artifacts.exists("a")
-    assert len(artifacts.files("a")) == len(CONTENT)
-    other.remove("a")
-    assert not artifacts.exists("a")
-    artifacts.publish("a", folder)
+    artifacts.publish("all/a", folder)
+    assert artifacts.names("all") == ["all/a"]
+    other.publish("all/b", folder)
+    assert artifacts.names("all") == ["all/a", "all/b"]
+    assert len(artifacts.files("all/b")) == len(CONTENT)
+    other.remove("all/a")
+    assert not artifacts.exists("all/a")
+    artifacts.publish("all/a", folder)
 
 
 def test_of_two_who_publish_a_name_at_once_one_does(
@@ -439,10 +443,12 @@ def test_a_local_disk_must_have_the_room(tmp_path: Path) -> None:
         artifacts.require_room(2**60)
 
 
-@pytest.mark.parametrize("url", ["nonsense://bucket", "gs://bucket/prefix"])
-def test_an_address_that_nothing_here_speaks_is_refused(url: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=f"artifacts cannot be kept at '{url}'"):
-        Artifacts(url, cache=tmp_path)
+@pytest.mark.parametrize("protocol", ["nonsense", "absent"])
+def test_an_address_that_nothing_here_speaks_is_refused(protocol: str, tmp_path: Path) -> None:
+    """One that is not known, and one whose package is not installed, as that of gs:// may be."""
+    fsspec.register_implementation("absent", "no_such_package.Files", clobber=True)
+    with pytest.raises(BadInput, match=f"artifacts cannot be kept at '{protocol}://bucket': "):
+        Artifacts(f"{protocol}://bucket", cache=tmp_path)
 
 
 # What interrupted publications leave
