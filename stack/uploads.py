@@ -3,6 +3,7 @@
 An upload is deleted with the last data set that stands on it, or by itself while none does.
 """
 
+import errno
 import hashlib
 import re
 import shutil
@@ -51,19 +52,27 @@ class Upload:
         if before // CHECK_BYTES != self._bytes // CHECK_BYTES:
             require_room(self._context, self._bytes)
         self._digest.update(block)
-        self._file.write(block)
+        with _room():
+            self._file.write(block)
 
     def publish(self) -> UploadedFile:
         """Keeps the file. Raises BadInput for an empty one, and StorageFull."""
         if not self._bytes:
             raise BadInput(f"the file {self._name!r} is empty", param="file")
-        self._file.flush()
+        with _room():
+            self._file.flush()
         quotas.require_room(self._context, self._bytes)
         upload_id = uuid.uuid4().hex
-        artifact = _artifact(self._context.tenant, upload_id)
-        self._context.artifacts.publish(artifact, self._folder)
         row = dict(id=upload_id, name=self._name, bytes=self._bytes, sha256=self._digest.hexdigest(), created_at=now())
+        # The row comes first: so it counts beside others that arrive at once, and nothing is kept that no row names.
         self._context.store.datasets.add_upload(self._context.tenant, row)
+        try:
+            quotas.require_room(self._context, 0)
+            with _room():
+                self._context.artifacts.publish(_artifact(self._context.tenant, upload_id), self._folder)
+        except BaseException:
+            self._context.store.datasets.delete_upload(self._context.tenant, upload_id)
+            raise
         return UploadedFile(**row, content_url=url(upload_id, self._name))
 
 
@@ -81,6 +90,17 @@ def receive(context: Context, name: str) -> Iterator[Upload]:
         raise
     with TemporaryDirectory(dir=_folder()) as folder, (Path(folder) / CONTENT).open("wb") as file:
         yield Upload(context, name, Path(folder), file)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Raises StorageFull where there is no room on the disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StorageFull(f"the file cannot be kept: {error.strerror}") from error
 
 
 def require_room(context: Context, size: int) -> None:

@@ -8,6 +8,7 @@ from pydantic import Discriminator, Field, Tag
 from stack.api.wire import Id, Request, Wire, at_most
 
 MAX_PREVIEW_ROWS = 100
+ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class TrainEvalDatasetColumnType(StrEnum):
@@ -26,7 +27,7 @@ class TrainEvalDataset(Wire):
     gs://), one that was uploaded (upload://), or lies in the public internet (https://).
     """
 
-    columns: Annotated[dict[str, TrainEvalDatasetColumnType], Field(min_length=1), at_most(1_000)]
+    columns: Annotated[dict[ColumnName, TrainEvalDatasetColumnType], Field(min_length=1), at_most(1_000)]
     content_url: Annotated[str, Field(max_length=4_096, pattern=r"^(file|upload|s3|gs|https)://")]
     metadata: Annotated[dict[str, Any], at_most(1_000)] | None = None
 

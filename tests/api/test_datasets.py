@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from stack import keys, uploads
 from stack.context import Context
 from tests import samples
+from tests.api.conftest import URL
 from tests.api.envelope import error_of
 from tests.samples import DIALOG, evaluation
 
@@ -65,8 +66,8 @@ def tenants(app: FastAPI, context: Context) -> Iterator[tuple[TestClient, TestCl
     made = [keys.create(context.store, tenant, "tests", ["data", "training"])[1] for tenant in ("default", "acme")]
     headers = [{"authorization": f"Bearer {key}"} for key in made]
     with (
-        TestClient(app, client=LOCAL, headers=headers[0]) as one,
-        TestClient(app, client=LOCAL, headers=headers[1]) as another,
+        TestClient(app, client=LOCAL, base_url=URL, headers=headers[0]) as one,
+        TestClient(app, client=LOCAL, base_url=URL, headers=headers[1]) as another,
     ):
         yield one, another
 
@@ -173,7 +174,7 @@ def test_what_a_tenant_keeps_is_bounded_until_it_is_deleted(app: FastAPI, contex
     app.state.context = Context(
         context.config.model_copy(update={"max_tenant_bytes": most}), context.store, context.artifacts, context.engine
     )
-    with TestClient(app, client=LOCAL) as client:
+    with TestClient(app, client=LOCAL, base_url=URL) as client:
         first = uploaded(client)
         uploaded(client)
         assert str(most) in error_of(upload(client), 507)["message"]
@@ -242,7 +243,7 @@ async def test_a_connection_that_breaks_leaves_nothing(app: FastAPI, context: Co
         "path": "/datasets/upload",
         "raw_path": b"/datasets/upload",
         "query_string": b"",
-        "headers": [(b"content-type", FORM["content-type"].encode())],
+        "headers": [(b"host", b"127.0.0.1"), (b"content-type", FORM["content-type"].encode())],
         "client": LOCAL,
         "server": ("127.0.0.1", 80),
         "scheme": "http",
@@ -358,6 +359,6 @@ def test_addresses_of_no_upload_are_404(client: TestClient, url: str) -> None:
 
 def test_a_key_without_the_scope_may_not(app: FastAPI, context: Context) -> None:
     key = keys.create(context.store, "default", "tests", ["inference"])[1]
-    with TestClient(app, client=LOCAL, headers={"authorization": f"Bearer {key}"}) as client:
+    with TestClient(app, client=LOCAL, base_url=URL, headers={"authorization": f"Bearer {key}"}) as client:
         error_of(upload(client), 403)
         error_of(client.get("/datasets/list"), 403)
