@@ -1,12 +1,13 @@
 """Where Ray Serve listens, as far as that can be asked from within a deployment."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import ray
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 from ray.job_submission import JobSubmissionClient
 from ray.serve import HTTPOptions
-from ray.serve.schema import ServeInstanceDetails
 
 logger = logging.getLogger("ray.serve")
 
@@ -23,12 +24,9 @@ def listening_host() -> str | None:
     except (OSError, RuntimeError) as error:
         logger.warning("it cannot be asked where Serve listens: %s", error)
         return None
-    return host_of(ServeInstanceDetails.model_validate(details))
+    return host_of(details)
 
 
-def host_of(details: ServeInstanceDetails) -> str:
+def host_of(details: Mapping[str, Any]) -> str:
     """The host in Serve's details, which leave out what was not set when Serve was started."""
-    options = details.http_options
-    if options is None or "host" not in options.model_fields_set:
-        return str(HTTPOptions().host)
-    return options.host
+    return str(details.get("http_options", {}).get("host", HTTPOptions().host))

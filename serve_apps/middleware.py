@@ -20,6 +20,7 @@ from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
 logger = logging.getLogger("ray.serve")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_PORT = re.compile(r":\d*$")
 
 
 class RequestId:
@@ -144,6 +145,13 @@ def _local_user(scope: Scope) -> Principal:
         raise Unauthorized(
             f"there are no API keys, so only requests from the stack's own machine are answered: make one there with "
             f"`{HOW_TO_MAKE_ONE}`"
+        )
+    # A page of elsewhere, in a browser on this machine, can give its own name this machine's address (DNS rebinding).
+    given = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
+    name = _PORT.sub("", given)
+    if not is_loopback(name):
+        raise Unauthorized(
+            f"there are no API keys, so only requests to localhost or 127.0.0.1 are answered, not to {name[:80]!r}"
         )
     return LOCAL_USER
 

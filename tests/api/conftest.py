@@ -16,6 +16,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from serve_apps import gateway
 
+# Where the gateway is, and who asks it.
+URL = "http://127.0.0.1:8321"
+HERE = ("127.0.0.1", 50_000)
+
 
 @pytest.fixture
 def waiting_for() -> dict[str, str]:
@@ -33,7 +37,7 @@ def app(context: Context, waiting_for: dict[str, str]) -> FastAPI:
 
 @pytest.fixture
 def client(app: FastAPI) -> Iterator[TestClient]:
-    with TestClient(app, raise_server_exceptions=False, client=("127.0.0.1", 50_000)) as client:
+    with TestClient(app, raise_server_exceptions=False, client=HERE, base_url=URL) as client:
         yield client
 
 

@@ -17,6 +17,7 @@ from stack.artifacts import BLOCK, Artifacts
 from stack.context import Context
 from stack.store import Artifact, now
 from tests import samples
+from tests.api.conftest import URL
 from tests.api.envelope import error_of
 from tests.s3 import S3
 
@@ -39,7 +40,9 @@ def storing(kept: Context) -> Iterator[TestClient]:
     async def ready() -> dict[str, str]:
         return {}
 
-    with TestClient(gateway.create_app(kept, ready), raise_server_exceptions=False, client=("127.0.0.1", 1)) as client:
+    with TestClient(
+        gateway.create_app(kept, ready), raise_server_exceptions=False, client=("127.0.0.1", 1), base_url=URL
+    ) as client:
         yield client
 
 
@@ -229,7 +232,7 @@ def test_an_upload_over_the_quota_is_507(client: TestClient, context: Context) -
         return {}
 
     app = gateway.create_app(replace(context, config=config), ready)
-    with TestClient(app, client=("127.0.0.1", 1)) as client:
+    with TestClient(app, client=("127.0.0.1", 1), base_url=URL) as client:
         first = upload(client)
         reply = client.post("/experiments/artifacts/upload", json=body(create(client)["id"], b"1"))
         assert error_of(reply, 507)["code"] == "storage_full"

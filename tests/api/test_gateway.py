@@ -15,6 +15,7 @@ from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput
 from tests import samples
+from tests.api.conftest import HERE, URL
 from tests.api.envelope import INTERNALS, error_of
 from tests.api.test_inference import CHAT
 from tests.scripted_engine import ScriptedEngine
@@ -409,7 +410,7 @@ def test_an_application_of_a_smaller_bound_refuses_smaller_bodies(context: Conte
     config = context.config.model_copy(update={"max_body_bytes": 1_024})
     assert isinstance(config, Config)
     app = gateway.create_app(Context(config, context.store, context.artifacts, context.models), ready=never)
-    with TestClient(app, client=("127.0.0.1", 50_000)) as client:
+    with TestClient(app, client=HERE, base_url=URL) as client:
         error_of(client.post("/v1/completions", content=b" " * 1_025, headers=JSON), 413)
 
 

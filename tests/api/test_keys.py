@@ -12,6 +12,7 @@ from sqlalchemy import event
 from serve_apps.middleware import Authenticate
 from stack import keys
 from stack.context import Context
+from tests.api.conftest import HERE, URL
 from tests.api.envelope import error_of
 from tests.scripted_engine import ScriptedEngine
 
@@ -49,13 +50,33 @@ def test_without_keys_this_machine_is_the_default_tenant(
 def test_without_keys_no_other_machine_is_answered(
     app: FastAPI, context: Context, host: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with TestClient(app, client=(host, 50_000)) as other:
+    with TestClient(app, client=(host, 50_000), base_url=URL) as other:
         for headers in ({}, bearer("none")):
             reply = other.get("/v1/models", headers=headers)
             assert "python -m stack keys create" in error_of(reply, 401)["message"]
         key = made(context)
         later(monkeypatch)
         assert other.get("/v1/models", headers=bearer(key)).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8321", "127.0.0.1", "127.0.0.1:8321", "[::1]", "[::1]:8321"])
+def test_without_keys_it_answers_to_this_machines_own_names(client: TestClient, host: str) -> None:
+    assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8321", "127.0.0.1.evil.example", "localhost.evil.example", "", ":8321", "x" * 9_000],
+)
+def test_without_keys_it_does_not_answer_to_a_name_that_was_given_its_address(
+    client: TestClient, context: Context, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = client.get("/v1/models", headers={"host": host})
+    assert "only requests to localhost or 127.0.0.1" in error_of(reply, 401)["message"]
+    assert len(reply.text) < 500
+    key = made(context)
+    later(monkeypatch)
+    assert client.get("/v1/models", headers=bearer(key) | {"host": host}).status_code == 200
 
 
 # With keys
@@ -97,7 +118,7 @@ def test_a_key_is_taken_at_both_doors(client: TestClient, key: str) -> None:
 
 def test_the_openai_client_sends_its_key(client: TestClient, key: str) -> None:
     def ask(api_key: str) -> Any:
-        asked = openai.OpenAI(api_key=api_key, base_url="http://testserver/v1", http_client=client, max_retries=0)
+        asked = openai.OpenAI(api_key=api_key, base_url=f"{URL}/v1", http_client=client, max_retries=0)
         return asked.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
 
     assert ask(key).choices[0].message.content == "Paris is big."
@@ -155,7 +176,7 @@ def test_an_unknown_key_is_401(client: TestClient, key: str, secret: str) -> Non
 
 def test_a_revoked_key_is_401_also_when_it_was_the_last(app: FastAPI, context: Context, key: str) -> None:
     keys.revoke(context.store, key.split("_")[1])
-    with TestClient(app, client=("127.0.0.1", 50_000)) as client:
+    with TestClient(app, client=HERE, base_url=URL) as client:
         error_of(client.get("/v1/models", headers=bearer(key)), 401)
         error_of(client.get("/v1/models"), 401)
 
@@ -200,7 +221,7 @@ def test_what_is_open_needs_no_key(client: TestClient, context: Context, key: st
 
 
 def test_health_tells_other_machines_nothing_of_this_one(app: FastAPI, key: str) -> None:
-    with TestClient(app, client=("192.168.1.5", 50_000)) as other:
+    with TestClient(app, client=("192.168.1.5", 50_000), base_url=URL) as other:
         assert other.get("/health").json() == {"status": "ready", "service": "llama-stack-ray"}
 
 

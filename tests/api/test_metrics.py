@@ -14,7 +14,7 @@ from serve_apps.metrics import Jobs
 from stack import keys
 from stack.context import Context
 from tests import samples
-from tests.api.conftest import gateway
+from tests.api.conftest import HERE, URL, gateway
 from tests.api.envelope import error_of
 from tests.scripted_engine import ScriptedEngine
 
@@ -168,7 +168,7 @@ def test_jobs_are_counted_without_a_look_at_their_rows(context: Context) -> None
 
 def test_applications_count_for_themselves(client: TestClient, context: Context) -> None:
     client.get("/v1/models")
-    with TestClient(gateway.create_app(replace(context), nothing), client=("127.0.0.1", 1)) as other:
+    with TestClient(gateway.create_app(replace(context), nothing), client=HERE, base_url=URL) as other:
         assert requests(scraped(other)) == {}
 
 

@@ -10,7 +10,7 @@ from opentelemetry import trace
 
 from stack import tracing
 from stack.context import Context
-from tests.api.conftest import gateway
+from tests.api.conftest import HERE, URL, gateway
 from tests.api.envelope import error_of
 from tests.otlp import Receiver, Span, receiver
 from tests.samples import evaluation
@@ -38,7 +38,7 @@ def traced(context: Context, traces: Receiver) -> Iterator[TestClient]:
     """A client of a gateway that sends traces."""
     config = context.config.model_copy(update={"otlp_address": traces.address})
     app = gateway.create_app(replace(context, config=config), ready)
-    with TestClient(app, raise_server_exceptions=False, client=("127.0.0.1", 50_000)) as client:
+    with TestClient(app, raise_server_exceptions=False, client=HERE, base_url=URL) as client:
         yield client
 
 
@@ -133,7 +133,9 @@ def test_a_receiver_that_is_away_fails_no_request(context: Context) -> None:
     config = context.config.model_copy(update={"otlp_address": "http://127.0.0.1:1"})
     tracing.start("gateway", config.otlp_address)
     try:
-        with TestClient(gateway.create_app(replace(context, config=config), ready), client=("127.0.0.1", 1)) as client:
+        with TestClient(
+            gateway.create_app(replace(context, config=config), ready), client=HERE, base_url=URL
+        ) as client:
             assert {client.get("/v1/models").status_code for _ in range(20)} == {200}
     finally:
         tracing.stop()

@@ -18,8 +18,6 @@ from stack.errors import BadInput
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from ray.serve.schema import ServeInstanceDetails
-
     from serve_apps.address import host_of
 
 Change = Callable[[dict[str, Any]], object]
@@ -242,5 +240,4 @@ def test_an_address_that_is_none_is_refused() -> None:
     ],
 )
 def test_serves_details_tell_where_it_listens(options: dict[str, Any], host: str) -> None:
-    details = {"http_options": options, "proxies": {}, "applications": {}}
-    assert host_of(ServeInstanceDetails.model_validate(details)) == host
+    assert host_of({"http_options": options, "proxies": {}, "applications": {}}) == host
