@@ -21,7 +21,7 @@ from stack.config import home
 from stack.context import DEFAULT_TENANT, Context
 from stack.errors import BadInput, Conflict, NotFound, TooManyRequests
 from stack.store import Job
-from stack.store.jobs import NewJob
+from stack.store.jobs import Entry, NewJob
 from stack.store.telemetry import Log
 
 SUPERVISED_FINE_TUNE = "supervised_fine_tune"
@@ -71,7 +71,7 @@ def get(context: Context, uuid: str, kinds: Sequence[str]) -> Job:
 
 def page(
     context: Context, kinds: Sequence[str], kind: str | None, status: JobStatus | None, after: str | None, limit: int
-) -> list[Job]:
+) -> list[Entry]:
     """The jobs of these kinds, newest first, behind the one with the uuid `after`. Raises BadInput, NotFound."""
     if kind is not None and kind not in kinds:
         raise BadInput(f"there are no jobs of the kind {kind!r} here; allowed: {', '.join(kinds)}", param="kind")
@@ -108,7 +108,7 @@ async def follow(context: Context, uuid: str, kinds: Sequence[str], after: int =
         await asyncio.sleep(FOLLOW_S)
 
 
-def entry(job: Job) -> dict[str, Any]:
+def entry(job: Entry) -> dict[str, Any]:
     """The fields of JobEntry of a job."""
     times = dict(scheduled_at=job.scheduled_at, started_at=job.started_at, completed_at=job.completed_at)
     return dict(job_uuid=job.uuid, kind=job.kind, status=job.status, **times)

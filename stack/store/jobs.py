@@ -10,7 +10,7 @@ lives on, on a node that was cut off, say, finds that out with its next heartbea
 import uuid as uuids
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Subquery, exists, func, insert, select, union_all, update
@@ -51,6 +51,19 @@ class Job:
     result: dict[str, Any] | None
     error: str | None
     trace: str | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a list of jobs says of each. The other columns are large: a request may be megabytes."""
+
+    id: int
+    uuid: str
+    kind: str
+    status: str
+    scheduled_at: str
+    started_at: str | None
+    completed_at: str | None
 
 
 @dataclass(frozen=True)
@@ -134,14 +147,15 @@ class Jobs:
 
     def page(
         self, tenant: str, kinds: Sequence[str], status: str | None = None, after: int | None = None, limit: int = 100
-    ) -> list[Job]:
+    ) -> list[Entry]:
         """The jobs of these kinds, newest first; `after` is the id of the last one of the page before."""
         # Each kind's along an index, which has them in their order: of many thousand jobs none other is read.
         pages = [_newest(tenant, kind, status, after, limit) for kind in kinds]
         ids = union_all(*(select(page.c.id) for page in pages))
         with self._engine.connect() as connection:
-            query = select(jobs).where(jobs.c.id.in_(ids)).order_by(jobs.c.id.desc()).limit(limit)
-            return [Job(**row) for row in connection.execute(query).mappings()]
+            columns = [jobs.c[field.name] for field in fields(Entry)]
+            query = select(*columns).where(jobs.c.id.in_(ids)).order_by(jobs.c.id.desc()).limit(limit)
+            return [Entry(*row) for row in connection.execute(query)]
 
     def attempts(self, job_id: int) -> list[Attempt]:
         """The attempts at a job, in their order."""

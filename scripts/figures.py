@@ -1,0 +1,55 @@
+"""Figures with their targets: how they are printed, and written down."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was measured: its median and, where there are many values, its 99th percentile, in `unit`.
+
+    Of the two the median has the target: at most `most`, if there is one.
+    """
+
+    name: str
+    unit: str
+    p50: float
+    p99: float | None = None
+    most: float | None = None
+
+    @property
+    def met(self) -> bool:
+        return self.most is None or self.p50 <= self.most
+
+
+def figure(name: str, unit: str, values: Sequence[float], most: float | None = None) -> Figure:
+    """The figure of many values."""
+    return Figure(name, unit, statistics.median(values), statistics.quantiles(values, n=100)[98], most)
+
+
+def write_table(figures: Sequence[Figure]) -> str:
+    """A table in Markdown."""
+    lines = ["| | p50 | p99 | target | |", "| --- | ---: | ---: | ---: | --- |"]
+    for one in figures:
+        p99 = f"{_number(one.p99)} {one.unit}" if one.p99 is not None else ""
+        most = f"≤ {_number(one.most)} {one.unit}" if one.most is not None else ""
+        met = "" if one.most is None else "met" if one.met else "MISSED"
+        lines.append(f"| {one.name} | {_number(one.p50)} {one.unit} | {p99} | {most} | {met} |")
+    return "\n".join(lines)
+
+
+def write_json(file: Path, figures: Sequence[Figure], **about: Any) -> None:
+    """The same for programs, with the machine."""
+    machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
+    rows = [asdict(one) | {"met": one.met} for one in figures]
+    file.write_text(json.dumps({**about, "on": machine, "figures": rows}, indent=2) + "\n")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
