@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import math
 import re
 import subprocess
@@ -35,7 +36,9 @@ MAX_COLUMNS = 10_000
 # What the reader of Parquet may take, of address space.
 PARQUET_MEMORY = 2 * 2**30
 KINDS = {".jsonl": "JSON Lines", ".ndjson": "JSON Lines", ".json": "JSON", ".csv": "CSV", ".parquet": "Parquet"}
-COMPRESSIONS = (".gz", ".bz2", ".zst")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+# The greatest level of xz needs 65 MiB, but a file can ask for 4 GiB.
+XZ_MEMORY = 128 * 2**20
 _BLOCK = 2**16
 _BOM = codecs.BOM_UTF8
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -120,7 +123,7 @@ class _Unpacked(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         try:
             count = int(self._stream.readinto(buffer))
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # it is the disk
             raise BadInput(f"the file is not whole, or not {self._kind}: {str(error)[:200]}") from error
@@ -130,6 +133,27 @@ class _Unpacked(io.RawIOBase):
         return count
 
 
+class _Xz(io.RawIOBase):
+    """What comes out of an xz file. Its decoder may take XZ_MEMORY; lzma.LZMAFile has no such bound."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._decoder.eof:
+            packed = self._file.read(_BLOCK) if self._decoder.needs_input else b""
+            if not packed and self._decoder.needs_input:
+                raise EOFError("it ends before its last block does")
+            block = self._decoder.decompress(packed, max_length=len(buffer))
+            if block:
+                buffer[: len(block)] = block
+                return len(block)
+        if self._decoder.unused_data or self._file.read(1):
+            raise EOFError("it goes on after its end")
+        return 0
+
+
 def _unpacked(file: BinaryIO, compression: str | None, most: int) -> io.BufferedReader:
     stream: Any
     match compression:
@@ -137,6 +161,8 @@ def _unpacked(file: BinaryIO, compression: str | None, most: int) -> io.Buffered
             stream = gzip.GzipFile(fileobj=file)
         case ".bz2":
             stream = bz2.BZ2File(file)
+        case ".xz":
+            stream = _Xz(file)
         case ".zst":
             stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
         case _:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -82,7 +83,7 @@ FORMATS: dict[str, Callable[[list[Any]], bytes]] = {
     ".csv": csv_text,
     ".parquet": parquet_rows,
 }
-PACKERS = {"": unpacked, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
+PACKERS = {"": unpacked, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
 
 
 def read_bytes(
@@ -321,8 +322,10 @@ def test_bad_rows_of_csv_are_named_and_the_next_ones_read(tmp_path: Path, line: 
 @pytest.mark.parametrize(
     ("packing", "fault"),
     [
-        *((packing, fault) for packing in (".gz", ".bz2", ".zst") for fault in ("another kind", "cut off")),
-        *((".gz", "flipped"), (".bz2", "flipped")),  # zstd has no check sum unless it is asked for one
+        *((packing, fault) for packing in (".gz", ".bz2", ".xz", ".zst") for fault in ("another kind", "cut off")),
+        *(
+            (packing, "flipped") for packing in (".gz", ".bz2", ".xz")
+        ),  # zstd has no check sum unless it is asked for one
     ],
 )
 def test_packed_files_that_are_not_whole_are_refused(tmp_path: Path, packing: str, fault: str) -> None:
@@ -397,13 +400,27 @@ def test_a_broken_parquet_file_is_refused(tmp_path: Path, fault: str) -> None:
 # Bombs
 
 
-@pytest.mark.parametrize("packing", [".gz", ".bz2", ".zst"])
+@pytest.mark.parametrize("packing", [".gz", ".bz2", ".xz", ".zst"])
 def test_what_unpacks_to_too_much_is_refused(tmp_path: Path, packing: str) -> None:
     content = PACKERS[packing](b'{"x": 1}\n' * 200_000)
     assert len(content) < 10_000
     error = refused(tmp_path, f"a.jsonl{packing}", content, most=1_000_000)
     assert isinstance(error, TooLarge)
     assert error.message == "the content has more than 1000000 bytes when it is unpacked"
+
+
+def test_an_xz_file_that_needs_more_memory_than_allowed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = lzma.compress(b'{"x": 1}\n', preset=9)
+    assert read_bytes(tmp_path, "a.jsonl.xz", content) == [(1, {"x": 1})]
+    monkeypatch.setattr(dataset_files, "XZ_MEMORY", 32 * 2**20)
+    assert "Memory usage limit exceeded" in refused(tmp_path, "a.jsonl.xz", content).message
+
+
+@pytest.mark.parametrize("more", [b"x", lzma.compress(b"x")], ids=["anything", "another one"])
+def test_an_xz_file_ends_where_its_content_does(tmp_path: Path, more: bytes) -> None:
+    assert "goes on after its end" in refused(tmp_path, "a.jsonl.xz", lzma.compress(b'{"x": 1}\n') + more).message
 
 
 def test_a_parquet_file_that_declares_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
