@@ -33,7 +33,7 @@ from ray.exceptions import (
 from ray.train import WorkerGroupError
 
 from jobs.reporter import Reporter
-from stack import jobs, tracing
+from stack import jobs, keys, tracing
 from stack.api.jobs import JobStatus
 from stack.api.wire import Request, describe
 from stack.artifacts import File
@@ -78,6 +78,7 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was stopped"))
     arguments = _arguments(work.__doc__ or "")
     try:
+        keys.check_tenant(arguments.tenant)
         context = Context.open(Config.from_environment())
     except StackError as error:
         return _refuse(error)

@@ -224,6 +224,14 @@ def test_an_unknown_job_is_refused(run: Callable[..., int], capsys: pytest.Captu
     assert "there is no job 'none' of the tenant 'default'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("tenant", ["../acme", "a.b", ""])
+def test_what_can_be_no_tenant_is_refused(
+    run: Callable[..., int], config: Path, tenant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--config", config, "--tenant", tenant) == 2
+    assert f"not {tenant!r}" in capsys.readouterr().err
+
+
 def test_a_wrong_config_of_the_stack_is_refused(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
