@@ -142,7 +142,9 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
         raise
     given.reporter.metrics.flush()
     if not store.jobs.complete(job.id, number, outcome.result, outcome.adapter, outcome.artifact):
-        given.context.artifacts.remove(outcome.artifact.path)
+        now = store.jobs.get(job.tenant, job.uuid)
+        if now is not None and now.status != JobStatus.completed:  # by another attempt, which has published the same
+            given.context.artifacts.remove(outcome.artifact.path)
         return _report_earlier(given.context, job)
     shutil.rmtree(given.folder, ignore_errors=True)
     print(f"the job {job.uuid!r} is completed")
@@ -150,7 +152,12 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
 
 
 def publish(work: Work, name: str, folder: Path) -> list[File]:
-    """Makes an artifact of what a job has made; of an earlier attempt at the same, that was lost in between, too."""
+    """Makes an artifact of what a job has made; of an earlier attempt at the same, that was lost in between, too.
+
+    Raises Unavailable for an attempt that has been given up: what lies there may be that of the next one.
+    """
+    if not work.context.store.jobs.beat(work.job.id, work.reporter.number):
+        raise Unavailable("this attempt has been given up")
     if work.context.artifacts.exists(name):
         work.context.artifacts.remove(name)
     return work.context.artifacts.publish(name, folder)

@@ -15,12 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import ray.data
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from jobs import driver
 from jobs.dataset_source import questions
+from jobs.reporter import resources
 from stack import datasets, evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest, QuestionAnsweringMetric
 from stack.config import Config
@@ -109,7 +111,7 @@ def _score(
     """Scores the answers as they come, and adds each to the file."""
     metrics = {metric.value: METRICS[metric] for metric in request.metrics}
     before = done = sum(1 for _ in _whole_lines(file))
-    first = time.time()
+    first, process = time.time(), psutil.Process()
     with file.open("a") as lines:
         for row in _rows(answers):
             scores = {name: float(metric(row["expected"], row["answer"])) for name, metric in metrics.items()}
@@ -118,8 +120,9 @@ def _score(
             if done % BATCH_SIZE == 0:
                 lines.flush()
                 print(f"{done} of {total} examples", flush=True)
-                left = (time.time() - first) / (done - before) * (total - done)
-                work.reporter.metrics.progress(done, total, "examples", left)
+                speed = (done - before) / (time.time() - first)
+                work.reporter.metrics.log(done, [("examples_per_second", speed), *resources(process).items()])
+                work.reporter.metrics.progress(done, total, "examples", (total - done) / speed)
 
 
 def _totals(request: EvaluateQuestionAnsweringRequest, file: Path) -> dict[str, float]:

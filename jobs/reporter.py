@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, Self
 
+import psutil
 from sqlalchemy.exc import SQLAlchemyError
 
 from stack.store import Attempt, Job, Store, now
@@ -26,6 +27,11 @@ MAX_LINE = 10_000
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 MAX_LINES = 1_000
 MAX_POINTS = 5_000
+
+
+def resources(process: psutil.Process) -> dict[str, float]:
+    """What a process uses: its memory in GiB, and the percentage of one CPU since it was asked last."""
+    return {"memory_gb": process.memory_info().rss / 2**30, "cpu_percent": process.cpu_percent()}
 
 
 class Metrics:

@@ -19,7 +19,7 @@ import ray.train
 from ray.train import Checkpoint
 
 from jobs.dataset_source import on_disk
-from jobs.reporter import Metrics
+from jobs.reporter import Metrics, resources
 from stack import datasets
 from stack.api.post_training import LoraFinetuningConfig, OptimizerConfig, OptimizerType, PostTrainingSFTRequest
 from stack.config import Config
@@ -194,8 +194,7 @@ def _recorder(context: Context, job: Job, number: int, metrics: Metrics) -> Any:
             if "num_tokens" in logs:
                 values["tokens_per_second"] = logs["num_tokens"] / elapsed
             values["seconds"] = elapsed
-            values["memory_gb"] = process.memory_info().rss / 2**30
-            values["cpu_percent"] = process.cpu_percent()
+            values |= resources(process)
             metrics.log(step, values.items())
             metrics.progress(step, total, "steps", left)
             print(f"step {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in values.items()))

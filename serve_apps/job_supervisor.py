@@ -4,7 +4,7 @@ The store is the truth. Once a second it looks at the open attempts and the wait
 ended: it stops what is to be cancelled, closes attempts whose Ray job has ended without saying how, and opens attempts
 at waiting jobs as far as the limits allow. An attempt that was lost with a worker, a node or all of Ray is followed by
 another one. A new replica starts from the store, so nothing is lost when one dies; when it starts it also stops the
-Ray jobs that no open attempt stands for.
+Ray jobs that no open attempt stands for. Once a day it sweeps the artifacts of what interrupted uploads have left.
 """
 
 import asyncio
@@ -24,14 +24,17 @@ from ray import serve
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from stack import jobs, tracing
+from stack import experiments, jobs, tracing
 from stack.config import Config
-from stack.store import Attempt, Job, Store, now
+from stack.context import Context
+from stack.errors import StackError
+from stack.store import Attempt, Job, now
 from stack.store.jobs import Waiting
 
 logger = logging.getLogger("ray.serve")
 
 INTERVAL_S = 1.0
+SWEEP_S = 24 * 3600.0
 # How long the heartbeat of an attempt that Ray does not know may stand still: its driver ends itself before that.
 LEASE_S = 30.0
 # What our Ray jobs are marked with, so that no other is ever stopped.
@@ -46,12 +49,14 @@ class JobSupervisor:
     def __init__(self, config: Config) -> None:
         tracing.start("job-supervisor", config.otlp_address)
         self._config = config
-        self._store = Store(config.store_url)
+        self._context = Context.open(config)
+        self._store = self._context.store
         self._client: JobSubmissionClient | None = None
         self._problem: str | None = None
         # Of the attempts that Ray does not know: the last heartbeat seen, and when it was first seen.
         self._silent: dict[tuple[int, int], tuple[int, float]] = {}
         self._loop = asyncio.get_running_loop().create_task(self._watch())
+        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_daily())
 
     def check_health(self) -> None:
         """Serve restarts a supervisor that has stopped watching."""
@@ -73,6 +78,18 @@ class JobSupervisor:
                 self._client = None
                 logger.warning("%s", self._problem)
             await asyncio.sleep(INTERVAL_S)
+
+    async def _sweep_daily(self) -> None:
+        while True:
+            await asyncio.to_thread(self._sweep)
+            await asyncio.sleep(SWEEP_S)
+
+    def _sweep(self) -> None:
+        try:
+            for name in experiments.sweep(self._context):
+                logger.info("%s, which an interrupted upload has left, is removed", name)
+        except (OSError, StackError, SQLAlchemyError) as error:  # tomorrow again
+            logger.warning("the artifacts cannot be swept: %s", error)
 
     def reconcile(self) -> None:
         """Brings Ray's jobs in line with the rows of the store, once."""

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_apps.errors import error_response
 from stack import tracing
 from stack.context import LOCAL_USER, Principal
-from stack.errors import StackError, TooLarge, Unauthorized, Unavailable
+from stack.errors import BadInput, StackError, TooLarge, Unauthorized, Unavailable
 from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
 
 logger = logging.getLogger("ray.serve")
@@ -171,7 +171,10 @@ def _bearer(scope: Scope) -> str:
 
 
 class Bounds:
-    """Refuses a body over its bound, by its declared length or as it arrives. `by_path` are other bounds of paths."""
+    """Refuses a body over its bound, by its declared length or as it arrives. `by_path` are other bounds of paths.
+
+    Refuses a NUL character in an address too, which no id or name can hold and not every database takes.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, by_path: Mapping[str, int]) -> None:
         self.app = app
@@ -181,6 +184,9 @@ class Bounds:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        if "\0" in scope["path"] or b"%00" in scope["query_string"]:
+            await error_response(scope, BadInput("the address holds a NUL character"))(scope, receive, send)
             return
         bound = self.by_path.get(scope["path"], self.max_body_bytes)
         too_large = error_response(scope, TooLarge(f"the body has more than {bound} bytes"))

@@ -19,8 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stack import jobs, quotas
 from stack.api import experiments as api
-from stack.api.telemetry import Info
-from stack.api.wire import describe
+from stack.api.wire import Info, describe
 from stack.artifacts import File
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooLarge

@@ -3,9 +3,9 @@
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from stack.api.wire import Id, Request, Wire, at_most
+from stack.api.wire import Id, Info, Request, Wire, at_most, without_nul
 
 MAX_PREVIEW_ROWS = 100
 ColumnName = Annotated[str, Field(min_length=1, max_length=200)]
@@ -28,8 +28,10 @@ class TrainEvalDataset(Wire):
     """
 
     columns: Annotated[dict[ColumnName, TrainEvalDatasetColumnType], Field(min_length=1), at_most(1_000)]
-    content_url: Annotated[str, Field(max_length=4_096, pattern=r"^(file|upload|s3|gs|https)://")]
-    metadata: Annotated[dict[str, Any], at_most(1_000)] | None = None
+    content_url: Annotated[
+        str, Field(max_length=4_096, pattern=r"^(file|upload|s3|gs|https)://"), AfterValidator(without_nul)
+    ]
+    metadata: Info | None = None
 
 
 def _kind(value: Any) -> str:

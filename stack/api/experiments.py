@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from stack.api.telemetry import Info, Time
-from stack.api.wire import Request, Wire
+from stack.api.telemetry import Time
+from stack.api.wire import Info, Request, Wire
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 

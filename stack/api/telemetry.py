@@ -6,21 +6,18 @@ Texts have no NUL character, which PostgreSQL does not take: it is refused. Numb
 """
 
 import datetime as dt
-import json
 import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from stack.api.wire import Id, Request, Wire, at_most
+from stack.api.wire import Id, Info, Request, Wire, at_most, without_nul
 
 MAX_METRICS = 10_000
 MAX_LOGS = 10_000
 MAX_POINTS = 10_000
 MAX_STEP = 2**53  # the greatest number that JSON's readers agree on
-MAX_INFO_BYTES = 16 * 2**10
-MAX_INFO_DEPTH = 20
 MAX_VALUE_CHARACTERS = 1_000
 
 
@@ -31,12 +28,6 @@ def _utc(value: str) -> str:
         return zoned.astimezone(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{value!r} is no time; allowed: ISO 8601, as in 2030-01-31T12:00:00Z") from error
-
-
-def _without_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("holds a NUL character, which cannot be kept")
-    return value
 
 
 def _metric_value(value: Any) -> Any:
@@ -50,45 +41,24 @@ def _metric_value(value: Any) -> Any:
             raise ValueError(f"is {value}, which JSON cannot hold; leave such a point out")
     elif not isinstance(value, str):
         raise ValueError("is to be a number, a text, true or false")
-    elif len(_without_nul(value)) > MAX_VALUE_CHARACTERS:
+    elif len(without_nul(value)) > MAX_VALUE_CHARACTERS:
         raise ValueError(f"has {len(value)} characters; allowed: at most {MAX_VALUE_CHARACTERS}")
     elif not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError("holds half of a character")
     return value
 
 
-def _info(value: dict[str, Any]) -> dict[str, Any]:
-    """Refuses what cannot be kept or answered again: NaN, half characters, deep nesting, great size."""
-    _require_depth(value, MAX_INFO_DEPTH)
-    try:
-        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
-    except ValueError as error:
-        raise ValueError("holds NaN, an infinite number, or half of a character") from error
-    if size > MAX_INFO_BYTES:
-        raise ValueError(f"has {size} bytes as JSON; allowed: at most {MAX_INFO_BYTES}")
-    return value
-
-
-def _require_depth(value: Any, left: int) -> None:
-    if isinstance(value, dict | list):
-        if left == 0:
-            raise ValueError(f"is nested deeper than {MAX_INFO_DEPTH} levels")
-        for one in value.values() if isinstance(value, dict) else value:
-            _require_depth(one, left - 1)
-
-
 Time = Annotated[
     str,
     Field(max_length=40, json_schema_extra={"format": "date-time"}),
-    AfterValidator(_without_nul),
+    AfterValidator(without_nul),
     AfterValidator(_utc),
 ]
-Info = Annotated[dict[str, Any], at_most(1_000), AfterValidator(_info)]
-RunId = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_without_nul)]
-TraceId = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(_without_nul)]
-Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_without_nul)]
-Level = Annotated[str, Field(min_length=1, max_length=20), AfterValidator(_without_nul)]
-Text = Annotated[str, Field(max_length=16_384), AfterValidator(_without_nul)]
+RunId = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(without_nul)]
+TraceId = Annotated[str, Field(min_length=1, max_length=100), AfterValidator(without_nul)]
+Name = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(without_nul)]
+Level = Annotated[str, Field(min_length=1, max_length=20), AfterValidator(without_nul)]
+Text = Annotated[str, Field(max_length=16_384), AfterValidator(without_nul)]
 MetricValue = Annotated[float | int | str | bool, BeforeValidator(_metric_value)]
 Step = Annotated[int, Field(ge=0, le=MAX_STEP)]
 
@@ -157,7 +127,7 @@ class LogSearchRequest(Request):
     was answered as `after_id`.
     """
 
-    query: Annotated[str, Field(max_length=1_000), AfterValidator(_without_nul)]
+    query: Annotated[str, Field(max_length=1_000), AfterValidator(without_nul)]
     filters: LogFilters | None = None
     limit: Annotated[int, Field(ge=1, le=1_000)] = 100
     after_id: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -199,13 +169,13 @@ class MetricEvent(Wire):
     timestamp: Time
     metric: Name
     value: Annotated[float, Field(strict=True, allow_inf_nan=False)]
-    unit: Annotated[str, Field(max_length=100), AfterValidator(_without_nul)]
+    unit: Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
     attributes: Info = {}
 
 
 class SpanStartPayload(Wire):
     type: Literal["span_start"]
-    name: Annotated[str, Field(min_length=1, max_length=1_000), AfterValidator(_without_nul)]
+    name: Annotated[str, Field(min_length=1, max_length=1_000), AfterValidator(without_nul)]
     parent_span_id: TraceId | None = None
 
 

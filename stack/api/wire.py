@@ -1,15 +1,27 @@
 """The base of all wire types, and how a failed validation is put into words."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 # A name that a client chooses and that becomes part of file names and Ray job ids: no two dots, none at the end.
 Id = Annotated[str, Field(max_length=100, pattern=r"^[A-Za-z0-9]([A-Za-z0-9_-]|\.[A-Za-z0-9_-])*$")]
-ModelId = Annotated[str, Field(min_length=1, max_length=300)]
+MAX_INFO_BYTES = 16 * 2**10
+MAX_INFO_DEPTH = 20
+
+
+def without_nul(value: str) -> str:
+    """Refuses the character that PostgreSQL does not take."""
+    if "\0" in value:
+        raise ValueError("holds a NUL character, which cannot be kept")
+    return value
+
+
+ModelId = Annotated[str, Field(min_length=1, max_length=300), AfterValidator(without_nul)]
 
 
 def at_most(entries: int) -> BeforeValidator:
@@ -22,6 +34,29 @@ def at_most(entries: int) -> BeforeValidator:
 
     return BeforeValidator(check)
 
+
+def _info(value: dict[str, Any]) -> dict[str, Any]:
+    """Refuses what cannot be kept or answered again: NaN, half characters, deep nesting, great size."""
+    _require_depth(value, MAX_INFO_DEPTH)
+    try:
+        size = len(json.dumps(value, allow_nan=False, ensure_ascii=False).encode())
+    except ValueError as error:
+        raise ValueError("holds NaN, an infinite number, or half of a character") from error
+    if size > MAX_INFO_BYTES:
+        raise ValueError(f"has {size} bytes as JSON; allowed: at most {MAX_INFO_BYTES}")
+    return value
+
+
+def _require_depth(value: Any, left: int) -> None:
+    if isinstance(value, dict | list):
+        if left == 0:
+            raise ValueError(f"is nested deeper than {MAX_INFO_DEPTH} levels")
+        for one in value.values() if isinstance(value, dict) else value:
+            _require_depth(one, left - 1)
+
+
+# What people note about a thing, as an object of JSON.
+Info = Annotated[dict[str, Any], at_most(1_000), AfterValidator(_info)]
 
 # What pydantic puts into the place of an error beside keys and indices: types, as in list[constrained-str], and tags.
 _PYDANTICS_OWN = re.compile(r"[\[(]|^constrained-|^(str|described|registered)$")

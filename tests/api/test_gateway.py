@@ -117,6 +117,15 @@ def test_a_body_that_is_no_request_is_400(client: TestClient, path: str, body: b
     error_of(client.post(path, content=body, headers=JSON), 400)
 
 
+@pytest.mark.parametrize("address", [f"{path}?{name}=a%00b" for path in GETS for name in ("job_uuid", "dataset_uuid")])
+def test_an_address_with_a_nul_character_is_400(client: TestClient, address: str) -> None:
+    assert "NUL" in error_of(client.get(address), 400)["message"]
+
+
+def test_a_path_with_a_nul_character_is_400(client: TestClient) -> None:
+    assert "NUL" in error_of(client.get("/v1/models/a%00b"), 400)["message"]
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "nonsense", ""])
 def test_json_under_another_content_type_is_400_with_the_right_one(client: TestClient, content_type: str) -> None:
     body = json.dumps(CHAT).encode()
@@ -260,7 +269,7 @@ def test_a_missing_or_too_long_query_is_400_and_named(client: TestClient, path: 
 
 
 @pytest.mark.parametrize("path", GETS)
-@pytest.mark.parametrize("id", ["none", "", "../../etc/passwd", "' OR 1=1 --", "\0", "ä"])
+@pytest.mark.parametrize("id", ["none", "", "../../etc/passwd", "' OR 1=1 --", "ä"])
 def test_an_unknown_id_is_404_and_named(client: TestClient, path: str, id: str) -> None:
     name = id_of(path)
     error = error_of(client.get(path, params={name: id}), 404)
@@ -296,7 +305,7 @@ def test_a_full_database_is_507_and_can_still_be_read(
 ) -> None:
     context.store.engine.dispose()
     event.listen(context.store.engine, "connect", lambda connection, _: connection.execute("PRAGMA max_page_count = 1"))
-    body = {"uuid": "big", "dataset": data | {"metadata": {"text": "x" * 50_000}}}
+    body = {"uuid": "big", "dataset": data | {"metadata": {"text": "x" * 16_000}}}
     reply = client.post("/datasets/create", json=body)
     assert error_of(reply, 507)["code"] == "storage_full"
     assert not INTERNALS.search(reply.text)
