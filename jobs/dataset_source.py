@@ -5,6 +5,7 @@ Both read as `stack/datasets.py` does, a row at a time, and find the content tha
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -55,7 +56,12 @@ class Examples(Datasource):
 
 
 def _blocks(config: dict[str, Any], tenant: str, checked: datasets.Checked, but: frozenset[int]) -> Iterator[Block]:
-    context = Context.open(Config.parse(config, "config")).of_tenant(tenant)
+    # Closed however the reading ends: the worker lives on.
+    with closing(Context.open(Config.parse(config, "config"))) as context:
+        yield from _read_blocks(context.of_tenant(tenant), checked, but)
+
+
+def _read_blocks(context: Context, checked: datasets.Checked, but: frozenset[int]) -> Iterator[Block]:
     rows: list[dict[str, Any]] = []
     size = 0
     for number, example in enumerate(datasets.examples(context, checked), start=1):
@@ -69,7 +75,6 @@ def _blocks(config: dict[str, Any], tenant: str, checked: datasets.Checked, but:
             rows, size = [], 0
     if rows:
         yield pyarrow.Table.from_pylist(rows, QUESTIONS)
-    context.close()
 
 
 def on_disk(context: Context, checked: datasets.Checked, folder: str) -> Any:
