@@ -91,7 +91,7 @@ class Bench:
         self._home = home
         self._random = random.Random(1)  # the same at every run
         self._data = home / "data" / "questions.jsonl"
-        self._data.parent.mkdir()
+        self._data.parent.mkdir(parents=True)
         row = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
         self._data.write_text(f"{json.dumps({'dialog': row})}\n" * 20)
 
