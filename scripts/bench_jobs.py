@@ -29,6 +29,7 @@ from sqlalchemy import event, func, insert, select, text
 
 from jobs.reporter import Metrics
 from scripts.figures import Figure, figure, write_json, write_table
+from serve_apps.job_supervisor import choose, is_due, why_never
 from stack import keys
 from stack.config import Config
 from stack.context import SCOPES, Context
@@ -117,8 +118,6 @@ class Bench:
 
     def _look(self) -> None:
         """What serve_apps.job_supervisor asks the store for, and chooses by, in each of its passes."""
-        from serve_apps.job_supervisor import choose, is_due, why_never
-
         running = Counter(job.tenant for job, _ in self._store.jobs.under_way())
         waiting = self._store.jobs.waiting()
         nodes = [{"CPU": 2.0, "GPU": 0.0}]
