@@ -2,7 +2,10 @@
 
 import datetime as dt
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -119,6 +122,34 @@ def test_writers_at_once_lose_nothing(store_url: str, store: Store) -> None:
     written = [(metric.name, metric.step) for metric in store.telemetry.metrics("default", run_id)]
     assert sorted(written) == sorted((f"metric-{writer}", step) for writer in range(WRITERS) for step in range(steps))
     assert len(store.jobs.waiting()) == 1 + WRITERS * steps
+
+
+WRITER = """
+import sys
+from stack.store import Store
+from tests import samples
+
+store = Store(sys.argv[1])
+sys.stdin.read()
+for number in range(30):
+    job = samples.add_job(store, f"{sys.argv[2]}-{number}")
+    samples.start(store, job.uuid)
+    samples.report(store, job.uuid, {"done": 1}, [("loss", 1, 0.5)])
+    samples.complete(store, job.uuid, {})
+"""
+
+
+def test_processes_that_write_at_once_wait_for_each_other(store_url: str, store: Store) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, store_url, str(number)], stdin=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for number in range(3)
+    ]
+    with ThreadPoolExecutor(len(writers)) as waiting:
+        complaints = list(waiting.map(lambda writer: writer.communicate()[1].decode(), writers))
+    assert complaints == [""] * len(writers)
+    assert store.jobs.counts() == {("default", "evaluate", "completed"): 90}
 
 
 def test_of_many_who_add_start_or_end_a_job_at_once_one_does(store: Store) -> None:
