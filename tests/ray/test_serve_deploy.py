@@ -1,4 +1,4 @@
-"""The stack on a Ray that somebody else has started, by `serve deploy`: with keys, and with its artifacts on S3."""
+"""The stack on a Ray that somebody else has started, by `serve deploy`: with keys, on PostgreSQL and S3."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from scripts import local_stack
-from tests import samples
+from tests import postgres, samples
 from tests.running_stack import MODEL, START_S, ended, free_port, prepared_home, processes_of, wait_for, write_config
 from tests.s3 import S3
 
@@ -26,6 +26,12 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 def bucket(s3: S3) -> str:
     """The address of an empty bucket; the processes that are started here find its server in their environment."""
     return s3.bucket()
+
+
+@pytest.fixture
+def database(postgres_server: postgres.Server) -> Iterator[str]:
+    with postgres_server.database() as url:
+        yield url
 
 
 @pytest.fixture
@@ -68,10 +74,10 @@ def answers(url: str) -> bool:
 
 
 def test_tenants_use_a_stack_on_a_running_ray(
-    ray_of_a_user: tuple[Path, str, dict[str, str]], tmp_path: Path, bucket: str
+    ray_of_a_user: tuple[Path, str, dict[str, str]], tmp_path: Path, bucket: str, database: str
 ) -> None:
     home, ray_address, environment = ray_of_a_user
-    file = write_config(tmp_path / "stack.yaml", artifacts=bucket)
+    file = write_config(tmp_path / "stack.yaml", artifacts=bucket, store=database)
     document = yaml.safe_load(file.read_text())
     document["http_options"]["port"] = free_port()
     file.write_text(yaml.safe_dump(document))
