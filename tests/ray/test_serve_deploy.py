@@ -35,7 +35,7 @@ def database(postgres_server: postgres.Server) -> Iterator[str]:
 
 
 @pytest.fixture
-def ray_of_a_user(bucket: str, tmp_path: Path) -> Iterator[tuple[Path, str, dict[str, str]]]:
+def ray_of_a_user(bucket: str, database: str, tmp_path: Path) -> Iterator[tuple[Path, str, dict[str, str]]]:
     """The home folder, the dashboard's address and the environment of a `ray start --head`."""
     home = prepared_home(tmp_path)
     environment = os.environ | {
