@@ -57,7 +57,7 @@ class Stack:
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"STACK_HOME": str(self.home)},
+                env=os.environ | {"STACK_HOME": str(self.home), "WANDB_MODE": "offline", "WANDB_DIR": str(self.home)},
                 cwd=local_stack.ROOT,
             )
         wait_for(lambda: "ready after" in self.log.read_text() or self.process.poll() is not None, START_S, self._said)

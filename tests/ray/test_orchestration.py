@@ -37,7 +37,7 @@ def tuned(stack: Stack, http: httpx.Client) -> dict[str, Any]:
     assert created.json()["rows"] == 16
     request = samples.fine_tuning(
         "sums", job_uuid="tune-sums", model=MODEL, validation_dataset="sums", training_config=TRAINING,
-        logger_config={"report_to": ["tensorboard"]},
+        logger_config={"report_to": ["tensorboard", "wandb"], "project": "sums"},
     )  # fmt: skip
     headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
     reply = http.post("/post_training/supervised_fine_tune", json=request, headers=headers)
@@ -83,6 +83,13 @@ def test_what_a_job_has_made_is_found_and_fetched_whole_and_in_part(http: httpx.
     assert hashlib.sha256(whole).hexdigest() == weights["sha256"]
     part = http.get("/artifacts/content", params=address, headers={"range": "bytes=100-199"})
     assert (part.status_code, part.content) == (206, whole[100:200])
+
+
+def test_a_job_reports_to_weights_and_biases_too(stack: Stack, tuned: dict[str, Any]) -> None:
+    (log,) = (stack.home / "wandb").glob("offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"tune-sums" in content
+    assert b"train/loss" in content
 
 
 def test_one_trace_leads_from_the_request_to_the_job(stack: Stack, tuned: dict[str, Any]) -> None:
