@@ -29,7 +29,8 @@ import fsspec
 from botocore.exceptions import BotoCoreError
 from fsspec.implementations.local import LocalFileSystem
 
-from stack.errors import BadInput, NotFound, StorageFull, Unavailable
+from stack import disk
+from stack.errors import BadInput, NotFound, Unavailable
 
 MANIFEST = "manifest.json"
 BLOCK = 2**20
@@ -139,14 +140,16 @@ class Artifacts:
             yield block
             start += len(block)
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the artifacts lie, if that is a local folder."""
+        return Path(self._root) if self._is_local else None
+
     def require_room(self, size: int) -> None:
         """Raises StorageFull unless so many bytes are free. Object storage has no such bound."""
         if not self._is_local:
             return
-        self._files.makedirs(self._root, exist_ok=True)
-        free = shutil.disk_usage(self._root).free
-        if free < size:
-            raise StorageFull(f"the artifacts' disk has {free} bytes left, and {size} are needed")
+        disk.require_room(Path(self._root), size, "the artifacts' disk")
 
     @_reaching()
     def exists(self, name: str) -> bool:

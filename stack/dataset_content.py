@@ -16,10 +16,10 @@ import aiohttp
 import fsspec
 from botocore.exceptions import BotoCoreError
 
-from stack import uploads
+from stack import disk, uploads
 from stack.config import home
 from stack.context import Context
-from stack.errors import BadInput, StackError, StorageFull, TooLarge, Unavailable
+from stack.errors import BadInput, StackError, TooLarge, Unavailable
 from stack.fetcher import Fetcher
 
 FETCHER = Fetcher()
@@ -130,7 +130,10 @@ def _from_storage(context: Context, url: str) -> Content:
             raise TooLarge(f"{url} has {about['size']} bytes; allowed: {context.config.max_dataset_bytes}")
         copy = _copy_of(context, url, about["size"])
         try:
-            with storage.open(path, "rb", block_size=8 * BLOCK, cache_type="readahead") as source:
+            with (
+                disk.telling_full(f"the disk for a copy of {url}"),
+                storage.open(path, "rb", block_size=8 * BLOCK, cache_type="readahead") as source,
+            ):
                 shutil.copyfileobj(source, copy, BLOCK)
         except BaseException:
             copy.close()
@@ -149,14 +152,12 @@ def _from_storage(context: Context, url: str) -> Content:
 def _copy_of(context: Context, url: str, size: int) -> BinaryIO:
     """A file without a name, which is gone with this process whatever happens, for a copy of so many bytes."""
     folder = home() / "cache"
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if free < (size or context.config.max_dataset_bytes):
-        raise StorageFull(f"the disk has {free} bytes left, too few for a copy of {url}")
+    disk.require_room(folder, size or context.config.max_dataset_bytes, f"the disk for a copy of {url}")
     return TemporaryFile(dir=folder)
 
 
 def _from_start(file: BinaryIO) -> BinaryIO:
-    file.flush()
+    with disk.telling_full("the disk for copies of data sets"):
+        file.flush()
     file.seek(0)
     return file

@@ -6,7 +6,6 @@ nowhere and counts for nothing, until `sweep` removes it. A removal takes the fi
 
 import base64
 import datetime as dt
-import errno
 import re
 import tempfile
 import uuid
@@ -17,12 +16,12 @@ from urllib.parse import urlencode
 
 from pydantic import TypeAdapter, ValidationError
 
-from stack import jobs, quotas
+from stack import disk, jobs, quotas
 from stack.api import experiments as api
 from stack.api.wire import Info, describe
 from stack.artifacts import File
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooLarge
+from stack.errors import BadInput, Conflict, NotFound, TooLarge
 from stack.store import Artifact, now
 from stack.store.experiments import Experiment
 from stack.store.telemetry import Run
@@ -195,14 +194,9 @@ def sweep(context: Context) -> list[str]:
 
 
 def _publish(context: Context, path: str, content: bytes) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            (Path(folder) / CONTENT).write_bytes(content)
-            context.artifacts.publish(path, Path(folder))
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull("the disk of the artifacts is full") from error
-            raise
+    with disk.telling_full("the disk of the artifacts"), tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONTENT).write_bytes(content)
+        context.artifacts.publish(path, Path(folder))
 
 
 def _decoded(content: str) -> bytes:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from stack.errors import BadInput, StorageFull, TooLarge, Unavailable
+from stack import disk
+from stack.errors import BadInput, StackError, TooLarge, Unavailable
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -186,9 +187,10 @@ def _cut(connection: socket.socket) -> None:
 
 def _write(into: BinaryIO, block: bytes) -> None:
     try:
-        into.write(block)
+        with disk.telling_full("the disk for a copy of the content"):
+            into.write(block)
     except OSError as error:  # told apart from one of the connection
-        raise StorageFull(f"the content cannot be kept: {error.strerror}") from error
+        raise StackError(f"the content cannot be kept: {error.strerror}") from error
 
 
 def _too_slow(what: str) -> Unavailable:

@@ -3,32 +3,33 @@
 An upload is deleted with the last data set that stands on it, or by itself while none does.
 """
 
-import errno
 import hashlib
+import math
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
 from urllib.parse import quote
 
-from stack import quotas
+from stack import disk, quotas
 from stack.api.datasets import UploadedFile
 from stack.config import home
 from stack.context import Context
 from stack.dataset_files import format_of
-from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooLarge
+from stack.errors import BadInput, Conflict, NotFound, TooLarge
 from stack.store import now
 
 CONTENT = "content"
 MAX_NAME = 255
+DISK = "the disk of uploads"
 # How much arrives between two looks at the free space.
 CHECK_BYTES = 64 * 2**20
-# What a process that was killed has left behind is removed after so long.
+# What is left of an upload that broke off with its process is removed after so long without a further block.
 LEFTOVER_S = 24 * 3600
 
 
@@ -52,14 +53,14 @@ class Upload:
         if before // CHECK_BYTES != self._bytes // CHECK_BYTES:
             require_room(self._context, self._bytes)
         self._digest.update(block)
-        with _room():
+        with disk.telling_full(DISK):
             self._file.write(block)
 
     def publish(self) -> UploadedFile:
         """Keeps the file. Raises BadInput for an empty one, and StorageFull."""
         if not self._bytes:
             raise BadInput(f"the file {self._name!r} is empty", param="file")
-        with _room():
+        with disk.telling_full(DISK):
             self._file.flush()
         quotas.require_room(self._context, self._bytes)
         upload_id = uuid.uuid4().hex
@@ -68,7 +69,7 @@ class Upload:
         self._context.store.datasets.add_upload(self._context.tenant, row)
         try:
             quotas.require_room(self._context, 0)
-            with _room():
+            with disk.telling_full("the artifacts' disk"):
                 self._context.artifacts.publish(_artifact(self._context.tenant, upload_id), self._folder)
         except BaseException:
             self._context.store.datasets.delete_upload(self._context.tenant, upload_id)
@@ -88,27 +89,15 @@ def receive(context: Context, name: str) -> Iterator[Upload]:
     except BadInput as error:
         error.param = "file"
         raise
+    _folder().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=_folder()) as folder, (Path(folder) / CONTENT).open("wb") as file:
         yield Upload(context, name, Path(folder), file)
-
-
-@contextmanager
-def _room() -> Iterator[None]:
-    """Raises StorageFull where there is no room on the disk."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise StorageFull(f"the file cannot be kept: {error.strerror}") from error
 
 
 def require_room(context: Context, size: int) -> None:
     """Raises StorageFull unless the tenant may keep so much more, and there is room for it as it arrives."""
     quotas.require_room(context, size)
-    free = shutil.disk_usage(_folder()).free
-    if free < size:
-        raise StorageFull(f"the disk has {free} bytes left, and {size} are needed")
+    disk.require_room(_folder(), size, DISK)
 
 
 def page(context: Context, after: str | None, limit: int) -> list[UploadedFile]:
@@ -134,6 +123,19 @@ def remove(context: Context, id: str) -> None:
     if context.artifacts.exists(artifact):
         context.artifacts.remove(artifact)
     context.store.datasets.delete_upload(context.tenant, id)
+
+
+def sweep(_: Context) -> list[str]:
+    """Removes what arrived in processes that were killed: what nobody has written to for LEFTOVER_S.
+
+    For the administrator: it sees all tenants' files. Returns the names of what it has removed.
+    """
+    oldest = time.time() - LEFTOVER_S
+    folders = list(_folder().iterdir()) if _folder().is_dir() else []
+    left = [folder for folder in folders if _last_written(folder) < oldest]
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    return sorted(folder.name for folder in left)
 
 
 def local(context: Context, content_url: str) -> tuple[Path, str]:
@@ -170,11 +172,14 @@ def _artifact(tenant: str, id: str) -> str:
     return f"tenants/{tenant}/uploads/{id}"
 
 
+def _last_written(folder: Path) -> float:
+    """When something arrived for an upload last. Other processes end theirs meanwhile: nothing is left of those."""
+    for path in (folder / CONTENT, folder):
+        with suppress(FileNotFoundError):
+            return path.stat().st_mtime
+    return math.inf
+
+
 def _folder() -> Path:
     """Where files arrive: beside the stack's own, not on what may be a small disk for temporary files."""
-    folder = home() / "uploads"
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.iterdir():
-        if leftover.stat().st_mtime < time.time() - LEFTOVER_S:
-            shutil.rmtree(leftover, ignore_errors=True)
-    return folder
+    return home() / "uploads"

@@ -159,17 +159,6 @@ def test_an_upload_whose_content_is_gone_is_not_found(context: Context, home: Pa
     assert isinstance(refused(context, url), NotFound)
 
 
-def test_what_a_killed_process_has_left_is_removed_a_day_later(context: Context, home: Path) -> None:
-    old, new = home / "uploads" / "old", home / "uploads" / "new"
-    for one in (old, new):
-        one.mkdir(parents=True)
-        (one / "content").write_bytes(b"x")
-    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
-    upload(context)
-    assert not old.exists()
-    assert new.exists()
-
-
 # Object storage
 
 

@@ -1,6 +1,7 @@
 """The fetcher: which addresses are public, and what real servers can and cannot make it do."""
 
 import datetime
+import errno
 import http.server
 import io
 import ipaddress
@@ -454,6 +455,23 @@ def test_a_full_disk_is_507(authority: Authority) -> None:
         )
         with pytest.raises(StorageFull, match="No space left"):
             fetching.fetch(f"https://{HOST}:{port}/", full, 100_000)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_fails_otherwise_is_neither_full_nor_the_hosts_fault(authority: Authority) -> None:
+    class Broken(io.BytesIO):
+        def write(self, _: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    with serving(authority.server(HOST), sends()) as (port, _):
+        fetching = Fetcher(
+            resolve=lambda *_: ["127.0.0.1"],
+            is_allowed=is_this_machine,
+            ports=frozenset({port}),
+            tls=authority.client(),
+        )
+        with pytest.raises(StackError, match="cannot be kept: Input/output error") as caught:
+            fetching.fetch(f"https://{HOST}:{port}/", Broken(), 100_000)
+    assert type(caught.value) is StackError
 
 
 def test_a_fetch_leaves_no_thread_behind(fetch: Any) -> None:

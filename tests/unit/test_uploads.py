@@ -1,6 +1,10 @@
 """Uploads: what is counted and kept when things go wrong. How they arrive by HTTP is in tests/api/test_datasets.py."""
 
 import errno
+import os
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +72,60 @@ def test_names_that_tell_no_format_or_are_unsafe_are_refused(context: Context, n
     with pytest.raises(BadInput) as caught, receive(context, name):
         pass
     assert caught.value.param == "file"
+
+
+# What is left of uploads that broke off with their process
+
+
+def left_behind(home: Path, name: str, hours: float) -> Path:
+    """What an upload has left whose last block came so long ago, in a folder that was made long before."""
+    folder = home / "uploads" / name
+    folder.mkdir(parents=True)
+    (folder / uploads.CONTENT).write_bytes(b"x")
+    last = time.time() - hours * 3_600
+    os.utime(folder / uploads.CONTENT, (last, last))
+    os.utime(folder, (last - 100 * 3_600, last - 100 * 3_600))
+    return folder
+
+
+def test_a_sweep_removes_only_what_nothing_arrives_for_any_more(context: Context, home: Path) -> None:
+    assert uploads.sweep(context) == []
+    old, slow = left_behind(home, "old", 25), left_behind(home, "slow", 0.5)
+    empty = home / "uploads" / "empty"
+    empty.mkdir()
+    os.utime(empty, (0, 0))
+    assert uploads.sweep(context) == ["empty", "old"]
+    assert (old.exists(), slow.exists(), empty.exists()) == (False, True, False)
+    with receive(context, "a.jsonl") as file:
+        file.write(b"{}")
+        assert uploads.sweep(context) == []
+        file.publish()
+
+
+def test_an_upload_leaves_the_others_alone(context: Context, home: Path) -> None:
+    old = left_behind(home, "old", 25)
+    with receive(context, "a.jsonl") as file:
+        file.write(b"{}")
+        file.publish()
+    assert old.exists()
+
+
+def test_uploads_that_end_meanwhile_do_not_disturb_a_sweep(
+    context: Context, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, gone = left_behind(home, "old", 25), left_behind(home, "gone", 25)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([old, gone]) if folder.name == "uploads" else iter([]))
+    shutil.rmtree(gone)
+    assert uploads.sweep(context) == ["old"]
+
+
+def test_uploads_that_come_and_go_at_once_all_arrive(context: Context) -> None:
+    def send(number: int) -> None:
+        with receive(context, f"{number}.jsonl") as file:
+            uploads.require_room(context, 2)
+            file.write(b"{}")
+            file.publish()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(send, range(40)))
+    assert len(uploads.page(context, None, 100)) == 40
