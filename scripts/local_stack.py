@@ -28,7 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from stack import keys
 from stack.api.wire import describe
 from stack.config import Config, LanguageModel
-from stack.store import Store
+from stack.store import Store, faults
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "serve_apps" / "local.yaml"
@@ -176,8 +176,7 @@ def require_keys(file: ServeFile) -> None:
         with closing(Store(file.config.store_url)) as store:
             keys.require_keys(store, file.host)
     except SQLAlchemyError as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())
-        raise StartFailed(f"the database cannot be used: {reason}") from error
+        raise StartFailed(f"the database cannot be used: {faults.reason(error)}") from error
 
 
 def wait_for_agent_port(stopped: Callable[[], bool], say: Callable[[str], None]) -> None:

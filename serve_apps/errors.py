@@ -7,12 +7,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from stack.api.wire import explain
-from stack.errors import BadInput, NotFound, StackError, StorageFull, Unavailable
+from stack.errors import BadInput, NotFound, StackError
+from stack.store import faults
 
 MAX_PROBLEMS = 5
 logger = logging.getLogger("ray.serve")
@@ -23,7 +24,7 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(StackError, _on_stack_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(OperationalError, _on_database_error)
+    app.add_exception_handler(SQLAlchemyError, _on_database_error)
 
 
 def error_response(scope: Scope, error: StackError) -> JSONResponse:
@@ -53,15 +54,13 @@ async def _on_stack_error(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_database_error(request: Request, error: Exception) -> JSONResponse:
-    """A database that has no room or is busy; what else is wrong with it is a fault of our own."""
-    logger.error("request %s failed", request.scope["state"]["request_id"], exc_info=error)
-    assert isinstance(error, OperationalError)
-    reason = str(error.orig)  # the database's own words, without the statement and its values
-    if "full" in reason:
-        return error_response(request.scope, StorageFull("the disk of the database is full"))
-    if "locked" in reason or error.connection_invalidated:
-        return error_response(request.scope, Unavailable("the database does not answer"))
-    raise error
+    """A database that has no room or does not answer; what else is wrong with it is a fault of our own."""
+    assert isinstance(error, SQLAlchemyError)
+    passing = faults.passing(error)
+    if passing is None:
+        raise error
+    logger.error("request %s failed: %s", request.scope["state"]["request_id"], faults.reason(error), exc_info=error)
+    return error_response(request.scope, passing)
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -12,7 +12,7 @@ from stack import keys
 from stack.config import Config
 from stack.context import DEFAULT_TENANT, SCOPES
 from stack.errors import StackError
-from stack.store import Store
+from stack.store import Store, faults
 from stack.store.keys import ApiKey
 
 WHERE = (
@@ -30,8 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     except StackError as error:
         return _fail(error.message)
     except SQLAlchemyError as error:
-        # The database's own words, without the statement and its values.
-        return _fail(f"the database cannot be used: {getattr(error, 'orig', None) or error}")
+        return _fail(f"the database cannot be used: {faults.reason(error)}")
     except OSError as error:
         return _fail(f"the database cannot be opened: {error}")
     return 0

@@ -34,7 +34,10 @@ class Server:
     """A running server."""
 
     def __init__(self, url: str) -> None:
-        self._url = make_url(url).set(drivername="postgresql+psycopg")
+        given = make_url(url).set(drivername="postgresql+psycopg")
+        if given.password is not None:  # a Config takes no address with one
+            os.environ["PGPASSWORD"] = given.password
+        self._url = given._replace(password=None)
         self._engine = create_engine(self._url, isolation_level="AUTOCOMMIT")
         self._clean: list[str] = []
 
@@ -87,16 +90,80 @@ def server() -> Iterator[Server]:
         with closing(Server(url)) as given:
             yield given
         return
-    programs, user = _programs(), _user()
+    with private() as own, closing(Server(own.url)) as server_:
+        yield server_
+
+
+@contextmanager
+def private() -> Iterator["Private"]:
+    """A running server for this block alone, which may stop and start it. Raises RuntimeError if there can be none."""
     folder = Path(tempfile.mkdtemp(prefix="stack-test-postgres-"))
     try:
-        if user:
-            shutil.chown(folder, user, user)
-        _initialize(programs, folder, user)
-        with _running(programs, folder, user) as url, closing(Server(url)) as private:
-            yield private
+        own = Private(folder)
+        own.start()
+        try:
+            yield own
+        finally:
+            own.stop()
     finally:
         shutil.rmtree(folder)
+
+
+class Private:
+    """A server that is reached by a socket in its folder, and told to stop when this process dies, however it does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"postgresql://postgres@/postgres?host={folder}"
+        self._folder = folder
+        self._programs = _programs()
+        # PostgreSQL refuses to run as root.
+        self._user = "postgres" if os.geteuid() == 0 else None
+        if self._user:
+            shutil.chown(folder, self._user, self._user)
+        self._initialize()
+
+    def start(self) -> None:
+        ids = [f"--reuid={self._user}", f"--regid={self._user}", "--init-groups"] if self._user else []
+        fast = ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off", "-c", "autovacuum=off"]
+        where = ["-D", str(self._folder / "data"), "-k", str(self._folder), "-c", "listen_addresses="]
+        with (self._folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [
+                    "setpriv", "--pdeathsig=INT", *ids, str(self._programs / "postgres"), *where,
+                    "-c", "max_connections=200", *fast,
+                ],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._folder,
+            )  # fmt: skip
+        self._wait_until_it_answers()
+
+    def stop(self) -> None:
+        """Ends the server and with it all connections; it may have been ended before."""
+        self._process.send_signal(signal.SIGINT)
+        self._process.wait(timeout=START_S)
+
+    def _initialize(self) -> None:
+        # Texts are ordered as in a language, not by their bytes, so that what relies on the latter fails here.
+        order = ["--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en"]
+        made = subprocess.run(
+            [
+                str(self._programs / "initdb"), "--auth=trust", "--username=postgres", "--no-sync", *order,
+                str(self._folder / "data"),
+            ],
+            user=self._user, group=self._user, cwd=self._folder, capture_output=True, text=True,
+        )  # fmt: skip
+        if made.returncode != 0:
+            raise RuntimeError(f"{MISSING}\n{made.stderr}")
+
+    def _wait_until_it_answers(self) -> None:
+        deadline, pause = time.monotonic() + START_S, threading.Event()
+        while True:
+            try:
+                psycopg.connect(self.url).close()
+                return
+            except psycopg.OperationalError:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"PostgreSQL did not start: {(self._folder / 'log').read_text()}") from None
+            pause.wait(0.05)
 
 
 def _programs() -> Path:
@@ -107,49 +174,3 @@ def _programs() -> Path:
     if not found:
         raise RuntimeError(MISSING)
     return max(found, key=lambda path: [int(part) for part in path.parts if part.isdecimal()])
-
-
-def _user() -> str | None:
-    """As whom the server runs, if not as this user: PostgreSQL refuses to run as root."""
-    return "postgres" if os.geteuid() == 0 else None
-
-
-def _initialize(programs: Path, folder: Path, user: str | None) -> None:
-    # Texts are ordered as in a language, not by their bytes, so that what relies on the latter fails here.
-    order = ["--encoding=UTF8", "--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en"]
-    command = [programs / "initdb", "--auth=trust", "--username=postgres", "--no-sync", *order, folder / "data"]
-    made = subprocess.run(command, user=user, group=user, cwd=folder, capture_output=True, text=True)
-    if made.returncode != 0:
-        raise RuntimeError(f"{MISSING}\n{made.stderr}")
-
-
-@contextmanager
-def _running(programs: Path, folder: Path, user: str | None) -> Iterator[str]:
-    """A server that is reached by a socket in its folder, and told to stop when this process dies, however it does."""
-    ids = [f"--reuid={user}", f"--regid={user}", "--init-groups"] if user else []
-    fast = ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off", "-c", "autovacuum=off"]
-    where = ["-D", folder / "data", "-k", folder, "-c", "listen_addresses=", "-c", "max_connections=200"]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            ["setpriv", "--pdeathsig=INT", *ids, programs / "postgres", *where, *fast],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder,
-        )  # fmt: skip
-    url = f"postgresql://postgres@/postgres?host={folder}"
-    try:
-        _wait_until_it_answers(process, url, folder / "log")
-        yield url
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=START_S)
-
-
-def _wait_until_it_answers(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline, pause = time.monotonic() + START_S, threading.Event()
-    while True:
-        try:
-            psycopg.connect(url).close()
-            return
-        except psycopg.OperationalError:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start: {log.read_text()}") from None
-        pause.wait(0.05)

@@ -11,7 +11,9 @@ from typing import Any
 from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 
-BUSY_S = 20
+# How long a writer waits for SQLite's lock: a driver whose heartbeat has to try again is not late by that yet.
+BUSY_S = 8
+CONNECT_S = 5  # to a server that does not even refuse
 
 
 def now() -> str:
@@ -20,15 +22,21 @@ def now() -> str:
 
 
 def connect(url: str) -> Engine:
-    """The engine of a database: `sqlite:///file`, or `postgresql://user@host/name`."""
+    """The engine of a database: `sqlite:///file`, or `postgresql://user@host/name`.
+
+    Its errors do not show the values of their statements, which are users' data.
+    """
     if url.startswith("postgresql://"):
         url = url.replace("postgresql://", "postgresql+psycopg://", 1)
     if not url.startswith("sqlite"):
         # What the queries are written for, whatever the server's own default is.
-        return create_engine(url, isolation_level="READ COMMITTED", pool_pre_ping=True, pool_size=10, max_overflow=20)
+        return create_engine(
+            url, hide_parameters=True, isolation_level="READ COMMITTED", pool_pre_ping=True, pool_size=10,
+            max_overflow=20, connect_args={"connect_timeout": CONNECT_S},
+        )  # fmt: skip
     # A transaction takes SQLite's one lock with its first write, and waits for it there: one that reads first and wants
     # the lock later would fail at once if another had written in between.
-    engine = create_engine(url, connect_args={"isolation_level": "IMMEDIATE"})
+    engine = create_engine(url, hide_parameters=True, connect_args={"isolation_level": "IMMEDIATE"})
     if database := make_url(url).database:
         Path(database).parent.mkdir(parents=True, exist_ok=True)
     event.listen(engine, "connect", _set_up_sqlite)
