@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from stack.api.wire import Wire, describe
 from stack.errors import BadInput
@@ -56,10 +58,14 @@ class LanguageModel(Wire):
 class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
-    `store` is a SQLite file or an SQLAlchemy address; `artifacts` a folder or an fsspec address (s3://bucket/prefix);
-    `data_roots` the folders, and the prefixes of object storage (s3://bucket/prefix, gs://bucket/prefix), whose files
-    may become data sets: they are read with the stack's own rights. Of the accepted jobs `max_running_jobs` run at
-    once, of each tenant's at most `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job
+    `store` is a SQLite file or an SQLAlchemy address, `artifacts` a folder or an fsspec address (s3://bucket/prefix).
+    Neither holds a secret, as a Config is handed on in the open, to jobs by way of Ray's records of them: PostgreSQL's
+    password is found by every process in PGPASSWORD, or in the file that PGPASSFILE names, set where each Ray node is
+    started.
+
+    `data_roots` are the folders, and the prefixes of object storage (s3://bucket/prefix, gs://bucket/prefix), whose
+    files may become data sets: they are read with the stack's own rights. Of the accepted jobs `max_running_jobs` run
+    at once, of each tenant's at most `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job
     whose attempt was lost for no fault of its own (with a worker, a node, or all of Ray) gets another one, up to
     `max_retries` times.
 
@@ -92,6 +98,24 @@ class Config(Wire):
             if ids.count(model_id) > 1:
                 raise ValueError(f"the model id {model_id!r} is used more than once")
         return models
+
+    @field_validator("store")
+    @classmethod
+    def _store_holds_no_password(cls, store: str) -> str:
+        if "://" not in store:
+            return store
+        try:
+            url = make_url(store)
+        except (ArgumentError, ValueError):  # whose words may hold what was given
+            raise ValueError(
+                "is no address of a database; allowed: a file, sqlite:///FILE, postgresql://USER@HOST/NAME"
+            ) from None
+        if url.password is not None or {"password", "sslpassword"} & set(url.query):
+            raise ValueError(
+                "holds a password; allowed: an address without one, and PostgreSQL's variables PGPASSWORD or "
+                "PGPASSFILE in the environment of each Ray node and of what is run by hand"
+            )
+        return store
 
     @field_validator("data_roots")
     @classmethod

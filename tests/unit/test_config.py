@@ -113,6 +113,29 @@ def test_addresses_stay_as_they_are(home: Path) -> None:
     assert (config.store_url, config.artifacts_url) == (addresses["store"], addresses["artifacts"])
 
 
+PASSWORDS = [
+    "postgresql://ann:hunter2@db/stack",
+    "postgresql+psycopg://ann:hunter2@db:5432/stack?sslmode=require",
+    "postgresql://ann@db/stack?password=hunter2",
+    "postgresql://ann@db/stack?sslkey=a.key&sslpassword=hunter2",
+]
+
+
+@pytest.mark.parametrize("store", PASSWORDS)
+def test_a_password_in_the_address_of_the_store_is_refused_and_not_repeated(store: str) -> None:
+    message = refusal({"models": [MODEL], "store": store})
+    for word in ("store", "PGPASSWORD", "PGPASSFILE"):
+        assert word in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize("store", ["postgresql://ann:hunter2@db:port/stack", "://ann:hunter2@db/stack"])
+def test_an_address_of_the_store_that_is_none_is_refused_and_not_repeated(store: str) -> None:
+    message = refusal({"models": [MODEL], "store": store})
+    assert "postgresql://USER@HOST/NAME" in message
+    assert "hunter2" not in message
+
+
 def test_a_config_survives_the_way_to_a_driver() -> None:
     config = Config.parse({"models": [MODEL | {"engine": {"enforce_eager": True}}]}, "test")
     assert Config.parse(json.loads(json.dumps(config.model_dump(mode="json"))), "test") == config
