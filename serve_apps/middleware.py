@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_apps.errors import error_response
 from stack import tracing
 from stack.context import LOCAL_USER, Principal
-from stack.errors import BadInput, StackError, TooLarge, Unauthorized, Unavailable
+from stack.errors import BadInput, Forbidden, StackError, TooLarge, Unauthorized, Unavailable
 from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
 
 logger = logging.getLogger("ray.serve")
@@ -102,8 +102,8 @@ def route_of(scope: Scope) -> str:
 class Authenticate:
     """Finds out in whose name a request is made, before anything of its body is read.
 
-    Where no key was ever made, everybody on this machine is the local user, whatever key they send, and nobody else is
-    answered. The paths in OPEN need no key.
+    Where no key was ever made, everybody on this machine is the local user, whatever key they send, but for the pages
+    of other sites in its browsers; and nobody else is answered. The paths in OPEN need no key.
     """
 
     OPEN = frozenset(("/health", "/docs", "/openapi.json"))
@@ -153,7 +153,21 @@ def _local_user(scope: Scope) -> Principal:
         raise Unauthorized(
             f"there are no API keys, so only requests to localhost or 127.0.0.1 are answered, not to {name[:80]!r}"
         )
+    _refuse_other_sites(scope, given)
     return LOCAL_USER
+
+
+def _refuse_other_sites(scope: Scope, host: str) -> None:
+    """Raises Forbidden for what a page of another site asks through a browser, which says so and sends no key."""
+    for name, value in scope["headers"]:
+        other = name == b"sec-fetch-site" and value == b"cross-site"
+        if name == b"origin":
+            other = value.decode("latin-1").partition("://")[2].lower() != host.lower()
+        if other:
+            raise Forbidden(
+                "there are no API keys, so pages of other sites and origins are not answered: make a key with "
+                f"`{HOW_TO_MAKE_ONE}`, and let the page send it"
+            )
 
 
 def _bearer(scope: Scope) -> str:

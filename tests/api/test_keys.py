@@ -79,6 +79,48 @@ def test_without_keys_it_does_not_answer_to_a_name_that_was_given_its_address(
     assert client.get("/v1/models", headers=bearer(key) | {"host": host}).status_code == 200
 
 
+OTHER_SITES = [
+    {"origin": "https://evil.example"},
+    {"origin": "https://evil.example", "sec-fetch-site": "cross-site"},
+    {"origin": "http://127.0.0.1:3000"},  # another program's page on this machine
+    {"origin": "http://127.0.0.1"},
+    {"origin": "http://127.0.0.1:8321.evil.example"},
+    {"origin": "null"},
+    {"origin": ""},
+    {"sec-fetch-site": "cross-site"},
+]
+
+
+@pytest.mark.parametrize("headers", OTHER_SITES, ids=repr)
+def test_without_keys_a_page_of_another_site_is_403(
+    client: TestClient, context: Context, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = {"file": ("train.jsonl", b"{}\n")}  # a form, which a browser sends to other sites without asking first
+    error = error_of(client.post("/datasets/upload", files=file, headers=headers), 403)
+    assert (error["code"], error["type"]) == ("forbidden", "permission_error")
+    assert "python -m stack keys create" in error["message"]
+    key = made(context)
+    later(monkeypatch)
+    assert client.post("/datasets/upload", files=file, headers=headers | bearer(key)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://127.0.0.1:8321", "sec-fetch-site": "same-origin"},
+        {"host": "localhost:8321", "origin": "http://LOCALHOST:8321"},
+        {"host": "localhost", "origin": "http://localhost"},
+        {"host": "[::1]:8321", "origin": "http://[::1]:8321"},
+        {"host": "localhost", "origin": "https://localhost"},  # behind a proxy that ends TLS
+        {"sec-fetch-site": "none"},  # typed into the browser
+    ],
+    ids=repr,
+)
+def test_without_keys_its_own_pages_are_answered(client: TestClient, headers: dict[str, str]) -> None:
+    file = {"file": ("train.jsonl", b"{}\n")}
+    assert client.post("/datasets/upload", files=file, headers=headers).status_code == 200
+
+
 # With keys
 
 
