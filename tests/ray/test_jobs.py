@@ -101,7 +101,7 @@ def test_jobs_are_accepted_while_others_run(stack: Stack, client: httpx.Client, 
     replies: list[int] = []
 
     def post(number: int) -> None:
-        request = samples.evaluation(data, job_uuid=f"evaluation-{number % 5}", checkpoint=MODEL)
+        request = samples.evaluation(data, job_uuid=f"at-once-{number % 5}", checkpoint=MODEL)
         with stack.client() as mine:
             replies.append(mine.post("/evaluate/question_answering/", json=request).status_code)
 
@@ -112,10 +112,10 @@ def test_jobs_are_accepted_while_others_run(stack: Stack, client: httpx.Client, 
         thread.join()
     assert replies == [200] * 10
     for number in range(5):
-        assert ended(client, "evaluate", f"evaluation-{number}")["status"] == "completed"
+        assert ended(client, "evaluate", f"at-once-{number}")["status"] == "completed"
     listed = client.get("/evaluate/jobs", params={"status": "completed", "limit": 1_000}).json()
-    mine = [job["job_uuid"] for job in listed if job["job_uuid"].startswith("evaluation-")]
-    assert sorted(mine) == sorted(f"evaluation-{number}" for number in range(5))
+    mine = [job["job_uuid"] for job in listed if job["job_uuid"].startswith("at-once-")]
+    assert sorted(mine) == sorted(f"at-once-{number}" for number in range(5))
 
 
 def test_the_files_of_a_job_are_found_with_sizes_and_hashes(client: httpx.Client, data: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import yaml
 from llama_stack import LlamaStack
 
 from scripts import prompt_injection
-from tests.running_stack import MODEL, Stack, ended
+from tests.running_stack import MODEL, Stack, ended, wait_for, write_config
 
 LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": False}
 
@@ -190,31 +190,54 @@ def test_unknown_layers_fail_the_job_with_the_models_own(client: httpx.Client, s
 
 
 @pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KB: less than any adapter."""
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 MB."""
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
-    mount = tmp_path / "full"
+    mount = tmp_path / "small"
     mount.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mount)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(mount)], check=True)
     yield mount
     subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
-def test_a_full_disk_fails_the_job_and_leaves_no_half_written_adapter(
-    stack: Stack, client: httpx.Client, small: Path, full_disk: Path, tmp_path: Path
-) -> None:
-    document = yaml.safe_load((Path(__file__).parents[2] / "serve_apps" / "local.yaml").read_text())
-    document["applications"][0]["args"]["artifacts"] = str(full_disk)
-    config, request = tmp_path / "stack.yaml", tmp_path / "request.yaml"
-    config.write_text(yaml.safe_dump(document))
-    request.write_text(yaml.safe_dump(fine_tuning("tune-full-disk", dataset(small))))
+def fill(disk: Path) -> None:
+    with (disk / "filler").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        while True:
+            file.write(bytes(2**20))
+
+
+def submit_on(stack: Stack, disk: Path, request: dict[str, Any], *options: str) -> subprocess.CompletedProcess[str]:
+    """Submits a training by hand whose artifacts would lie on a disk."""
+    config, body = disk.parent / "stack.yaml", disk.parent / "request.yaml"
+    write_config(config, artifacts=str(disk))
+    body.write_text(yaml.safe_dump(request))
     environment = json.dumps({"env_vars": {"STACK_CONFIG": str(config)}})
-    command = ["ray", "job", "submit", "--runtime-env-json", environment, "--", "python", "-m"]
-    done = stack.run(*command, "jobs.supervised_fine_tune", "--config", str(request))
+    command = ["ray", "job", "submit", *options, "--runtime-env-json", environment, "--", "python", "-m"]
+    return stack.run(*command, "jobs.supervised_fine_tune", "--config", str(body))
+
+
+def test_a_job_that_cannot_fit_on_the_disk_is_refused(
+    stack: Stack, client: httpx.Client, small: Path, small_disk: Path
+) -> None:
+    fill(small_disk)
+    done = submit_on(stack, small_disk, fine_tuning("tune-no-room", dataset(small)))
     assert done.returncode != 0
-    status = ended(client, "post_training", "tune-full-disk")
-    assert status["status"] == "failed"
-    assert "the disk is full" in status["error"]
-    assert [path for path in full_disk.rglob("*") if path.is_file()] == []
+    assert "are needed" in done.stdout + done.stderr
+    assert client.get("/post_training/job/status", params={"job_uuid": "tune-no-room"}).status_code == 404
+
+
+def test_a_disk_that_fills_up_fails_the_job_and_leaves_no_half_written_adapter(
+    stack: Stack, client: httpx.Client, small: Path, small_disk: Path
+) -> None:
+    training = {"n_epochs": 4, "n_iters": 0, "batch_size": 8, "shuffle": True}
+    request = fine_tuning("tune-full-disk", dataset(small), training_config=training)
+    assert submit_on(stack, small_disk, request, "--no-wait").returncode == 0
+    status = {"job_uuid": "tune-full-disk"}
+    wait_for(lambda: client.get("/post_training/job/status", params=status).json().get("progress"), 120)
+    fill(small_disk)
+    ended_status = ended(client, "post_training", "tune-full-disk")
+    assert ended_status["status"] == "failed"
+    assert "the disk is full" in ended_status["error"]
+    assert [path.name for path in small_disk.rglob("*") if path.is_file()] == ["filler"]
     assert f"{MODEL}:tune-full-disk" not in client.get("/v1/models").text
