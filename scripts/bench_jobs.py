@@ -18,18 +18,18 @@ import sys
 import tempfile
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+from ray.job_submission import JobDetails, JobStatus, JobType
 from sqlalchemy import event, func, insert, select, text
 
 from jobs.reporter import Metrics
 from scripts.figures import Figure, figure, write_json, write_table
-from serve_apps.job_supervisor import choose, is_due, why_never
+from serve_apps.attempts import Attempts
 from stack import keys
 from stack.config import Config
 from stack.context import SCOPES, Context
@@ -89,6 +89,7 @@ class Bench:
     def __init__(self, config: Config, store: Store, home: Path) -> None:
         self._config = config
         self._store = store
+        self._attempts = Attempts(config, store, EndlessJobs, lambda: [{"CPU": 2.0, "GPU": 0.0}])
         self._home = home
         self._random = random.Random(1)  # the same at every run
         self._data = home / "data" / "questions.jsonl"
@@ -101,13 +102,15 @@ class Bench:
     def supervisor(self) -> list[Figure]:
         """What its look at the store costs, once a second, with more and more jobs that have ended."""
         fill(self._store, 0, WAITING, self._request)
+        self._attempts.reconcile()  # starts as many as may run
+        assert len(self._store.jobs.under_way()) == self._config.max_running_jobs
         figures: list[Figure] = []
         least: list[float] = []
         finished = 0
         for level in LEVELS:
             fill(self._store, level - finished, 0, self._request)
             finished = level
-            times = timed(self._look, PASSES)
+            times = timed(self._attempts.reconcile, PASSES)
             least.append(min(times))
             figures.append(figure(f"supervisor's look, {level:,} finished, {WAITING:,} waiting", "ms", times))
         # By the quickest of each, in which nothing else on the machine has a part.
@@ -115,16 +118,6 @@ class Bench:
         if self._store.engine.dialect.name == "sqlite":
             figures.append(Figure("tables that it goes through whole", "", len(self._scans()), most=0))
         return figures
-
-    def _look(self) -> None:
-        """What serve_apps.job_supervisor asks the store for, and chooses by, in each of its passes."""
-        running = Counter(job.tenant for job, _ in self._store.jobs.under_way())
-        waiting = self._store.jobs.waiting()
-        nodes = [{"CPU": 2.0, "GPU": 0.0}]
-        possible = [job for job in waiting if why_never(job.bundles, nodes) is None and is_due(job)]
-        chosen = list(choose(possible, running, 2, 2))
-        assert len(waiting) >= WAITING
-        assert len(chosen) == 2
 
     def _scans(self) -> list[str]:
         """The tables that the queries of a look go through from end to end, by SQLite's own plans."""
@@ -135,7 +128,7 @@ class Bench:
                 asked.append((statement, parameters))
 
         event.listen(self._store.engine, "before_cursor_execute", note)
-        self._look()
+        self._attempts.reconcile()
         event.remove(self._store.engine, "before_cursor_execute", note)
         plans = []
         with self._store.engine.connect() as connection:
@@ -229,6 +222,25 @@ class Bench:
             rate = connection.execute(query).scalar_one() / written_s * 60
         name = f"training, slower by writing {rate:,.0f} points a minute"
         return [Figure(name, "%", statistics.median(slower), max(slower), SLOWER)]
+
+
+class EndlessJobs:
+    """A client of Ray's jobs, which all run, and take no time to ask for."""
+
+    def get_version(self) -> str:
+        return ""
+
+    def list_jobs(self) -> list[JobDetails]:
+        return []
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        return JobDetails(type=JobType.SUBMISSION, submission_id=job_id, entrypoint="", status=JobStatus.RUNNING)
+
+    def stop_job(self, job_id: str) -> bool:
+        raise AssertionError(f"nothing is to be stopped: {job_id}")
+
+    def submit_job(self, *, submission_id: str, **_: Any) -> str:
+        return submission_id
 
 
 def tenant_names() -> list[str]:

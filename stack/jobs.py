@@ -11,6 +11,8 @@ the driver writes down how far it is and how it ended. What a job prints is the 
 """
 
 import asyncio
+import datetime as dt
+import shutil
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from stack.config import home
 from stack.context import DEFAULT_TENANT, Context
 from stack.errors import BadInput, Conflict, NotFound, TooManyRequests
 from stack.store import Job
-from stack.store.jobs import Entry, NewJob
+from stack.store.jobs import UNFINISHED, Entry, NewJob
 from stack.store.telemetry import Log
 
 SUPERVISED_FINE_TUNE = "supervised_fine_tune"
@@ -31,6 +33,9 @@ GENERATE = "generate_synthetic_data"
 BATCH_INFERENCE = "batch_inference"
 # What runs a job of each kind: the module of its driver.
 DRIVERS = {SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune", EVALUATE: "jobs.evaluate"}
+# The folders of the artifacts that jobs make: those of fine-tuning, and those of evaluations.
+ADAPTERS, RESULTS = "adapters", "evaluations"
+SWEEP_AFTER = dt.timedelta(days=1)
 FOLLOW_S = 0.5
 PAGE = 1_000
 
@@ -48,8 +53,10 @@ def submit(
 
     `uuid` is the client's idempotency key: the same request again is the same job. `bundles` are the resources that
     must be free for it, node by node. Raises Conflict for another request with the same uuid, and TooManyRequests
-    when too many of the tenant's jobs wait already.
+    when too many of the tenant's jobs wait already. BadInput for a kind that nothing runs.
     """
+    if kind not in DRIVERS:
+        raise BadInput(f"there are no jobs of the kind {kind!r}; allowed: {', '.join(DRIVERS)}")
     priority = request.get("priority", 0)
     new = NewJob(context.tenant, uuid, kind, request, kind, priority, bundles, tracing.traceparent())
     job, _ = context.store.jobs.add(new, context.config.max_waiting_jobs_per_tenant, submission_id)
@@ -83,29 +90,38 @@ def cancel(context: Context, uuid: str, kinds: Sequence[str]) -> Job:
     """Asks that a job be cancelled: its work is stopped within seconds. One that has ended stays as it is."""
     get(context, uuid, kinds)
     context.store.jobs.cancel(context.tenant, uuid)
-    return get(context, uuid, kinds)
+    job = get(context, uuid, kinds)
+    if job.status == JobStatus.cancelled:  # between two attempts, say: nobody else removes what the last has left
+        shutil.rmtree(work_folder(job.tenant, job.uuid), ignore_errors=True)
+    return job
 
 
 def logs(context: Context, uuid: str, kinds: Sequence[str], after: int = 0, limit: int = PAGE) -> list[JobLog]:
     """The lines that a job has written so far, behind the one numbered `after`."""
-    job = get(context, uuid, kinds)
-    return [_line(log) for log in context.store.telemetry.logs_after(job.tenant, job.run_id, after, limit)]
+    return _lines(context, get(context, uuid, kinds), after, limit)
 
 
 async def follow(context: Context, uuid: str, kinds: Sequence[str], after: int = 0) -> AsyncGenerator[JobLog]:
     """The lines that a job has written and writes, until it has ended."""
+    job = await asyncio.to_thread(get, context, uuid, kinds)
     while True:
-        # The state first: what is written before the job ends is read after that look.
-        job = await asyncio.to_thread(get, context, uuid, kinds)
-        lines = await asyncio.to_thread(logs, context, uuid, kinds, after)
+        has_ended, lines = await asyncio.to_thread(_look, context, job, after)
         for line in lines:
             yield line
             after = line.number
         if len(lines) == PAGE:
             continue
-        if job.completed_at is not None:
+        if has_ended:
             return
         await asyncio.sleep(FOLLOW_S)
+
+
+def sweep(context: Context) -> list[str]:
+    """Removes what jobs have left that ended without a result: folders of work, and artifacts that have no row.
+
+    For the administrator: it sees all tenants' jobs. What was written within SWEEP_AFTER stays. Returns the names.
+    """
+    return [*_sweep_work(context), *_sweep_artifacts(context)]
 
 
 def entry(job: Entry) -> dict[str, Any]:
@@ -157,6 +173,47 @@ def artifact_name(tenant: str, folder: str, uuid: str) -> str:
 def work_folder(tenant: str, uuid: str) -> Path:
     """Where a job keeps what a next attempt goes on from, until it ends."""
     return home() / "work" / tenant / uuid
+
+
+def _sweep_work(context: Context) -> list[str]:
+    removed = []
+    for tenant in _names(home() / "work"):
+        uuids = _names(home() / "work" / tenant)
+        for uuid, status in context.store.jobs.statuses(tenant, uuids).items():
+            if status not in UNFINISHED:
+                shutil.rmtree(work_folder(tenant, uuid), ignore_errors=True)
+                removed.append(f"work/{tenant}/{uuid}")
+    return removed
+
+
+def _sweep_artifacts(context: Context) -> list[str]:
+    files, known = context.artifacts, context.store.artifacts.known_paths()
+    removed = []
+    for tenant in [DEFAULT_TENANT, *(name.rsplit("/", 1)[-1] for name in files.names("tenants"))]:
+        for folder in (ADAPTERS, RESULTS):
+            names = files.names(artifact_name(tenant, folder, "").rstrip("/"))
+            uuids = {name: name.rsplit("/", 1)[-1] for name in names if name not in known}
+            statuses = context.store.jobs.statuses(tenant, list(uuids.values()))
+            # What a completed job has made stays, whatever has become of its row.
+            ended = (
+                name for name, uuid in uuids.items() if statuses.get(uuid) in (JobStatus.failed, JobStatus.cancelled)
+            )
+            removed += [name for name in ended if files.remove_if_older(name, SWEEP_AFTER)]
+    return removed
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _look(context: Context, job: Job, after: int) -> tuple[bool, list[JobLog]]:
+    # The state first: what is written before the job ends is read after that look.
+    has_ended = context.store.jobs.has_ended(job.id)
+    return has_ended, _lines(context, job, after, PAGE)
+
+
+def _lines(context: Context, job: Job, after: int, limit: int) -> list[JobLog]:
+    return [_line(log) for log in context.store.telemetry.logs_after(job.tenant, job.run_id, after, limit)]
 
 
 def _line(log: Log) -> JobLog:

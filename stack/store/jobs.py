@@ -3,8 +3,9 @@
 Each step of the state machine is one transaction that has taken the job first, so that the steps of a job follow one
 another and each sees what the one before has left: see `_taken`.
 
-An attempt that is not open any more (its `ended_at` is set) can write nothing: a driver that was given up for dead and
-lives on, on a node that was cut off, say, finds that out with its next heartbeat.
+An attempt that is not open any more (its `ended_at` is set) can change nothing of its job: a driver that was given up
+for dead and lives on, on a node that was cut off, say, finds that out with its next heartbeat. Until then it may add
+metrics and log lines to the job's run, which only tell what happened.
 """
 
 import uuid as uuids
@@ -25,6 +26,8 @@ from stack.store.schema import adapters, artifacts, attempts, experiments, jobs,
 UNFINISHED = (JobStatus.scheduled, JobStatus.running)
 # How many characters are kept of why a job or an attempt ended.
 MAX_REASON = 10_000
+# How `waiting_for` begins of a job whose last attempt was lost.
+AFTER_LOSS = "another attempt, as the last one was lost: "
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,17 @@ class Jobs:
             found = connection.execute(query).mappings().first()
         return Job(**found) if found else None
 
+    def has_ended(self, job_id: int) -> bool:
+        query = select(jobs.c.status).where(jobs.c.id == job_id)
+        with self._engine.connect() as connection:
+            return connection.execute(query).scalar_one() not in UNFINISHED
+
+    def statuses(self, tenant: str, uuids: Sequence[str]) -> dict[str, str]:
+        """How those of these jobs stand that there are."""
+        query = select(jobs.c.uuid, jobs.c.status).where(jobs.c.tenant == tenant, jobs.c.uuid.in_(uuids))
+        with self._engine.connect() as connection:
+            return {row.uuid: row.status for row in connection.execute(query)}
+
     def page(
         self, tenant: str, kinds: Sequence[str], status: str | None = None, after: int | None = None, limit: int = 100
     ) -> list[Entry]:
@@ -255,7 +269,7 @@ class Jobs:
             if _is_to_be_cancelled(connection, job_id):
                 _end(connection, job_id, JobStatus.cancelled)
                 return True
-            waiting_for = _written(f"another attempt, as the last one was lost: {reason}")
+            waiting_for = _written(f"{AFTER_LOSS}{reason}")
             query = update(jobs).where(jobs.c.id == job_id, jobs.c.status.in_(UNFINISHED))
             connection.execute(query.values(status=JobStatus.scheduled, waiting_for=waiting_for))
             _follow(connection, job_id, status=JobStatus.scheduled)

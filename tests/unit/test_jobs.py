@@ -1,7 +1,9 @@
 """Jobs: one uuid is one job, and what a job's state says."""
 
 import asyncio
+import datetime as dt
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from stack import jobs
 from stack.api.jobs import JobProgress, JobState
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, TooManyRequests
-from stack.store import now
+from stack.store import Artifact, Job, now
 from tests import samples
 
 REQUEST = {"lr": 0.001, "columns": {"a": "text", "b": "json"}, "names": ["x", None]}
@@ -139,6 +141,92 @@ def test_cancelling_is_idempotent_and_bound_to_the_tenant(context: Context) -> N
         jobs.cancel(context.of_tenant("acme"), "job-1", [jobs.EVALUATE])
     for _ in range(2):
         assert jobs.cancel(context, "job-1", [jobs.EVALUATE]).status == "cancelled"
+
+
+@pytest.mark.parametrize("kind", ["bake", "", jobs.BATCH_INFERENCE])
+def test_a_job_that_nothing_would_run_is_not_accepted(context: Context, kind: str) -> None:
+    with pytest.raises(BadInput, match=f"there are no jobs of the kind '{kind}'; allowed: supervised_fine_tune"):
+        submit(context, kind)
+    assert context.store.jobs.get("default", "job-1") is None
+
+
+def work_folder(tenant: str, uuid: str) -> Path:
+    """The folder of a job, with something in it."""
+    folder = jobs.work_folder(tenant, uuid)
+    folder.mkdir(parents=True)
+    (folder / "checkpoint").write_text("x")
+    return folder
+
+
+def lose(context: Context, uuid: str, tenant: str = "default") -> Job:
+    """Lets the first attempt of an accepted job begin and be lost."""
+    job = samples.start(context.store, uuid, tenant)
+    assert context.store.jobs.lose_attempt(job.id, 1, "the node died")
+    return job
+
+
+def test_cancelling_between_two_attempts_removes_what_the_next_would_have_gone_on_from(context: Context) -> None:
+    submit(context)
+    samples.start(context.store, "job-1")
+    folder = work_folder("default", "job-1")
+    assert jobs.cancel(context, "job-1", [jobs.EVALUATE]).status == "running"
+    assert folder.is_dir(), "its driver is at work there"
+    submit(context, uuid="job-2")
+    lose(context, "job-2")
+    other = work_folder("default", "job-2")
+    assert jobs.cancel(context, "job-2", [jobs.EVALUATE]).status == "cancelled"
+    assert not other.exists()
+
+
+def test_the_work_of_jobs_that_have_ended_is_swept(context: Context) -> None:
+    """A driver ends a job that is to be cancelled when it loses its attempt, say."""
+    acme = context.of_tenant("acme")
+    for one in (context, acme):
+        for uuid in ("waits", "runs", "ended"):
+            submit(one, uuid=uuid)
+            work_folder(one.tenant, uuid)
+        samples.start(context.store, "runs", one.tenant)
+        job = samples.start(context.store, "ended", one.tenant)
+        context.store.jobs.cancel(one.tenant, "ended")
+        assert context.store.jobs.lose_attempt(job.id, 1, "the node died")
+    strange = work_folder("default", "of-no-job")
+    assert jobs.sweep(context) == ["work/acme/ended", "work/default/ended"]
+    assert jobs.sweep(context) == []
+    assert strange.is_dir()
+    assert jobs.work_folder("acme", "waits").is_dir()
+    assert jobs.work_folder("acme", "runs").is_dir()
+
+
+@pytest.mark.parametrize("tenant", ["default", "acme"])
+def test_what_was_published_for_a_job_that_came_to_nothing_is_swept(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tenant: str
+) -> None:
+    """Its driver was killed in between, and the job given up or cancelled."""
+    mine = context.of_tenant(tenant)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "content").write_text("x")
+    names = {}
+    for number, uuid in enumerate(["waits", "runs", "failed", "cancelled", "completed", "kept"]):
+        submit(mine, uuid=uuid)
+        names[uuid] = jobs.artifact_name(tenant, (jobs.ADAPTERS, jobs.RESULTS)[number % 2], uuid)
+        context.artifacts.publish(names[uuid], tmp_path / "files")
+    for uuid in ("runs", "completed"):
+        samples.start(context.store, uuid, tenant)
+    for uuid in ("failed", "kept"):
+        context.store.jobs.give_up(lose(context, uuid, tenant).id, "too often")
+    context.store.jobs.cancel(tenant, "cancelled")
+    job = context.store.jobs.get(tenant, "completed")
+    assert job is not None
+    assert context.store.jobs.complete(job.id, 1, {})
+    experiment = context.store.telemetry.run_experiment(tenant, job.run_id)
+    row = Artifact("id", tenant, experiment, job.run_id, "kept", "checkpoint", names["kept"], 1, {}, now())
+    context.store.artifacts.add(row)
+    assert jobs.sweep(context) == [], "a driver may be about to write its row"
+    monkeypatch.setattr(jobs, "SWEEP_AFTER", dt.timedelta(0))
+    assert sorted(jobs.sweep(context)) == sorted([names["cancelled"], names["failed"]])
+    assert jobs.sweep(context) == []
+    for uuid in ("waits", "runs", "completed", "kept"):
+        assert context.artifacts.exists(names[uuid])
 
 
 async def test_a_log_is_followed_to_the_end_of_its_job(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:

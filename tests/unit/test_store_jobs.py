@@ -305,6 +305,18 @@ def test_whatever_an_error_says_is_kept(store: Store) -> None:
     assert len(error) < MAX_REASON + 10
 
 
+def test_how_jobs_stand_is_told_of_a_tenants_own(store: Store) -> None:
+    job = running(store)
+    add(store, "job-2")
+    add(store, "job-3", tenant="acme")
+    asked = ["job-1", "job-2", "job-3", "job-4"]
+    assert store.jobs.statuses("default", asked) == {"job-1": "running", "job-2": "scheduled"}
+    assert store.jobs.statuses("default", []) == {}
+    assert not store.jobs.has_ended(job.id)
+    assert store.jobs.fail(job.id, 1, "why")
+    assert store.jobs.has_ended(job.id)
+
+
 # What several processes do at the same moment
 
 
