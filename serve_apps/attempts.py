@@ -210,10 +210,12 @@ class Attempts:
                     metadata={MARK: job.uuid},
                 )
         except (OSError, RuntimeError) as error:
+            away = isinstance(error, OSError)
+            reason = "Ray does not answer" if away else _last_line(str(error))
             # Should the Ray job exist all the same, its driver finds the attempt closed.
-            self._store.jobs.lose_attempt(job.id, number, f"it could not be handed to Ray ({_last_line(error)})")
+            self._store.jobs.lose_attempt(job.id, number, f"it could not be handed to Ray ({reason})")
             logger.warning("attempt %s at job %s could not be handed to Ray: %s", number, job.uuid, error)
-            if isinstance(error, OSError):
+            if away:
                 raise
             return  # it may be about this job alone
         logger.info("attempt %s at job %s of %s is submitted", number, job.uuid, job.tenant)
@@ -233,6 +235,6 @@ def _clean(job: Job | Waiting, how: str) -> None:
     logger.info("job %s of %s %s", job.uuid, job.tenant, how)
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(answer: str) -> str:
     """The error that ends the traceback which Ray answers with."""
-    return str(error).strip(". \n").splitlines()[-1].strip() if str(error).strip(". \n") else type(error).__name__
+    return answer.rstrip(". \n").rpartition("\n")[2].strip()

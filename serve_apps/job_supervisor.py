@@ -11,13 +11,14 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.attempts import Attempts
 from stack import experiments, jobs, tracing, uploads
 from stack.config import Config
 from stack.context import Context
 from stack.errors import StackError
+from stack.store import faults
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,7 +53,7 @@ class JobSupervisor:
             except (OSError, RuntimeError, RayError, SQLAlchemyError) as error:
                 # Ray or the database is away: jobs wait until both are back.
                 self._problem = problem_of(error)
-                logger.warning("%s: %s", self._problem, error.orig if isinstance(error, DBAPIError) else error)
+                logger.warning("%s: %s", self._problem, _words_of(error))
             await asyncio.sleep(INTERVAL_S)
 
     async def _sweep_daily(self) -> None:
@@ -66,13 +67,17 @@ class JobSupervisor:
                 for name in sweep(self._context):
                     logger.info("%s, which an interrupted upload or job has left, is removed", name)
         except (OSError, StackError, SQLAlchemyError) as error:  # tomorrow again
-            logger.warning("the artifacts cannot be swept: %s", error.orig if isinstance(error, DBAPIError) else error)
+            logger.warning("the artifacts cannot be swept: %s", _words_of(error))
 
 
 def problem_of(error: Exception) -> str:
     """What everybody may read of an error, whose own words may hold queries, what is in them, and addresses."""
     who = "the database" if isinstance(error, SQLAlchemyError) else "Ray"
     return f"jobs cannot be handed to Ray: {who} does not answer as it should ({type(error).__name__})"
+
+
+def _words_of(error: Exception) -> str:
+    return faults.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
 
 
 def _connect() -> JobSubmissionClient:

@@ -269,9 +269,11 @@ def test_ray_going_away_at_a_submission_is_told_and_the_job_tried_again(cluster:
     cluster.ray.errors["default.job.1"] = ConnectionError("reset by peer")
     with pytest.raises(ConnectionError):
         cluster.look()
+    assert cluster.reasons() == ["it could not be handed to Ray (Ray does not answer)"]
     cluster.wait()
     cluster.look()
     assert cluster.open() == ["default.job.2"]
+    assert cluster.ray.connections == 2
 
 
 def test_a_job_that_nothing_runs_fails_with_the_reason_and_others_go_on(cluster: Cluster) -> None:
