@@ -29,11 +29,12 @@ import fsspec
 from botocore.exceptions import BotoCoreError
 from fsspec.implementations.local import LocalFileSystem
 
-from stack import disk
+from stack import copies, disk
 from stack.errors import BadInput, NotFound, Unavailable
 
 MANIFEST = "manifest.json"
 BLOCK = 2**20
+CACHE_BYTES = 20 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _PART = ".part-"
 # What the clients of object storage raise, beside OSError, when it does not answer.
@@ -61,10 +62,12 @@ def _reaching() -> Iterator[None]:
 class Artifacts:
     """The artifacts under an fsspec address; `cache` is where remote ones are copied for those who need local files.
 
+    Of the copies, `cache_bytes` are kept, and those that were asked for lately.
+
     Every method that reaches for the storage raises Unavailable when it does not answer.
     """
 
-    def __init__(self, url: str, cache: Path) -> None:
+    def __init__(self, url: str, cache: Path, cache_bytes: int = CACHE_BYTES) -> None:
         try:
             # Without its cache of listings: other processes write too, and what they have written must be seen.
             self._files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -72,6 +75,7 @@ class Artifacts:
             raise BadInput(f"artifacts cannot be kept at {url!r}: {error}", param="artifacts") from error
         self._root = root.rstrip("/")
         self._cache = cache
+        self._cache_bytes = cache_bytes
         self._is_local = isinstance(self._files, LocalFileSystem)
 
     @_reaching()
@@ -104,13 +108,13 @@ class Artifacts:
 
     @_reaching()
     def local(self, name: str) -> Path:
-        """A local folder with the artifact's files, for reading. Raises NotFound."""
+        """A local folder with the artifact's files, for reading within the hour. Raises NotFound."""
         manifest = self._manifest(name)
         files = _files_of(manifest)
         if self._is_local:
             return Path(self._path(name))
         # By what is in it, so that another artifact of the same name, after a removal, is not taken for this one.
-        folder = self._cache / f"{name}@{hashlib.sha256(manifest).hexdigest()[:16]}"
+        folder = copies.place(self._cache, name, hashlib.sha256(manifest).hexdigest()[:16])
         missing = [file for file in files if not (folder / file.name).exists()]
         parts = [folder / f"{file.name}{_PART}{uuid.uuid4().hex}" for file in missing]
         try:
@@ -122,7 +126,8 @@ class Artifacts:
         finally:
             for part in parts:
                 part.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)  # of an artifact without files
+        if missing:
+            copies.evict(self._cache, self._cache_bytes)
         return folder
 
     def blocks(self, name: str, file: File, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
@@ -165,6 +170,7 @@ class Artifacts:
         if self.exists(name):
             self._files.rm_file(f"{target}/{MANIFEST}")
         self._clear(target)
+        copies.remove(self._cache, name)
 
     @_reaching()
     def names(self, folder: str) -> list[str]:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import s3fs
 
 from stack.artifacts import BLOCK, MANIFEST, Artifacts, File
+from stack.copies import LATELY_S
 from stack.errors import BadInput, NotFound, StorageFull, Unavailable
 from tests.s3 import S3
 
@@ -156,6 +158,26 @@ def test_a_copy_that_broke_off_is_made_whole(
     assert not list((tmp_path / "cache").rglob("*.part-*"))
     local = remote.local("a")
     assert {name: (local / name).read_bytes() for name in CONTENT} == CONTENT
+
+
+def test_copies_are_bounded_and_made_again(s3: S3, folder: Path, tmp_path: Path) -> None:
+    remote = Artifacts(s3.bucket(), cache=tmp_path / "cache", cache_bytes=1)
+    for name in ("a", "b"):
+        remote.publish(name, folder)
+    first = remote.local("a")
+    long_ago = time.time() - 2 * LATELY_S
+    os.utime(first, (long_ago, long_ago))
+    second = remote.local("b")
+    assert second.exists(), "it was just asked for"
+    assert not first.exists()
+    assert (remote.local("a") / "a.txt").read_bytes() == b"one"
+
+
+def test_a_copy_goes_with_its_artifact(remote: Artifacts, folder: Path) -> None:
+    remote.publish("a", folder)
+    local = remote.local("a")
+    remote.remove("a")
+    assert not local.exists()
 
 
 def test_an_empty_folder_is_an_artifact_too(artifacts: Artifacts, tmp_path: Path) -> None:
