@@ -110,12 +110,13 @@ def test_a_missing_config_is_told(
 
 @pytest.mark.parametrize(
     "store",
-    ["/proc/none/stack.db", "postgresql://nobody:hush@127.0.0.1:1/none", "nonsense://x", "sqlite:////dev/null/a.db"],
+    ["/proc/none/stack.db", "postgresql://nobody@127.0.0.1:1/none", "nonsense://x", "sqlite:////dev/null/a.db"],
 )
 def test_a_database_that_cannot_be_used_is_told(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], store: str
 ) -> None:
     monkeypatch.setenv("STACK_CONFIG", json.dumps(CONFIG | {"store": store}))
+    monkeypatch.setenv("PGPASSWORD", "hush")
     line = refused(capsys, "keys", "list")
     assert "the database cannot be" in line
     assert "hush" not in line
