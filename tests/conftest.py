@@ -22,6 +22,10 @@ CONFIG: dict[str, Any] = {
     "max_dataset_bytes": 64 * 1024,
     "models": [{"id": "small", "path": "models/small", "context": 256, "adapter_rank": 16}],
 }
+WITH_BOTH_DATABASES = {
+    f"tests.api.test_{name}"
+    for name in ("datasets", "experiments", "keys", "life_cycle", "metrics", "telemetry", "tenants")
+}
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def new_sqlite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """The address of a store without rows. Tests in tests/unit run once with each database: see below."""
+    """The address of a store without rows. Where the database matters, tests run once with each: see below."""
     if getattr(request, "param", "sqlite") == "postgresql":
         with request.getfixturevalue("postgres_server").database() as url:
             yield url
@@ -82,8 +86,9 @@ def context(home: Path, store_url: str, engine: ScriptedEngine) -> Iterator[Cont
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The tests without HTTP run with both databases, each for all tests that use a store."""
-    if "store_url" in metafunc.fixturenames and metafunc.module.__name__.startswith("tests.unit."):
+    """The tests without HTTP run with both databases, and of the others those whose routes do more than read a row."""
+    module = metafunc.module.__name__
+    if "store_url" in metafunc.fixturenames and (module.startswith("tests.unit.") or module in WITH_BOTH_DATABASES):
         metafunc.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
 
 

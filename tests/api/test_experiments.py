@@ -319,9 +319,7 @@ def test_the_name_of_a_download_is_no_more_than_a_name(client: TestClient, name:
     assert not set(quoted) & set('";, <>')
 
 
-@pytest.mark.parametrize(
-    "file", ["other", "", "../content", "/etc/passwd", "content/../content", "manifest.json", "\0"]
-)
+@pytest.mark.parametrize("file", ["other", "", "../content", "/etc/passwd", "content/../content", "manifest.json"])
 def test_a_file_that_the_artifact_does_not_have_is_404(client: TestClient, file: str) -> None:
     params = {"artifact_id": upload(client, b"1"), "file": file}
     assert error_of(client.get("/artifacts/content", params=params), 404)["param"] == "file"

@@ -76,10 +76,18 @@ def test_a_wrong_data_set_is_400(
     error_of(client.get("/datasets/get", params={"dataset_uuid": "train"}), 404)
 
 
-@pytest.mark.parametrize("url", ["file://[/a.jsonl", "file:///a%00.jsonl", "file:///a\0.jsonl", "file://x/a.jsonl"])
-def test_an_address_that_no_file_has_is_400(client: TestClient, url: str) -> None:
+@pytest.mark.parametrize(
+    ("url", "word"),
+    [
+        ("file://[/a.jsonl", "file:"),
+        ("file:///a%00.jsonl", "file:"),
+        ("file:///a\0.jsonl", "NUL"),
+        ("file://x/a.jsonl", "file:"),
+    ],
+)
+def test_an_address_that_no_file_has_is_400(client: TestClient, url: str, word: str) -> None:
     body = {"uuid": "train", "dataset": {"columns": {"x": "text"}, "content_url": url}}
-    assert "file:" in error_of(post(client, "/datasets/create", body), 400)["message"]
+    assert word in error_of(post(client, "/datasets/create", body), 400)["message"]
 
 
 def test_a_data_set_over_its_bound_is_413(client: TestClient, context: Context, home: Path) -> None:

@@ -162,8 +162,14 @@ def test_jobs_are_counted_without_a_look_at_their_rows(context: Context) -> None
     event.listen(context.store.engine, "before_cursor_execute", lambda *arguments: statements.append(arguments[2]))
     context.store.jobs.counts()
     with context.store.engine.connect() as connection:
-        plan = connection.execute(text(f"EXPLAIN QUERY PLAN {statements[0]}")).all()
-    assert "COVERING INDEX" in plan[0][-1], plan
+        if connection.dialect.name == "postgresql":
+            # As if the table were large.
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
+            words, command = "Index Only Scan", "EXPLAIN"
+        else:
+            words, command = "COVERING INDEX", "EXPLAIN QUERY PLAN"
+        plan = connection.execute(text(f"{command} {statements[0]}")).all()
+    assert words in str(plan), plan
 
 
 def test_applications_count_for_themselves(client: TestClient, context: Context) -> None:
@@ -179,6 +185,6 @@ async def nothing() -> dict[str, str]:
 def test_a_database_that_does_not_answer_is_an_error(client: TestClient, context: Context) -> None:
     client.get("/v1/models")
     with context.store.engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE jobs")
+        connection.exec_driver_sql("ALTER TABLE jobs RENAME TO gone")
     error_of(client.get("/metrics"), 500)
     error_of(client.get("/metrics"), 500)
