@@ -39,6 +39,11 @@ class Content:
     def bytes(self) -> int:
         return os.fstat(self.file.fileno()).st_size
 
+    @property
+    def touched_at(self) -> float:
+        """When the system has last seen a change of the file, of its name, or of what it says of itself."""
+        return os.fstat(self.file.fileno()).st_ctime
+
 
 @contextmanager
 def opened(context: Context, url: str) -> Iterator[Content]:

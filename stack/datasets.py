@@ -1,13 +1,16 @@
 """Data sets: what is checked when they are registered, and how their rows and examples are read.
 
-A data set is immutable: its rows are checked once, and the hash of its content is kept. Whoever reads it later finds
-the same content, or Conflict with both hashes.
+A data set is immutable: its rows are checked once, and the hash of its content is kept: with the data set where it is
+registered, with the job where the job's request describes it. Whoever reads it later finds the same content, or
+Conflict with both hashes.
 """
 
+import datetime as dt
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 from pydantic import FailFast, TypeAdapter, ValidationError
 
@@ -20,30 +23,46 @@ from stack.api.datasets import (
     TrainEvalDatasetColumnType,
 )
 from stack.api.messages import CompletionMessage, Message
-from stack.api.wire import describe
+from stack.api.wire import Request, describe
 from stack.context import Context
 from stack.dataset_content import Content, opened
 from stack.dataset_files import Numbered, format_of, is_finite_number, read
 from stack.errors import BadInput, Conflict, NotFound, StackError
 from stack.inference import openai_message
 from stack.store import now
+from stack.store.datasets import FIELDS
 
 # How many bad rows a refusal names.
 MAX_BAD_ROWS = 10
 MAX_PROBLEM = 300
 MAX_PREVIEW_BYTES = 2**18
+# How much a row is taken to have where nobody has counted them.
+ROW_BYTES = 200
+R = TypeVar("R", bound=Request)
 _DIALOG: TypeAdapter[list[Message]] = TypeAdapter(Annotated[list[Message], FailFast()])
 _ROW: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A data set whose rows were read through: how many there are, and the bytes and the SHA-256 of its content."""
+    """A data set whose rows were read through: how many there are, and the bytes and the SHA-256 of its content.
+
+    `not_examples` is why the first row that is no example is none. It is not known of a registered data set.
+    """
 
     dataset: TrainEvalDataset
     rows: int
     bytes: int
     sha256: str
+    not_examples: str | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """About how much the rows of a data set are: their bytes as text, and their number."""
+
+    text: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -64,15 +83,21 @@ def create(context: Context, request: CreateDatasetRequest) -> RegisteredDataset
     if known is None:
         found = check(context, request.dataset)
         row = request.dataset.model_dump(mode="json") | dict(
-            uuid=request.uuid, rows=found.rows, bytes=found.bytes, sha256=found.sha256, created_at=now()
+            uuid=request.uuid,
+            rows=found.rows,
+            bytes=found.bytes,
+            sha256=found.sha256,
+            examples=found.not_examples is None,
+            created_at=now(),
         )
         if context.store.datasets.add(context.tenant, row):
             return _registered(row)
         known = context.store.datasets.get(context.tenant, request.uuid)
     assert known is not None
-    if TrainEvalDataset(**{key: known[key] for key in TrainEvalDataset.model_fields}) != request.dataset:
+    registered = _registered(known)
+    if _described(registered) != _pinned(request.dataset, registered.sha256):
         raise Conflict(f"there is another data set with the uuid {request.uuid!r}", param="uuid")
-    return _registered(known)
+    return registered
 
 
 def get(context: Context, uuid: str, field: str = "dataset_uuid") -> RegisteredDataset:
@@ -87,14 +112,18 @@ def page(context: Context, after: str | None, limit: int) -> list[RegisteredData
 
 
 def preview(context: Context, uuid: str, most: int) -> DatasetPreview:
-    """The first rows of a data set: at most so many, and of MAX_PREVIEW_BYTES together. Raises NotFound."""
+    """The first rows of a data set: at most so many, and of MAX_PREVIEW_BYTES together.
+
+    Raises NotFound, and Conflict, with both hashes, where they are no longer what was registered.
+    """
     registered = get(context, uuid)
     shown: list[dict[str, Any]] = []
     size = 0
     with opened(context, registered.content_url) as content:
+        _require_same(content, registered.content_url, registered.sha256)
         for number, row in _rows(context, registered, content):
             if isinstance(row, str):
-                raise _changed(uuid, row)
+                raise BadInput(row)
             size += len(_ROW.dump_json(row))
             if number > most or size > MAX_PREVIEW_BYTES:
                 break
@@ -109,10 +138,10 @@ def delete(context: Context, uuid: str) -> None:
     """
     dataset = get(context, uuid)
     is_upload = dataset.content_url.startswith("upload://")
-    for job_uuid, request in context.store.datasets.unfinished_jobs(context.tenant):
-        if uuid in _references(request) or (is_upload and dataset.content_url in _references(request)):
-            message = f"the job {job_uuid!r} needs the data set {uuid!r} and has not ended; cancel it, or wait for it"
-            raise Conflict(message, param="dataset_uuid")
+    job_uuid = context.store.datasets.job_on(context.tenant, uuid, dataset.content_url if is_upload else None)
+    if job_uuid is not None:
+        message = f"the job {job_uuid!r} needs the data set {uuid!r} and has not ended; cancel it, or wait for it"
+        raise Conflict(message, param="dataset_uuid")
     context.store.datasets.delete(context.tenant, uuid)
     if is_upload and context.store.datasets.at(context.tenant, dataset.content_url) is None:
         uploads.remove(context, uploads.id_of(dataset.content_url))
@@ -126,20 +155,48 @@ def resolve(context: Context, reference: TrainEvalDataset | str) -> Checked:
     if not isinstance(reference, str):
         return check(context, reference)
     found = get(context, reference, "dataset")
-    dataset = TrainEvalDataset(**found.model_dump(include=set(TrainEvalDataset.model_fields)))
-    return Checked(dataset, found.rows, found.bytes, found.sha256)
+    return Checked(_described(found), found.rows, found.bytes, found.sha256)
 
 
-def check_examples(context: Context, reference: TrainEvalDataset | str, field: str) -> None:
-    """Reads the data set in this field of a request through.
+def accept(context: Context, request: R) -> tuple[R, list[Checked]]:
+    """Checks the data sets of a job's request, whose rows must be examples, before the job is accepted.
 
-    Raises BadInput, naming the field and the row, unless each row holds an example (see TrainEvalDataset).
+    Returns the request with the hashes of those that it describes, and what was found. Raises BadInput, naming the
+    field and the row, where one is no example, and Conflict for a registered file that has changed.
+    """
+    found = {field: check_examples(context, reference, field) for field, reference in _references(request).items()}
+    hashes = {field: one.dataset for field, one in found.items() if not isinstance(getattr(request, field), str)}
+    return request.model_copy(update=hashes), list(found.values())
+
+
+def as_accepted(request: R, accepted: dict[str, Any]) -> R:
+    """A request with the hashes of the data sets that a job was accepted with, so that it can be compared to the job's.
+
+    A hash that the client gives stays: it may be another one.
+    """
+    hashes = {
+        field: _pinned(reference, accepted[field].get("sha256"))
+        for field, reference in _references(request).items()
+        if not isinstance(reference, str) and isinstance(accepted.get(field), dict)
+    }
+    return request.model_copy(update=hashes)
+
+
+def check_examples(context: Context, reference: TrainEvalDataset | str, field: str) -> Checked:
+    """The data set in this field of a request, each of whose rows holds an example (see TrainEvalDataset).
+
+    One that is described is read through. One that is registered was, so that only a local file that was touched since
+    is read, for its hash; what has changed elsewhere is found out by whoever reads it. Raises BadInput, naming the
+    field and the row, and Conflict.
     """
     try:
-        if not isinstance(reference, str):
-            _require_example_columns(reference)
-        for _ in examples(context, resolve(context, reference)):
-            pass
+        if isinstance(reference, str):
+            return _registered_examples(context, get(context, reference, field))
+        _require_example_columns(reference)
+        found = check(context, reference)
+        if found.not_examples is not None:
+            raise BadInput(found.not_examples)
+        return found
     except StackError as error:
         error.param = field
         raise
@@ -150,36 +207,45 @@ def examples(context: Context, checked: Checked) -> Iterator[Example]:
     _require_example_columns(checked.dataset)
     column = _dialog_column(checked.dataset)
     for number, row in rows(context, checked):
-        if column is None:
-            yield Example([dict(role="user", content=row["prompt"])], row["completion"])
-            continue
-        dialog = _DIALOG.validate_python(row[column])
-        if len(dialog) < 2 or not isinstance(dialog[-1], CompletionMessage):
-            raise BadInput(f"row {number}: the dialog in {column!r} does not end with an answer of the assistant")
-        try:
-            messages = [openai_message(message) for message in dialog]
-        except BadInput as error:
-            raise BadInput(f"row {number}: {error.message}") from error
-        yield Example(messages[:-1], messages[-1]["content"])
+        yield _example(number, row, column)
+
+
+def size(context: Context, checked: Checked) -> Size:
+    """How much there is in a data set that was read through."""
+    return Size(_text_bytes(context, checked.dataset.content_url, checked.bytes), checked.rows)
+
+
+def sizes_before_reading(context: Context, request: Request) -> list[Size]:
+    """How much there is in the data sets of a request, as far as that is known before they are read.
+
+    Of one that is described and lies elsewhere nothing is.
+    """
+    return [_size_before_reading(context, reference) for reference in _references(request).values()]
 
 
 def check(context: Context, dataset: TrainEvalDataset) -> Checked:
-    """Reads a data set through. Raises BadInput with the first rows at fault, and TooLarge."""
+    """Reads a data set through.
+
+    Raises BadInput with the first rows at fault, TooLarge, and Conflict where it does not have the hash that is given.
+    """
     with opened(context, dataset.content_url) as content:
-        digest = _sha256(content)
+        digest = _require_same(content, dataset.content_url, dataset.sha256)
         problems: list[str] = []
+        column, not_examples = _dialog_column(dataset), _example_columns_problem(dataset)
         count = 0
-        for count, row in _rows(context, dataset, content):  # noqa: B007  # the last number is how many there are
+        for count, row in _rows(context, dataset, content):  # the last number is how many there are
             if isinstance(row, str):
                 problems.append(row[:MAX_PROBLEM])
                 if len(problems) == MAX_BAD_ROWS:
                     break
+            elif not_examples is None:
+                not_examples = _example_problem(count, row, column)
         if problems:
             more = "; it was read no further" if len(problems) == MAX_BAD_ROWS else ""
             raise BadInput("; ".join(problems) + more, param="dataset.content_url")
         if not count:
             raise BadInput(f"{dataset.content_url} has no rows", param="dataset.content_url")
-        return Checked(dataset, count, content.bytes, digest)
+        return Checked(_pinned(dataset, digest), count, content.bytes, digest, not_examples)
 
 
 def rows(context: Context, checked: Checked) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -188,13 +254,7 @@ def rows(context: Context, checked: Checked) -> Iterator[tuple[int, dict[str, An
     Raises Conflict, with both hashes, where the content is no longer what was checked.
     """
     with opened(context, checked.dataset.content_url) as content:
-        digest = _sha256(content)
-        if digest != checked.sha256:
-            raise Conflict(
-                f"the content of {checked.dataset.content_url} has changed: it was checked with the SHA-256 "
-                f"{checked.sha256}, and now has {digest}",
-                param="dataset",
-            )
+        _require_same(content, checked.dataset.content_url, checked.sha256)
         for number, row in _rows(context, checked.dataset, content):
             if isinstance(row, str):
                 raise BadInput(row)
@@ -212,20 +272,74 @@ def _row_of(context: Context, uuid: str, field: str) -> dict[str, Any]:
     return row
 
 
-def _references(request: dict[str, Any]) -> list[str]:
-    """The data sets that the request of a job names, and the addresses of those that it describes."""
-    named = [value for key, value in request.items() if key == "dataset" or key.endswith("_dataset")]
-    return [str(one["content_url"] if isinstance(one, dict) else one) for one in named if one is not None]
+def _described(registered: RegisteredDataset) -> TrainEvalDataset:
+    return TrainEvalDataset(**registered.model_dump(include=set(TrainEvalDataset.model_fields)))
 
 
-def _sha256(content: Content) -> str:
+def _pinned(dataset: TrainEvalDataset, sha256: str | None) -> TrainEvalDataset:
+    """A data set with the hash that it has been given, or with this one."""
+    return dataset.model_copy(update={"sha256": dataset.sha256 or sha256})
+
+
+def _references(request: Request) -> dict[str, TrainEvalDataset | str]:
+    """The data sets that the request of a job names or describes, by field."""
+    found = {field: getattr(request, field, None) for field in FIELDS}
+    return {field: reference for field, reference in found.items() if reference is not None}
+
+
+def _registered_examples(context: Context, registered: RegisteredDataset) -> Checked:
+    found = Checked(_described(registered), registered.rows, registered.bytes, registered.sha256)
+    _require_example_columns(found.dataset)
+    if registered.examples:
+        _require_untouched(context, registered)
+    else:
+        for _ in examples(context, found):  # which says what row is none
+            pass
+    return found
+
+
+def _require_untouched(context: Context, registered: RegisteredDataset) -> None:
+    """Raises Conflict for a local file that has changed. Uploads cannot; what lies elsewhere is not asked for here."""
+    if registered.content_url.startswith("file://"):
+        with opened(context, registered.content_url) as content:
+            touched = dt.datetime.fromtimestamp(content.touched_at, dt.UTC)
+            if content.bytes != registered.bytes or touched >= dt.datetime.fromisoformat(registered.created_at):
+                _require_same(content, registered.content_url, registered.sha256)
+
+
+def _require_same(content: Content, url: str, sha256: str | None) -> str:
+    """The hash of a content. Raises Conflict where it is not the one that it had."""
     digest = hashlib.file_digest(content.file, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a real file
     content.file.seek(0)
+    if digest != (sha256 or digest):
+        raise Conflict(
+            f"the content of {url} has changed: it was checked with the SHA-256 {sha256}, and now has {digest}",
+            param="dataset",
+        )
     return digest
 
 
-def _changed(uuid: str, problem: str) -> Conflict:
-    return Conflict(f"the content of the data set {uuid!r} has changed since it was checked: {problem[:MAX_PROBLEM]}")
+def _size_before_reading(context: Context, reference: TrainEvalDataset | str) -> Size:
+    if isinstance(reference, str):
+        return size(context, resolve(context, reference))
+    url = reference.content_url
+    if url.startswith("file://"):
+        with opened(context, url) as content:
+            packed = content.bytes
+    elif url.startswith("upload://"):
+        upload = context.store.datasets.get_upload(context.tenant, uploads.id_of(url))
+        packed = upload["bytes"] if upload else 0
+    else:
+        return Size(0, 0)
+    text = _text_bytes(context, url, packed)
+    return Size(text, text // ROW_BYTES)
+
+
+def _text_bytes(context: Context, url: str, bytes: int) -> int:
+    """About how much the rows of a file are as text: what is packed is ten times as much, but never over the bound."""
+    form = format_of(unquote(urlsplit(url).path))
+    is_packed = form.compression is not None or form.kind == "Parquet"
+    return min(10 * bytes, context.config.max_dataset_bytes) if is_packed else bytes
 
 
 def _rows(context: Context, dataset: TrainEvalDataset, content: Content) -> Iterator[Numbered]:
@@ -275,14 +389,42 @@ def _shown(value: Any) -> str:
     return f"the number {value!r}"[:60]
 
 
+def _example(number: int, row: dict[str, Any], column: str | None) -> Example:
+    """The example in a row, which stands in this column of dialogs if there is one."""
+    if column is None:
+        return Example([dict(role="user", content=row["prompt"])], row["completion"])
+    dialog = _DIALOG.validate_python(row[column])
+    if len(dialog) < 2 or not isinstance(dialog[-1], CompletionMessage):
+        raise BadInput(f"row {number}: the dialog in {column!r} does not end with an answer of the assistant")
+    try:
+        messages = [openai_message(message) for message in dialog]
+    except BadInput as error:
+        raise BadInput(f"row {number}: {error.message}") from error
+    return Example(messages[:-1], messages[-1]["content"])
+
+
+def _example_problem(number: int, row: dict[str, Any], column: str | None) -> str | None:
+    try:
+        _example(number, row, column)
+    except BadInput as error:
+        return error.message
+    return None
+
+
 def _require_example_columns(dataset: TrainEvalDataset) -> None:
-    if _dialog_column(dataset) is None and not _has_prompt_and_completion(dataset):
-        columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.columns.items())
-        raise BadInput(
-            f"examples stand in one column of type dialog, or in two of type text, prompt and completion; "
-            f"this data set has: {columns}",
-            param="dataset.columns",
-        )
+    problem = _example_columns_problem(dataset)
+    if problem is not None:
+        raise BadInput(problem, param="dataset.columns")
+
+
+def _example_columns_problem(dataset: TrainEvalDataset) -> str | None:
+    if _dialog_column(dataset) is not None or _has_prompt_and_completion(dataset):
+        return None
+    columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.columns.items())
+    return (
+        f"examples stand in one column of type dialog, or in two of type text, prompt and completion; "
+        f"this data set has: {columns}"
+    )
 
 
 def _dialog_column(dataset: TrainEvalDataset) -> str | None:

@@ -11,6 +11,7 @@ from stack.api.evaluations import (
 )
 from stack.api.jobs import ArtifactFile, JobStatus
 from stack.context import Context
+from stack.datasets import Size
 from stack.errors import NotFound
 from stack.inference import sampling_body
 from stack.models import Model
@@ -18,32 +19,40 @@ from stack.post_training import model_id
 from stack.store import Job
 
 KINDS = (jobs.EVALUATE,)
-# What the worker that asks the questions reserves, and the room that there must be for the answers.
+# What the worker that asks the questions reserves.
 ASKER_CPUS = 0.25
-RESULT_BYTES = 16 * 2**20
+# What the results say of each example beside its messages, about: an answer, scores, times.
+RESULT_BYTES = 1_024
 
 
 def question_answering(
     context: Context, request: EvaluateQuestionAnsweringRequest, submission_id: str | None = None
 ) -> Job:
     """Accepts an evaluation. Raises BadInput for data that has no examples, NotFound, Conflict."""
-    if context.store.jobs.get(context.tenant, request.job_uuid) is None:
+    known = context.store.jobs.get(context.tenant, request.job_uuid)
+    if known is not None:
+        request = datasets.as_accepted(request, known.request)
+    else:
         try:
             model_of(context, request.checkpoint)
         except NotFound as error:
             error.param = "checkpoint"
             raise
         sampling_body(request.sampling_params)
-        datasets.check_examples(context, request.dataset, "dataset")
-        quotas.require_room(context, RESULT_BYTES)
+        request, found = datasets.accept(context, request)
+        _require_room(context, request, [datasets.size(context, one) for one in found])
     return jobs.submit(
         context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"),
         bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,
     )  # fmt: skip
 
 
-def resources(_: Context, __: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
-    """What an evaluation takes beside the model that serves."""
+def resources(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+    """What an evaluation that starts takes beside the model that serves.
+
+    Raises StorageFull where there is no room for it: there may have been more when it was accepted.
+    """
+    _require_room(context, request, datasets.sizes_before_reading(context, request))
     return {"workers": 1, "per_worker": {"CPU": ASKER_CPUS}}
 
 
@@ -82,4 +91,14 @@ def job_artifacts(context: Context, job_uuid: str) -> EvaluationJobArtifactsResp
 
 def results_name(tenant: str, job_uuid: str) -> str:
     """The artifact that holds the results of an evaluation by example."""
-    return jobs.artifact_name(tenant, "evaluations", job_uuid)
+    return jobs.artifact_name(tenant, jobs.RESULTS, job_uuid)
+
+
+def _require_room(context: Context, request: EvaluateQuestionAnsweringRequest, sizes: list[Size]) -> None:
+    """Raises StorageFull unless there is room for the results, which repeat all messages, with other letters escaped.
+
+    They are written to the job's folder, and become an artifact at its end.
+    """
+    results = sum(2 * size.text + size.rows * RESULT_BYTES for size in sizes)
+    work = jobs.work_folder(context.tenant, request.job_uuid)
+    quotas.require_room_for_job(context, kept=results, temporary=results, work=work)

@@ -16,24 +16,39 @@ from stack.api.post_training import (
 )
 from stack.config import LanguageModel
 from stack.context import DEFAULT_TENANT, Context
+from stack.datasets import Size
 from stack.errors import BadInput, Conflict
 from stack.store import Job
 
 KINDS = (jobs.SUPERVISED_FINE_TUNE, jobs.PREFERENCE_OPTIMIZE)
+# How many checkpoints there are at once, each of an adapter and Adam's two moments: the trainer and Ray Train have two
+# while one takes the place of another, and one is on its way between them.
+CHECKPOINTS = 5
+# How much of a data set's text there is on disk in a training, about: its rows, those in the model's prompt format,
+# and their tokens with the masks, which have 16 bytes for each token.
+COPIES = 8
 
 
 def supervised_fine_tune(context: Context, request: PostTrainingSFTRequest, submission_id: str | None = None) -> Job:
     """Accepts a fine-tuning job. Raises BadInput for what cannot be trained, NotFound, Conflict."""
-    if context.store.jobs.get(context.tenant, request.job_uuid) is None:
-        _check(context, request)
+    known = context.store.jobs.get(context.tenant, request.job_uuid)
+    request = _checked(context, request) if known is None else datasets.as_accepted(request, known.request)
     return jobs.submit(
         context, jobs.SUPERVISED_FINE_TUNE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[resources(context, request)["per_worker"]], submission_id=submission_id,
+        bundles=[_workers(context, request)["per_worker"]], submission_id=submission_id,
     )  # fmt: skip
 
 
 def resources(context: Context, request: PostTrainingSFTRequest) -> dict[str, Any]:
-    """What a fine-tuning takes: its workers, and what each of them needs on its node."""
+    """What a fine-tuning that starts takes: its workers, and what each of them needs on its node.
+
+    Raises StorageFull where there is no room for it: there may have been more when it was accepted.
+    """
+    _require_room(context, request, datasets.sizes_before_reading(context, request))
+    return _workers(context, request)
+
+
+def _workers(context: Context, request: PostTrainingSFTRequest) -> dict[str, Any]:
     gpus = context.models.get(request.model).base.gpus
     return {"workers": 1, "per_worker": {"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}}
 
@@ -65,7 +80,7 @@ def list_jobs(
 
 def adapter_name(tenant: str, job_uuid: str) -> str:
     """The artifact that holds the adapter which a job has trained."""
-    return jobs.artifact_name(tenant, "adapters", job_uuid)
+    return jobs.artifact_name(tenant, jobs.ADAPTERS, job_uuid)
 
 
 def model_id(tenant: str, base: str, job_uuid: str) -> str:
@@ -87,7 +102,8 @@ def _checkpoints(job: Job) -> list[Checkpoint]:
     ]
 
 
-def _check(context: Context, request: PostTrainingSFTRequest) -> None:
+def _checked(context: Context, request: PostTrainingSFTRequest) -> PostTrainingSFTRequest:
+    """The request with the hashes of the data sets that it describes. Raises what `supervised_fine_tune` raises."""
     model = context.models.get(request.model)
     if model.is_adapter:
         raise BadInput(f"{request.model!r} is an adapter; name its base, {model.base.id!r}", param="model")
@@ -117,17 +133,24 @@ def _check(context: Context, request: PostTrainingSFTRequest) -> None:
         package = "tensorboardX" if tool == "tensorboard" else tool
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"{tool!r} needs the package {package}, which is not installed", param="logger_config")
-    datasets.check_examples(context, request.dataset, "dataset")
-    if request.validation_dataset is not None:
-        datasets.check_examples(context, request.validation_dataset, "validation_dataset")
-    quotas.require_room(context, _bytes(model.base, request))
+    request, found = datasets.accept(context, request)
+    _require_room(context, request, [datasets.size(context, one) for one in found])
     if context.artifacts.exists(adapter_name(context.tenant, request.job_uuid)):
         message = f"there is an adapter of a job {request.job_uuid!r} already; choose another job_uuid"
         raise Conflict(message, param="job_uuid")
+    return request
+
+
+def _require_room(context: Context, request: PostTrainingSFTRequest, sizes: list[Size]) -> None:
+    """Raises StorageFull unless there is room for the adapter, and for what the training writes meanwhile."""
+    adapter = _bytes(context.models.get(request.model).base, request)
+    temporary = CHECKPOINTS * 3 * adapter + COPIES * sum(size.text for size in sizes)
+    work = jobs.work_folder(context.tenant, request.job_uuid)
+    quotas.require_room_for_job(context, kept=adapter, temporary=temporary, work=work)
 
 
 def _bytes(model: LanguageModel, request: PostTrainingSFTRequest) -> int:
-    """About how much room a LoRA training takes: its adapter, and two checkpoints with Adam's two moments, in float32.
+    """About how much a LoRA adapter has, in float32.
 
     Each adapted layer from m to n features has rank * (m + n) weights; the MLP's are the widest.
     """
@@ -135,4 +158,4 @@ def _bytes(model: LanguageModel, request: PostTrainingSFTRequest) -> int:
     hidden, wide = shape["hidden_size"], shape.get("intermediate_size", 4 * shape["hidden_size"])
     lora = request.algorithm_config
     features = len(lora.lora_attn_modules) * 2 * hidden + (3 * (hidden + wide) if lora.apply_lora_to_mlp else 0)
-    return int(shape["num_hidden_layers"] * features * lora.rank * 4 * (1 + 2 * 3))
+    return int(shape["num_hidden_layers"] * features * lora.rank * 4)

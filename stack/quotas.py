@@ -1,5 +1,10 @@
 """How much a tenant may keep, and whether there is room for more."""
 
+from contextlib import suppress
+from pathlib import Path
+
+from stack import disk
+from stack.config import home
 from stack.context import Context
 from stack.errors import StorageFull
 
@@ -17,3 +22,25 @@ def require_room(context: Context, size: int) -> None:
             f"the tenant {context.tenant!r} keeps {kept} bytes already, and {size} more are needed; allowed: {most}"
         )
     context.artifacts.require_room(size)
+
+
+def require_room_for_job(context: Context, kept: int, temporary: int, work: Path) -> None:
+    """Raises StorageFull unless there is room for what a job will keep, and for what it writes to its folder meanwhile.
+
+    What an earlier attempt has left in that folder is there already.
+    """
+    require_room(context, kept)
+    more = max(0, temporary - _bytes_in(work))
+    home().mkdir(parents=True, exist_ok=True)
+    artifacts = context.artifacts.folder
+    if artifacts is not None and artifacts.stat().st_dev == home().stat().st_dev:
+        more += kept
+    disk.require_room(home(), more, "the disk on which jobs work")
+
+
+def _bytes_in(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            total += file.lstat().st_size if file.is_file() else 0
+    return total

@@ -3,12 +3,12 @@
 import asyncio
 from typing import Annotated
 
-from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from serve_apps.multipart import FileForm
+from serve_apps.readers import READERS
 from serve_apps.routes.common import ContextOf, needs
 from stack import datasets, uploads
 from stack.api.datasets import (
@@ -27,8 +27,6 @@ router = APIRouter(prefix="/datasets", tags=["datasets"], dependencies=[needs("d
 DatasetUuid = Annotated[str, Query(max_length=100)]
 After = Annotated[str | None, Query(max_length=100, description="the id of the last one of the page before")]
 Limit = Annotated[int, Query(ge=1, le=1_000)]
-# How many data sets one gateway reads through at once; others wait, without a thread that other routes need.
-READERS = CapacityLimiter(4)
 # How much of an upload is held in memory before it is written.
 BLOCK = 2**20
 
@@ -36,7 +34,7 @@ BLOCK = 2**20
 @router.post("/create", response_model_exclude_none=True)
 async def create(context: ContextOf, body: CreateDatasetRequest) -> RegisteredDataset:
     """Checks and registers a data set."""
-    return await to_thread.run_sync(datasets.create, context, body, limiter=READERS)
+    return await READERS.run(datasets.create, context, body)
 
 
 @router.get("/get", response_model_exclude_none=True)
@@ -62,7 +60,7 @@ async def preview(
     context: ContextOf, dataset_uuid: DatasetUuid, rows: Annotated[int, Query(ge=1, le=MAX_PREVIEW_ROWS)] = 10
 ) -> Response:
     """The first rows of a data set, with their declared columns."""
-    shown = await to_thread.run_sync(datasets.preview, context, dataset_uuid, rows, limiter=READERS)
+    shown = await READERS.run(datasets.preview, context, dataset_uuid, rows)
     # By pydantic, since a row may hold a number that is beyond all numbers of JSON's.
     return Response(shown.model_dump_json(), media_type="application/json")
 

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from serve_apps.readers import READERS
 from serve_apps.routes.common import ContextOf, JobUuid, needs
 from serve_apps.routes.jobs import After, Kind, Limit, Status, add_job_routes
 from stack import evaluations
@@ -17,9 +18,10 @@ router = APIRouter(prefix="/evaluate", tags=["evaluations"], dependencies=[needs
 
 
 @router.post("/question_answering/")
-def question_answering(context: ContextOf, body: EvaluateQuestionAnsweringRequest) -> EvaluationJob:
+async def question_answering(context: ContextOf, body: EvaluateQuestionAnsweringRequest) -> EvaluationJob:
     """Accepts an evaluation of a model's answers against the expected ones; it runs on its own."""
-    return EvaluationJob(job_uuid=evaluations.question_answering(context, body).uuid)
+    job = await READERS.run(evaluations.question_answering, context, body)
+    return EvaluationJob(job_uuid=job.uuid)
 
 
 @router.get("/job/status", response_model_exclude_none=True)

@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from serve_apps.readers import READERS
 from serve_apps.routes.common import ContextOf, JobUuid, needs
 from serve_apps.routes.jobs import After, Kind, Limit, Status, add_job_routes
 from stack import post_training
@@ -17,9 +18,10 @@ router = APIRouter(prefix="/post_training", tags=["post_training"], dependencies
 
 
 @router.post("/supervised_fine_tune")
-def supervised_fine_tune(context: ContextOf, body: PostTrainingSFTRequest) -> PostTrainingJob:
+async def supervised_fine_tune(context: ContextOf, body: PostTrainingSFTRequest) -> PostTrainingJob:
     """Accepts a fine-tuning job; it runs on its own."""
-    return PostTrainingJob(job_uuid=post_training.supervised_fine_tune(context, body).uuid)
+    job = await READERS.run(post_training.supervised_fine_tune, context, body)
+    return PostTrainingJob(job_uuid=job.uuid)
 
 
 @router.get("/job/status", response_model_exclude_none=True)

@@ -25,6 +25,8 @@ class TrainEvalDataset(Wire):
     Examples stand in one column of type `dialog`, a list of messages whose last one is the assistant's answer, or in
     two of type `text`, `prompt` and `completion`. The file is one under the data roots of the stack (file://, s3:// or
     gs://), one that was uploaded (upload://), or lies in the public internet (https://).
+
+    With a `sha256`, its content must be that one. A job keeps the one of the content that it was accepted with.
     """
 
     columns: Annotated[dict[ColumnName, TrainEvalDatasetColumnType], Field(min_length=1), at_most(1_000)]
@@ -32,6 +34,7 @@ class TrainEvalDataset(Wire):
         str, Field(max_length=4_096, pattern=r"^(file|upload|s3|gs|https)://"), AfterValidator(without_nul)
     ]
     metadata: Info | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
 
 
 def _kind(value: Any) -> str:
@@ -45,12 +48,16 @@ DatasetReference = Annotated[
 
 
 class RegisteredDataset(TrainEvalDataset):
-    """A data set as it was found when it was registered. `bytes` and `sha256` are those of the file as it lies."""
+    """A data set as it was found when it was registered. `bytes` and `sha256` are those of the file as it lies.
+
+    `examples` tells whether every row is one; nothing is known of that for data sets of the first release.
+    """
 
     uuid: Id
     rows: int
     bytes: int
     sha256: str
+    examples: bool | None = None
     created_at: str
 
 

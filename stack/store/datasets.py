@@ -1,11 +1,15 @@
 """The rows of data sets and uploads."""
 
+import json
 from typing import Any
 
-from sqlalchemy import Engine, Table, delete, func, insert, select, tuple_
+from sqlalchemy import Engine, Table, Text, cast, delete, func, insert, or_, select, tuple_
 from sqlalchemy.exc import IntegrityError
 
 from stack.store.schema import datasets, jobs, uploads
+
+# Where the request of a job may have a data set.
+FIELDS = ("dataset", "validation_dataset")
 
 
 class Datasets:
@@ -45,13 +49,23 @@ class Datasets:
         with self._engine.connect() as connection:
             return connection.execute(query.limit(1)).scalar()
 
-    def unfinished_jobs(self, tenant: str) -> list[tuple[str, dict[str, Any]]]:
-        """The uuids and requests of the tenant's jobs that have not ended."""
+    def job_on(self, tenant: str, uuid: str, content_url: str | None) -> str | None:
+        """The uuid of a job that has not ended and needs a data set: by its uuid, or the address of its content."""
+        wanted = {uuid} if content_url is None else {uuid, content_url}
+        # The database leaves out what cannot be one, as requests may be megabytes. It only looks at their text, as
+        # PostgreSQL does not look into JSON that holds a NUL character anywhere.
+        text = cast(jobs.c.request, Text)
         query = select(jobs.c.uuid, jobs.c.request).where(
-            jobs.c.tenant == tenant, jobs.c.status.in_(("scheduled", "running"))
+            jobs.c.tenant == tenant,
+            jobs.c.status.in_(("scheduled", "running")),
+            or_(*(text.contains(json.dumps(one), autoescape=True) for one in wanted)),
         )
-        with self._engine.connect() as connection:
-            return [(row.uuid, row.request) for row in connection.execute(query)]
+        query = query.execution_options(yield_per=10)
+        with self._engine.connect() as connection, connection.execute(query) as found:
+            for job in found:
+                if wanted & _references(job.request):
+                    return str(job.uuid)
+        return None
 
     def add_upload(self, tenant: str, row: dict[str, Any]) -> None:
         with self._engine.begin() as connection:
@@ -88,3 +102,9 @@ class Datasets:
             query = query.where(order < (after["created_at"], after[key.name]))
         with self._engine.connect() as connection:
             return [dict(row) for row in connection.execute(query.limit(limit)).mappings()]
+
+
+def _references(request: dict[str, Any]) -> set[str]:
+    """The data sets that the request of a job names, and the addresses of those that it describes."""
+    found = [request.get(field) for field in FIELDS]
+    return {one["content_url"] if isinstance(one, dict) else one for one in found if one is not None}

@@ -56,6 +56,7 @@ datasets = Table(
     Column("rows", BigInteger, nullable=False),
     Column("bytes", BigInteger, nullable=False),
     Column("sha256", String(64), nullable=False),
+    Column("examples", Boolean),  # whether every row is one; not known of those of the first release
     Column("created_at", _Time, nullable=False),
     Index("datasets_by_time", "tenant", "created_at", "uuid"),
 )

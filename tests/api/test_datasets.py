@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from stack.context import Context
 from tests import samples
 from tests.api.conftest import URL
 from tests.api.envelope import error_of
-from tests.samples import DIALOG, evaluation
+from tests.samples import DIALOG, dataset, evaluation
 
 ROWS = b"".join(json.dumps({"dialog": DIALOG, "id": number}).encode() + b"\n" for number in range(4))
 COLUMNS = {"dialog": "dialog", "id": "number"}
@@ -283,6 +284,39 @@ def test_a_data_set_that_a_job_needs_is_kept(client: TestClient, context: Contex
     assert "'evaluation-1'" in error["message"]
     samples.fail(context.store, "evaluation-1", "it is over")
     assert client.post("/datasets/delete", json={"dataset_uuid": "train"}).status_code == 200
+
+
+# Jobs
+
+
+@pytest.mark.parametrize("is_registered", [True, False])
+@pytest.mark.parametrize("is_full", [True, False], ids=["a full disk", "a small quota"])
+def test_a_job_that_cannot_fit_is_507_before_it_has_a_row(
+    app: FastAPI, context: Context, home: Path, monkeypatch: pytest.MonkeyPatch, is_registered: bool, is_full: bool
+) -> None:
+    described = dataset(samples.write_rows(home / "data" / "a.jsonl", samples.dialogs(20)))
+    reference = "a" if is_registered else described
+    with TestClient(app, client=LOCAL, base_url=URL) as client:
+        assert create(client, "a", described["content_url"], described["columns"]).status_code == 200
+        if is_full:
+            monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000))
+        else:
+            config = context.config.model_copy(update={"max_tenant_bytes": 4_000})
+            app.state.context = replace(context, config=config)
+        bodies = {
+            "/evaluate/question_answering/": evaluation(reference),
+            "/post_training/supervised_fine_tune": samples.fine_tuning(reference),
+        }
+        for path, body in bodies.items():
+            error = error_of(client.post(path, json=body), 507)
+            assert (error["code"], "4000" in error["message"]) == ("storage_full", True)
+            jobs = client.get(path.rsplit("/", 2 if path.endswith("/") else 1)[0] + "/jobs")
+            assert (jobs.status_code, jobs.json()) == (200, [])
+        monkeypatch.undo()
+        app.state.context = context
+        monkeypatch.setenv("STACK_HOME", str(home))
+        for path, body in bodies.items():
+            assert client.post(path, json=body).status_code == 200
 
 
 # Lists and previews

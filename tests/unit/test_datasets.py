@@ -1,19 +1,24 @@
 """Data sets: which files may be read, what is wrong with a row, and the examples in them."""
 
+import gzip
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import update
 
-from stack import dataset_files, datasets
+from stack import dataset_files, datasets, uploads
 from stack.api.datasets import CreateDatasetRequest, TrainEvalDataset
+from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.api.wire import describe
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, TooLarge
-from tests.samples import DIALOG, add_job, dataset, dialogs, fail, start, write_rows
+from stack.store import schema
+from tests.samples import DIALOG, add_job, dataset, dialogs, evaluation, fail, start, write_rows
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -293,6 +298,83 @@ def test_a_job_on_a_registered_data_set_whose_file_has_changed_is_not_accepted(c
         datasets.check_examples(context, "a", "dataset")
 
 
+def test_a_registered_file_of_the_same_size_that_has_changed_is_found_out(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    before = datasets.create(context, create_request("a", file)).sha256
+    other = file.read_bytes().replace(b"Paris", b"Lyons")
+    assert len(other) == file.stat().st_size
+    file.write_bytes(other)
+    os.utime(file, (0, 0))
+    for look in (lambda: datasets.check_examples(context, "a", "dataset"), lambda: datasets.preview(context, "a", 1)):
+        with pytest.raises(Conflict, match="has changed") as caught:
+            look()
+        assert before in caught.value.message
+        assert hashlib.sha256(other).hexdigest() in caught.value.message
+
+
+def test_of_a_registered_data_set_of_examples_nothing_is_read_again(
+    context: Context, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(3))
+    assert datasets.create(context, create_request("a", file)).examples
+    with context.store.engine.begin() as connection:  # it was registered a while after the file was written
+        connection.execute(update(schema.datasets).values(created_at="2999-01-01T00:00:00.000Z"))
+    monkeypatch.setattr(datasets, "read", None)
+    monkeypatch.setattr(hashlib, "file_digest", None)
+    assert datasets.check_examples(context, "a", "dataset").rows == 3
+
+
+def test_a_registered_data_set_without_examples_is_refused_with_the_row(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": DIALOG[:2]}])
+    assert datasets.create(context, create_request("a", file)).examples is False
+    with pytest.raises(BadInput, match="row 2: the dialog in 'dialog' does not end with an answer"):
+        datasets.check_examples(context, "a", "dataset")
+    other = write_rows(data / "b.jsonl", [{"x": 1}])
+    assert datasets.create(context, create_request("b", other, x="number")).examples is False
+    with pytest.raises(BadInput, match="one column of type dialog"):
+        datasets.check_examples(context, "b", "dataset")
+
+
+def test_a_data_set_of_the_first_release_is_read_through(context: Context, data: Path) -> None:
+    datasets.create(context, create_request("a", write_rows(data / "a.jsonl", [{"dialog": DIALOG[:2]}])))
+    with context.store.engine.begin() as connection:
+        connection.execute(update(schema.datasets).values(examples=None))
+    with pytest.raises(BadInput, match="row 1: the dialog"):
+        datasets.check_examples(context, "a", "dataset")
+
+
+def test_a_data_set_may_be_registered_with_its_hash(context: Context, data: Path) -> None:
+    file = write_rows(data / "a.jsonl", dialogs(2))
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    plain, right, wrong = (
+        CreateDatasetRequest.model_validate({"uuid": "a", "dataset": dataset(file) | {"sha256": given}})
+        for given in (None, sha256, "0" * 64)
+    )
+    with pytest.raises(Conflict, match=sha256):
+        datasets.create(context, wrong)
+    first = datasets.create(context, right)
+    assert datasets.create(context, plain) == first
+    with pytest.raises(Conflict, match="another data set"):
+        datasets.create(context, wrong)
+
+
+def test_the_size_of_packed_rows_is_guessed_within_the_bound(context: Context, data: Path) -> None:
+    plain = data / "a.jsonl"
+    write_rows(plain, dialogs(20))
+    packed = data / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    size = datasets.size(context, checked(context, plain))
+    assert size == datasets.Size(plain.stat().st_size, 20)
+    assert datasets.size(context, checked(context, packed)).text == 10 * packed.stat().st_size
+    packed.write_bytes(gzip.compress(plain.read_bytes()) + bytes(60_000))
+    wanted = [evaluation(dataset(packed)), evaluation(dataset(plain))]
+    found = [
+        datasets.sizes_before_reading(context, EvaluateQuestionAnsweringRequest.model_validate(one))[0].text
+        for one in wanted
+    ]
+    assert found == [context.config.max_dataset_bytes, plain.stat().st_size]
+
+
 def test_the_first_bad_rows_are_all_named(context: Context, data: Path) -> None:
     rows = [{"x": number if number % 3 else "none"} for number in range(1, 100)]
     message = refusal(context, described(write_rows(data / "a.jsonl", rows[:10]), x="number"))
@@ -369,6 +451,20 @@ def test_a_data_set_is_kept_while_a_job_needs_it(context: Context, data: Path, f
     add_job(context.store, "evaluation-1", **{field: "a"})
     start(context.store, "evaluation-1")
     with pytest.raises(Conflict, match="the job 'evaluation-1' needs the data set 'a' and has not ended"):
+        datasets.delete(context, "a")
+    fail(context.store, "evaluation-1", "it is over")
+    datasets.delete(context, "a")
+
+
+def test_an_upload_is_kept_while_a_job_describes_it(context: Context) -> None:
+    with uploads.receive(context, "a.jsonl") as file:
+        file.write(json.dumps({"dialog": DIALOG}).encode())
+        sent = file.publish()
+    described = {"columns": {"dialog": "dialog"}, "content_url": sent.content_url}
+    datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "a", "dataset": described}))
+    # Whatever else stands in a request: PostgreSQL's texts hold no NUL.
+    add_job(context.store, "evaluation-1", dataset=described | {"metadata": {"a": "\0"}})
+    with pytest.raises(Conflict, match="'evaluation-1'"):
         datasets.delete(context, "a")
     fail(context.store, "evaluation-1", "it is over")
     datasets.delete(context, "a")

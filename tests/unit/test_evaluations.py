@@ -1,16 +1,19 @@
 """Evaluations: what is accepted, what is refused and why, and what a job has found."""
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from stack import evaluations
+from stack import datasets, evaluations
+from stack.api.datasets import CreateDatasetRequest
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.api.wire import describe
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StackError
+from stack.errors import BadInput, Conflict, NotFound, StackError, StorageFull
 from tests import samples
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
@@ -36,10 +39,11 @@ def add_adapter(context: Context, job_uuid: str, base: str = "small") -> None:
     samples.add_adapter(context.store, f"{base}:{job_uuid}", base, job_uuid)
 
 
-def test_a_right_request_is_accepted_as_a_scheduled_job(context: Context, data: dict[str, Any]) -> None:
+def test_a_right_request_is_accepted_as_a_scheduled_job(context: Context, home: Path, data: dict[str, Any]) -> None:
     job = evaluations.question_answering(context, request(data))
     assert (job.uuid, job.kind, job.status) == ("evaluation-1", "evaluate", "scheduled")
-    assert EvaluateQuestionAnsweringRequest.model_validate(job.request) == request(data)
+    sha256 = hashlib.sha256((home / "data" / "test.jsonl").read_bytes()).hexdigest()
+    assert EvaluateQuestionAnsweringRequest.model_validate(job.request) == request(data | {"sha256": sha256})
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,60 @@ def test_the_same_request_again_is_the_same_job_even_when_its_data_is_gone(
     first = evaluations.question_answering(context, request(data))
     (home / "data" / "test.jsonl").unlink()
     assert evaluations.question_answering(context, request(data)) == first
+
+
+def test_a_job_is_of_the_content_that_it_was_accepted_with(context: Context, home: Path, data: dict[str, Any]) -> None:
+    """Its driver reads the job's request, and finds that content or says that it is another one."""
+    file = home / "data" / "test.jsonl"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    accepted = request(evaluations.question_answering(context, request(data)).request["dataset"])
+    assert datasets.resolve(context, accepted.dataset).sha256 == before
+    write_rows(file, dialogs(5))
+    with pytest.raises(Conflict, match="has changed") as caught:
+        datasets.resolve(context, accepted.dataset)
+    assert before in caught.value.message
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in caught.value.message
+
+
+def test_the_same_request_is_the_same_job_with_and_without_its_hash(
+    context: Context, home: Path, data: dict[str, Any]
+) -> None:
+    first = evaluations.question_answering(context, request(data))
+    sha256 = hashlib.sha256((home / "data" / "test.jsonl").read_bytes()).hexdigest()
+    write_rows(home / "data" / "test.jsonl", dialogs(5))
+    assert evaluations.question_answering(context, request(data)) == first
+    assert evaluations.question_answering(context, request(data | {"sha256": sha256})) == first
+    with pytest.raises(Conflict, match="'evaluation-1'"):
+        evaluations.question_answering(context, request(data | {"sha256": "0" * 64}))
+
+
+def test_content_of_another_hash_than_is_asked_for_is_refused(context: Context, data: dict[str, Any]) -> None:
+    error = refusal(context, data | {"sha256": "0" * 64})
+    assert isinstance(error, Conflict)
+    assert error.param == "dataset"
+    assert "0" * 64 in error.message
+
+
+def test_results_that_would_not_fit_are_refused_when_the_job_is_accepted_and_when_it_starts(
+    context: Context, home: Path
+) -> None:
+    """Twice the bytes of the data set, and a part for each row: here about 25,000 bytes."""
+    rows = [{"prompt": "x" * 400, "completion": "y"} for _ in range(12)]
+    data = dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text")
+    datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "a", "dataset": data}))
+    for reference in (data, "a"):
+        for most, is_enough in ((15_000, False), (40_000, True)):
+            limited = replace(context, config=context.config.model_copy(update={"max_tenant_bytes": most}))
+            wanted = request(reference, job_uuid=f"evaluation-{len(str(reference))}")
+            if is_enough:
+                assert evaluations.resources(limited, wanted)["workers"] == 1
+                evaluations.question_answering(limited, wanted)
+                continue
+            with pytest.raises(StorageFull, match=f"allowed: {most}"):
+                evaluations.resources(limited, wanted)
+            with pytest.raises(StorageFull, match=f"allowed: {most}"):
+                evaluations.question_answering(limited, wanted)
+            assert context.store.jobs.get("default", wanted.job_uuid) is None
 
 
 def test_another_request_with_the_same_uuid_is_a_conflict(context: Context, data: dict[str, Any]) -> None:

@@ -257,7 +257,7 @@ def test_data_sets_adapters_and_files_of_the_first_release_are_found(
 ) -> None:
     store = Store(url)
     dataset = store.datasets.get("default", "data")
-    assert dataset == first["datasets"][0] | {"tenant": "default"}
+    assert dataset == first["datasets"][0] | {"tenant": "default", "examples": None}
     (adapter,) = store.adapters.list("default")
     assert (adapter.model_id, adapter.base, adapter.artifact) == ("small:tuned", "small", "adapters/tuned")
     with store.engine.connect() as connection:

@@ -1,6 +1,9 @@
 """Fine-tuning: what is accepted, what is refused and why, and what a job has made."""
 
+import hashlib
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ from stack import datasets, post_training
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StackError
+from stack.errors import BadInput, Conflict, NotFound, StackError, StorageFull
 from tests import samples
 from tests.samples import dataset, dialogs, fine_tuning, write_rows
 
@@ -40,10 +43,11 @@ def refusal(context: Context, data: Any, **changes: Any) -> StackError:
     return caught.value
 
 
-def test_a_right_request_is_accepted_as_a_scheduled_job(context: Context, data: dict[str, Any]) -> None:
+def test_a_right_request_is_accepted_as_a_scheduled_job(context: Context, home: Path, data: dict[str, Any]) -> None:
     job = post_training.supervised_fine_tune(context, request(data))
     assert (job.uuid, job.kind, job.status) == ("tune-1", "supervised_fine_tune", "scheduled")
-    assert PostTrainingSFTRequest.model_validate(job.request) == request(data)
+    sha256 = hashlib.sha256((home / "data" / "train.jsonl").read_bytes()).hexdigest()
+    assert PostTrainingSFTRequest.model_validate(job.request) == request(data | {"sha256": sha256})
 
 
 def test_data_sets_may_be_registered_ones(context: Context, data: dict[str, Any]) -> None:
@@ -160,6 +164,36 @@ def test_the_same_request_again_is_the_same_job_even_when_its_data_is_gone(
     first = post_training.supervised_fine_tune(context, request(data))
     (home / "data" / "train.jsonl").unlink()
     assert post_training.supervised_fine_tune(context, request(data)) == first
+
+
+@pytest.mark.parametrize("field", ["dataset", "validation_dataset"])
+def test_a_job_is_of_the_content_that_it_was_accepted_with(
+    context: Context, home: Path, data: dict[str, Any], field: str
+) -> None:
+    other = dataset(write_rows(home / "data" / "other.jsonl", dialogs(3)))
+    wanted = request(data, **{field: other})
+    job = post_training.supervised_fine_tune(context, wanted)
+    write_rows(home / "data" / "other.jsonl", dialogs(5))
+    accepted = PostTrainingSFTRequest.model_validate(job.request)
+    with pytest.raises(Conflict, match="has changed"):
+        datasets.resolve(context, getattr(accepted, field))
+    assert post_training.supervised_fine_tune(context, wanted) == job
+
+
+def test_a_training_without_room_is_refused_when_it_is_accepted_and_when_it_starts(
+    context: Context, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for free in (10_000, 2**40):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        if free == 2**40:
+            assert post_training.resources(context, request(data)) == {"workers": 1, "per_worker": {"CPU": 1}}
+            assert post_training.supervised_fine_tune(context, request(data)).status == "scheduled"
+            continue
+        with pytest.raises(StorageFull, match="has 10000 bytes left"):
+            post_training.resources(context, request(data))
+        with pytest.raises(StorageFull, match="has 10000 bytes left"):
+            post_training.supervised_fine_tune(context, request(data))
+        assert context.store.jobs.get("default", "tune-1") is None
 
 
 def test_another_request_with_the_same_uuid_is_a_conflict(context: Context, data: dict[str, Any]) -> None:

@@ -1,6 +1,9 @@
 """How much a tenant may keep: artifacts and uploads together, and no more than the disk has left."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import insert
@@ -53,3 +56,19 @@ def test_more_than_the_disk_has_left_is_refused(context: Context) -> None:
     context = replace(context, config=context.config.model_copy(update={"max_tenant_bytes": 2**62}))
     with pytest.raises(StorageFull, match="the artifacts' disk has"):
         quotas.require_room(context, 2**61)
+
+
+def test_a_job_needs_room_for_what_it_writes_meanwhile_beside_what_it_keeps(
+    context: Context, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here both are on one disk."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+    work = home / "work" / "default" / "job-1"
+    quotas.require_room_for_job(context, kept=300, temporary=700, work=work)
+    with pytest.raises(StorageFull, match="the disk on which jobs work has 1000 bytes left, and 1001 are needed"):
+        quotas.require_room_for_job(context, kept=300, temporary=701, work=work)
+    (work / "train").mkdir(parents=True)
+    (work / "train" / "checkpoint").write_bytes(b"x" * 500)
+    quotas.require_room_for_job(context, kept=300, temporary=1_200, work=work)
+    with pytest.raises(StorageFull, match="1001 are needed"):
+        quotas.require_room_for_job(context, kept=300, temporary=1_201, work=work)

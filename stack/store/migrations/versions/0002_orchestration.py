@@ -212,6 +212,7 @@ def _create_tables() -> None:
         sa.Column("rows", sa.BigInteger, nullable=False),
         sa.Column("bytes", sa.BigInteger, nullable=False),
         sa.Column("sha256", sa.String(64), nullable=False),
+        sa.Column("examples", sa.Boolean),
         sa.Column("created_at", sa.String(40), nullable=False),
     )
     op.create_index("datasets_by_time", "datasets", ["tenant", "created_at", "uuid"])
