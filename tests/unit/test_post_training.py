@@ -99,7 +99,7 @@ def test_the_greatest_rank_that_is_served_is_accepted(context: Context, data: di
             ["fsdp_cpu_offload", "allowed: false"],
         ),
         ({"hyperparam_search_config": {"a": 1}}, "hyperparam_search_config", ["allowed: {}"]),
-        ({"logger_config": {"report_to": ["wandb"]}}, "logger_config", ["wandb", "not installed"]),
+        ({"logger_config": {"report_to": ["mlflow"]}}, "logger_config", ["mlflow", "not installed"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
