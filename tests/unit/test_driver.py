@@ -160,7 +160,8 @@ def test_a_request_from_a_file_becomes_a_job_and_is_completed(
     done = job(context)
     assert done.status == "completed"
     assert [one.submission_id for one in context.store.jobs.attempts(done.id)] == ["raysubmit_1"]
-    assert done.request == EvaluateQuestionAnsweringRequest.model_validate(evaluation(data)).model_dump(mode="json")
+    asked = evaluation(data | {"sha256": done.request["dataset"]["sha256"]})
+    assert done.request == EvaluateQuestionAnsweringRequest.model_validate(asked).model_dump(mode="json")
     assert done.result == {"files": [], "path": "file:///a"}
     assert "'evaluation-1' is completed" in capsys.readouterr().out
 
