@@ -4,12 +4,14 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import TimeoutExpired
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -181,6 +183,16 @@ def test_a_job_that_the_gateway_has_accepted_is_found_by_its_uuid(
     accepted(context, data)
     assert run(*ATTEMPT) == 0
     assert job(context).status == "completed"
+
+
+def test_a_job_without_room_any_more_fails_before_it_begins(
+    context: Context, run: Callable[..., int], data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted(context, data)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    assert run(*ATTEMPT, work=None) == 2
+    assert (job(context).status, job(context).started_at) == ("failed", None)
+    assert "100 bytes left" in (job(context).error or "")
 
 
 @pytest.mark.parametrize(
