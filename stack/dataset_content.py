@@ -19,6 +19,7 @@ from botocore.exceptions import BotoCoreError
 from stack import disk, uploads
 from stack.config import home
 from stack.context import Context
+from stack.dataset_files import format_of
 from stack.errors import BadInput, StackError, TooLarge, Unavailable
 from stack.fetcher import Fetcher
 
@@ -72,7 +73,7 @@ def _open(context: Context, url: str) -> Content:
         case "s3" | "gs":
             return _from_storage(context, url)
         case "https":
-            file_name = unquote(urlsplit(url).path).rpartition("/")[2]
+            file_name = _name_in(url)
             copy = _copy_of(context, url, 0)
             try:
                 FETCHER.fetch(url, copy, context.config.max_dataset_bytes)
@@ -85,20 +86,33 @@ def _open(context: Context, url: str) -> Content:
             return Content(_regular(file, url), file.name)
 
 
+def _name_in(url: str) -> str:
+    """The name of the file at an address, which must promise rows before anything is fetched."""
+    try:
+        name = unquote(urlsplit(url).path).rpartition("/")[2]
+    except ValueError as error:
+        raise BadInput(f"{url!r} is no address: {error}") from error
+    format_of(name)
+    return name
+
+
 def _local(context: Context, url: str) -> Path:
     """The local file at an address, if it is one that users may read."""
     try:
         address = urlsplit(url)
         file = Path(unquote(address.path)).resolve()
-        is_file = file.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{url!r} is no address of a local file: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # what it says of a place outside of the roots is not told
+        raise BadInput(f"{url!r} is no address of a local file") from error
     if address.netloc not in ("", "localhost") or address.query or address.fragment:
         raise BadInput(f"{url!r} is no address of a local file; allowed: file:///folder/name.jsonl")
     roots = context.config.data_folders
     if not any(file.is_relative_to(root) for root in roots):
         allowed = ", ".join(str(root) for root in roots)
         raise BadInput(f"{url} is outside of the data folders: {allowed}")
+    try:
+        is_file = file.is_file()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{url!r} is no address of a local file") from error
     if not is_file:
         raise BadInput(f"there is no file {url}")
     return file

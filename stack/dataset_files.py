@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import math
+import os
 import re
 import subprocess
 import sys
@@ -31,8 +32,12 @@ from stack import parquet_rows
 from stack.api.datasets import TrainEvalDatasetColumnType as Type
 from stack.errors import BadInput, TooLarge
 
-MAX_ROW_BYTES = 8 * 2**20
+# To parse a row of many small values takes its process, a gateway say, about a third of a second for each 2 MiB.
+MAX_ROW_BYTES = 2 * 2**20
 MAX_COLUMNS = 10_000
+MAX_ROWS = 20_000_000
+# Rows of CSV are parted by line breaks; a small compressed file may hold nothing else.
+MAX_EMPTY_LINES = 100_000
 # What the reader of Parquet may take, of address space.
 PARQUET_MEMORY = 2 * 2**30
 KINDS = {".jsonl": "JSON Lines", ".ndjson": "JSON Lines", ".json": "JSON", ".csv": "CSV", ".parquet": "Parquet"}
@@ -76,20 +81,20 @@ def read(file: BinaryIO, form: Format, columns: Mapping[str, Type], most: int) -
     """The rows of an open file, with the declared columns, which still may hold anything.
 
     Raises BadInput for a file that cannot be read any further, and TooLarge for one that unpacks to more than `most`
-    bytes.
+    bytes or has more than MAX_ROWS rows.
     """
-    if form.kind == "Parquet":
-        yield from _parquet(file, columns, most)
-        return
-    stream = _unpacked(file, form.compression, most)
     match form.kind:
+        case "Parquet":
+            rows = _parquet(file, columns, most)
         case "JSON Lines":
-            rows = _json_lines(stream)
+            rows = _json_lines(_unpacked(file, form.compression, most))
         case "JSON":
-            rows = _json_array(stream)
+            rows = _json_array(_unpacked(file, form.compression, most))
         case _:
-            rows = _csv(stream, columns)
+            rows = _csv(_unpacked(file, form.compression, most), columns)
     for number, row in rows:
+        if number > MAX_ROWS:
+            raise TooLarge(f"the file has more than {MAX_ROWS} rows")
         yield number, row if isinstance(row, str) else _declared(number, row, columns)
 
 
@@ -164,7 +169,9 @@ def _unpacked(file: BinaryIO, compression: str | None, most: int) -> io.Buffered
         case ".xz":
             stream = _Xz(file)
         case ".zst":
-            stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
+            # Of a handle of its own, which is closed when the stream is forgotten.
+            packed = pyarrow.PythonFile(os.fdopen(os.dup(file.fileno()), "rb"), "r")
+            stream = pyarrow.CompressedInputStream(packed, "zstd")
         case _:
             stream = file
     return io.BufferedReader(_Unpacked(stream, most, f"compressed as {compression}"), _BLOCK)
@@ -298,7 +305,7 @@ def _csv(stream: io.BufferedReader, columns: Mapping[str, Type]) -> Iterator[Num
     except csv.Error as error:
         raise BadInput(f"the header is not CSV: {error}") from error
     _require_columns(header, columns)
-    number = 1
+    number, empty = 1, 0
     while True:
         taken = 0
         try:
@@ -309,7 +316,11 @@ def _csv(stream: io.BufferedReader, columns: Mapping[str, Type]) -> Iterator[Num
             yield number, f"row {number} is not CSV: {error}"
         else:
             if not cells:
-                continue  # an empty line
+                empty += 1
+                if empty > MAX_EMPTY_LINES:
+                    raise BadInput(f"before row {number} there are more than {MAX_EMPTY_LINES} empty lines")
+                continue
+            empty = 0
             if len(cells) == len(header):
                 yield number, _from_cells(number, dict(zip(header, cells, strict=True)), columns)
             else:

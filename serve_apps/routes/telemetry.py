@@ -68,7 +68,7 @@ def log_event(context: ContextOf, body: LogEventRequest) -> None:
 def get_trace(
     context: ContextOf,
     trace_id: Annotated[str, Query(max_length=100)],
-    limit: Annotated[int, Query(ge=1, le=10_000, description="of spans, logs and metrics, each")] = 1_000,
+    limit: Annotated[int, Query(ge=1, le=1_000, description="of spans, logs and metrics, each")] = 1_000,
 ) -> Trace:
     """A trace: its root span, and the spans, logs and metrics that it is made of."""
     return telemetry.get_trace(context, trace_id, limit)

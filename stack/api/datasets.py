@@ -67,7 +67,7 @@ class CreateDatasetRequest(Request):
 
 
 class DeleteDatasetRequest(Request):
-    dataset_uuid: Annotated[str, Field(max_length=100)]
+    dataset_uuid: Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
 
 
 class DatasetPreview(Wire):
@@ -90,4 +90,4 @@ class UploadedFile(Wire):
 
 
 class DeleteUploadRequest(Request):
-    upload_id: Annotated[str, Field(max_length=100)]
+    upload_id: Annotated[str, Field(max_length=100), AfterValidator(without_nul)]

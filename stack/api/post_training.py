@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from stack.api.datasets import DatasetReference
-from stack.api.jobs import ArtifactFile, JobEntry, JobState, JsonObject, MetricPoint, Priority
-from stack.api.wire import Id, ModelId, Request, Wire, at_most
+from stack.api.jobs import ArtifactFile, JobEntry, JobState, MetricPoint, Priority
+from stack.api.wire import Id, Info, ModelId, Request, Wire, at_most
 
 
 class FinetuningAlgorithm(StrEnum):
@@ -81,7 +81,7 @@ class PostTrainingSFTRequest(Request):
     algorithm_config: LoraFinetuningConfig
     optimizer_config: OptimizerConfig
     training_config: TrainingConfig
-    hyperparam_search_config: JsonObject = {}
+    hyperparam_search_config: Info = {}
     logger_config: LoggerConfig = LoggerConfig()
     priority: Priority = 0
 

@@ -396,3 +396,22 @@ def test_a_key_without_the_scope_may_not(app: FastAPI, context: Context) -> None
     with TestClient(app, client=LOCAL, base_url=URL, headers={"authorization": f"Bearer {key}"}) as client:
         error_of(upload(client), 403)
         error_of(client.get("/datasets/list"), 403)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://[/a.jsonl", "https://[::1/a.jsonl", "https://]/a.jsonl", "https://℀.com/a.jsonl"]
+)
+def test_an_address_that_is_none_is_400(client: TestClient, url: str) -> None:
+    body = {"uuid": "a", "dataset": {"columns": {"a": "text"}, "content_url": url}}
+    error_of(client.post("/datasets/create", json=body), 400)
+
+
+def test_outside_of_the_data_folders_nothing_is_told(client: TestClient) -> None:
+    data = {"columns": {"a": "text"}, "content_url": "file:///proc/1/root/etc/passwd"}
+    error = error_of(client.post("/datasets/create", json={"uuid": "a", "dataset": data}), 400)
+    assert "Permission" not in error["message"]
+
+
+@pytest.mark.parametrize(("path", "field"), [("delete", "dataset_uuid"), ("uploads/delete", "upload_id")])
+def test_a_nul_character_in_an_id_is_400(client: TestClient, path: str, field: str) -> None:
+    assert error_of(client.post(f"/datasets/{path}", json={field: "\0"}), 400)["param"] == field

@@ -542,5 +542,31 @@ def test_a_row_of_a_gigabyte_is_refused_in_little_memory(tmp_path: Path, name: s
 
 def test_a_million_columns_are_refused_in_little_memory(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
-    file.write_text(",".join(f"c{number}" for number in range(1_000_000)) + "\n")
+    file.write_text(",".join("c" for _ in range(1_000_000)) + "\n")
     assert measured(file, 256 * 2**20)[0] == "the file has 1000000 columns; allowed: 10000"
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_the_file_stays_open_behind_its_rows(tmp_path: Path, suffix: str) -> None:
+    """Its size and its hash are asked for after them."""
+    file = tmp_path / f"rows.jsonl{suffix}"
+    file.write_bytes(PACKERS[suffix](b'{"a": 1}\n' * 3))
+    with file.open("rb") as stream:
+        assert len(list(read(stream, format_of(file.name), {"a": Type.json}, 10**6))) == 3
+        stream.seek(0)
+        assert stream.read() == file.read_bytes()
+
+
+def test_a_file_of_nothing_but_empty_lines_is_not_read_for_ever(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_bytes(b"a\n1\n" + b"\n" * (dataset_files.MAX_EMPTY_LINES + 1))
+    with file.open("rb") as stream, pytest.raises(BadInput, match="empty lines"):
+        list(read(stream, format_of(file.name), {"a": Type.text}, 10**9))
+
+
+def test_rows_are_bounded_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_files, "MAX_ROWS", 10)
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"a": 1}\n' * 11)
+    with file.open("rb") as stream, pytest.raises(TooLarge, match="more than 10 rows"):
+        list(read(stream, format_of(file.name), {"a": Type.json}, 10**6))
