@@ -30,9 +30,10 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from ray.train import WorkerGroupError
+from ray.train import ControllerError, WorkerGroupError
+from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.reporter import Reporter
+from jobs.reporter import GIVEN_UP, Reporter, steadily
 from stack import jobs, keys, tracing
 from stack.api.jobs import JobStatus
 from stack.api.wire import Request, describe
@@ -40,10 +41,13 @@ from stack.artifacts import File
 from stack.config import Config
 from stack.context import DEFAULT_TENANT, Context
 from stack.errors import BadInput, StackError, Unavailable
-from stack.store import Adapter, Artifact, Attempt, Job, now
+from stack.store import Adapter, Artifact, Attempt, Job, faults, now
 
 R = TypeVar("R", bound=Request)
-# What ends an attempt through no fault of the job: another attempt may go well.
+# How a driver exits that could not write down how it ended: the supervisor takes it for lost.
+GONE = os.EX_TEMPFAIL
+STOPPED = 128 + signal.SIGTERM
+# What ends an attempt through no fault of the job: another attempt may go well. So does a database that is away.
 LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, RaySystemError, Unavailable)
 
 
@@ -74,16 +78,25 @@ def run(
     work: Callable[[Work, R], Outcome],
 ) -> int:
     """Runs a driver. `submit` accepts a request by hand, `resources` are what the job takes, `work` does it."""
-    # A driver that is told to stop writes nothing: the supervisor knows whether it was cancelled or lost.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("it was stopped"))
+    # A driver that is told to stop writes no end: the supervisor knows whether it was cancelled or lost.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as Ray's own handler, which takes its place
     arguments = _arguments(work.__doc__ or "")
     try:
         keys.check_tenant(arguments.tenant)
-        context = Context.open(Config.from_environment())
+        with closing(Context.open(Config.from_environment())) as context:
+            return _run(context.of_tenant(arguments.tenant), arguments, request_type, submit, resources, work)
     except StackError as error:
         return _refuse(error)
-    with closing(context):
-        return _run(context.of_tenant(arguments.tenant), arguments, request_type, submit, resources, work)
+    except SQLAlchemyError as error:
+        if faults.passing(error) is None:
+            raise
+        print(f"stopping: the database is out of reach: {faults.reason(error)}", file=sys.stderr)
+        return GONE
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:
+            print("stopping: told to", file=sys.stderr)
+            error.code = STOPPED
+        raise
 
 
 def _run(
@@ -94,10 +107,7 @@ def _run(
     resources: Callable[[Context, R], dict[str, Any]],
     work: Callable[[Work, R], Outcome],
 ) -> int:
-    try:
-        job, attempt = _job(context, arguments, request_type, submit)
-    except StackError as error:
-        return _refuse(error)
+    job, attempt = _job(context, arguments, request_type, submit)
     try:
         request = request_type.model_validate(job.request)
         taken = resources(context, request)
@@ -121,7 +131,7 @@ def _run(
 
 def _refuse(error: StackError) -> int:
     print(f"refused: {error.message}", file=sys.stderr)
-    return 2
+    return GONE if isinstance(error, Unavailable) else 2
 
 
 def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
@@ -132,18 +142,21 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
         raise
     except BaseException as error:  # whatever it was, the row must say so; it is raised again
         why = reason(error)
+        steadily(given.reporter.finish)
         if _is_lost(error):
-            store.jobs.lose_attempt(job.id, number, why)
-        elif store.jobs.fail(job.id, number, why):
+            steadily(lambda: store.jobs.lose_attempt(job.id, number, why))
+        elif steadily(lambda: store.jobs.fail(job.id, number, why)):
             shutil.rmtree(given.folder, ignore_errors=True)
         if isinstance(error, StackError):
             print(f"failed: {error.message}", file=sys.stderr)
             return 1
         raise
-    given.reporter.metrics.flush()
-    if not store.jobs.complete(job.id, number, outcome.result, outcome.adapter, outcome.artifact):
-        now = store.jobs.get(job.tenant, job.uuid)
-        if now is not None and now.status != JobStatus.completed:  # by another attempt, which has published the same
+    made = (outcome.result, outcome.adapter, outcome.artifact)
+    mine = steadily(given.reporter.finish) and steadily(lambda: store.jobs.complete(job.id, number, *made))
+    if not mine:
+        now = steadily(lambda: store.jobs.get(job.tenant, job.uuid))
+        # What another attempt has published, or is about to, has the same name.
+        if now is not None and now.status in (JobStatus.failed, JobStatus.cancelled):
             given.context.artifacts.remove(outcome.artifact.path)
         return _report_earlier(given.context, job)
     shutil.rmtree(given.folder, ignore_errors=True)
@@ -156,8 +169,8 @@ def publish(work: Work, name: str, folder: Path) -> list[File]:
 
     Raises Unavailable for an attempt that has been given up: what lies there may be that of the next one.
     """
-    if not work.context.store.jobs.beat(work.job.id, work.reporter.number):
-        raise Unavailable("this attempt has been given up")
+    if not steadily(lambda: work.context.store.jobs.beat(work.job.id, work.reporter.number)):
+        raise Unavailable(GIVEN_UP)
     if work.context.artifacts.exists(name):
         work.context.artifacts.remove(name)
     return work.context.artifacts.publish(name, folder)
@@ -166,7 +179,7 @@ def publish(work: Work, name: str, folder: Path) -> list[File]:
 def artifact_row(work: Work, name: str, type: str, files: list[File], metadata: dict[str, Any]) -> Artifact:
     """What is written down of an artifact that a job has published: it belongs to the job's run."""
     job, size = work.job, sum(file.bytes for file in files)
-    experiment_id = work.context.store.telemetry.run_experiment(job.tenant, job.run_id)
+    experiment_id = steadily(lambda: work.context.store.telemetry.run_experiment(job.tenant, job.run_id))
     about = {"job_uuid": job.uuid, **metadata}
     return Artifact(
         uuid.uuid4().hex, job.tenant, experiment_id, job.run_id, job.uuid, type, name, size, about, created_at=now()
@@ -176,7 +189,7 @@ def artifact_row(work: Work, name: str, type: str, files: list[File], metadata: 
 def _give_up(why: str) -> None:
     """Ends this process at once, with all that Ray runs for it: another attempt may be under way already."""
     print(f"stopping: {why}", file=sys.__stderr__, flush=True)
-    os._exit(1)
+    os._exit(GONE)
 
 
 def _report_earlier(context: Context, job: Job) -> int:
@@ -189,24 +202,42 @@ def _report_earlier(context: Context, job: Job) -> int:
 def _is_lost(error: BaseException) -> bool:
     if isinstance(error, WorkerGroupError):
         # Of a worker that died Ray Train says so in an error of its own, around the one that Ray raised.
-        causes = (getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values())
-        return all(isinstance(cause, LOST) for cause in causes)
-    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
+        causes = [getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values()]
+        return all(isinstance(cause, LOST) or _raised(cause).startswith(_UNAVAILABLE) for cause in causes)
+    error = _cause(error)
+    if isinstance(error, SQLAlchemyError):
+        return isinstance(faults.passing(error), Unavailable)
     return isinstance(error, LOST)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error below what Ray, or the controller of Ray Train, wraps around it."""
+    while True:
+        if isinstance(error, ControllerError):
+            error = error.controller_failure
+        elif isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+            error = error.cause
+        else:
+            return error
+
+
+def _raised(failure: BaseException) -> str:
+    """What a worker of Ray Train raised: it arrives as the text of its traceback, which ends with the error itself."""
+    lines = str(failure).rsplit("Traceback (most recent call last):", 1)[-1].strip("\n").splitlines()
+    return "\n".join(dropwhile(lambda line: line[:1].isspace(), lines))
+
+
+_UNAVAILABLE = f"{Unavailable.__module__}.{Unavailable.__name__}:"
 
 
 def reason(error: BaseException) -> str:
     """Why a job failed, in one line: the cause below what Ray wraps around it."""
     if isinstance(error, WorkerGroupError):
-        # What a worker of Ray Train raised arrives as the text of its traceback, which ends with the error itself.
-        cause = str(next(iter(error.worker_failures.values())))
-        lines = cause.rsplit("Traceback (most recent call last):", 1)[-1].strip("\n").splitlines()
-        cause = "\n".join(dropwhile(lambda line: line[:1].isspace(), lines))
+        cause = _raised(next(iter(error.worker_failures.values())))
     else:
-        while isinstance(error, RayTaskError):
-            error = error.cause
-        cause = f"{type(error).__module__}.{type(error).__name__}: {error}"
+        error = _cause(error)
+        words = faults.reason(error) if isinstance(error, SQLAlchemyError) else error
+        cause = f"{type(error).__module__}.{type(error).__name__}: {words}"
     kind, _, message = " ".join(cause.split()).partition(": ")
     if any(sign in cause for sign in _FULL_DISK):
         return f"the disk is full: {message}"

@@ -8,6 +8,7 @@ served at once as the model `base:job_uuid`. What the worker does is in jobs/tra
 
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchTrainer
 
 from jobs import driver
+from jobs.reporter import steadily
 from jobs.training_worker import ADAPTER, train_on_worker
 from stack import post_training
 from stack.api.post_training import PostTrainingSFTRequest
@@ -28,6 +30,9 @@ def fine_tune(work: driver.Work, request: PostTrainingSFTRequest) -> driver.Outc
     context, job = work.context, work.job
     model = context.models.get(request.model).base
     workers = post_training.resources(context, request)
+    temporary = work.folder / "temporary"  # and not where the system has its own: they may be large
+    shutil.rmtree(temporary, ignore_errors=True)  # those of an attempt that was lost
+    temporary.mkdir()
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={
@@ -37,6 +42,7 @@ def fine_tune(work: driver.Work, request: PostTrainingSFTRequest) -> driver.Outc
             "context": model.context,
             "tenant": job.tenant,
             "attempt": work.reporter.number,
+            "temporary": str(temporary),
             "tensorboard": str(work.folder / "tensorboard"),
         },
         scaling_config=ScalingConfig(
@@ -84,9 +90,11 @@ class CheckpointRecorder(UserCallback):
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
             saved = {"path": checkpoint.path, "iters": metrics[0]["steps"], "files": []}
-            store = Store(self._url)
-            store.jobs.record(self._job.id, self._number, checkpoints=[saved])
-            store.close()
+            steadily(lambda: self._record([saved]))
+
+    def _record(self, checkpoints: list[dict[str, Any]]) -> None:
+        with closing(Store(self._url)) as store:
+            store.jobs.record(self._job.id, self._number, checkpoints=checkpoints)
 
 
 if __name__ == "__main__":

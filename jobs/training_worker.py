@@ -17,15 +17,16 @@ from typing import Any
 import psutil
 import ray.train
 from ray.train import Checkpoint
+from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.dataset_source import on_disk
-from jobs.reporter import Metrics, resources
+from jobs.reporter import GIVEN_UP, RESOURCES, Metrics, resources, steadily
 from stack import datasets
 from stack.api.post_training import LoraFinetuningConfig, OptimizerConfig, OptimizerType, PostTrainingSFTRequest
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, StackError
-from stack.store import Job
+from stack.errors import BadInput, StackError, Unavailable
+from stack.store import Job, faults
 
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 # How often a training saves what another attempt would go on from, and under which name; the end has another one.
@@ -36,6 +37,14 @@ ADAPTER = "adapter"
 
 def train_on_worker(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train does: train, reporting checkpoints to go on from, and the adapter at the end."""
+    try:
+        _train(settings)
+    except SQLAlchemyError as error:
+        # The driver gets only the text of what is raised here, by which it must know a database that is away.
+        raise (faults.passing(error) or error) from error
+
+
+def _train(settings: dict[str, Any]) -> None:
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -54,7 +63,7 @@ def train_on_worker(settings: dict[str, Any]) -> None:
     assert job is not None
     with (
         Metrics(context.store, job, settings["attempt"]) as metrics,
-        TemporaryDirectory() as folder,
+        TemporaryDirectory(dir=settings["temporary"]) as folder,
         restored.as_directory() if restored else nullcontext() as earlier,
     ):
         train = on_disk(context, datasets.resolve(context, request.dataset), f"{folder}/dataset")
@@ -105,17 +114,27 @@ def train_on_worker(settings: dict[str, Any]) -> None:
                 target_modules=target_modules(request.algorithm_config, model),
             ),
             optimizer_cls_and_kwargs=_optimizer(request.optimizer_config),
-            callbacks=[_recorder(context, job, settings["attempt"], metrics)],
+            callbacks=[_recorder(context, job, settings, metrics)],
         )
         trainer.remove_callback(PrinterCallback)  # ours says more
         check_lengths("dataset", trainer.train_dataset["input_ids"], settings["context"])
         if validation is not None:
             check_lengths("validation_dataset", trainer.eval_dataset["input_ids"], settings["context"])
         trainer.train(resume_from_checkpoint=str(Path(earlier) / SAVED) if earlier else None)
-        metrics.flush()
+        steadily(metrics.flush)
         final = Path(folder) / "final"
         trainer.model.save_pretrained(final / ADAPTER)
         ray.train.report({"steps": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(str(final)))
+
+
+def drop_figures(context: Context, job: Job, number: int, after_step: int) -> None:
+    """Removes what was recorded of the steps behind one: they are done again, and their figures with them.
+
+    Raises Unavailable if the attempt has been given up.
+    """
+    of = (job.tenant, job.run_id, after_step)
+    if not steadily(lambda: context.store.telemetry.drop_metrics(*of, RECORDED, (job.id, number))):
+        raise Unavailable(GIVEN_UP)
 
 
 def check_lengths(name: str, rows: Iterable[list[int]], context: int) -> None:
@@ -161,12 +180,12 @@ def _set_up_loggers(request: PostTrainingSFTRequest, tensorboard: str) -> None:
         os.environ |= {"WANDB_PROJECT": project, "MLFLOW_EXPERIMENT_NAME": project}
 
 
-def _recorder(context: Context, job: Job, number: int, metrics: Metrics) -> Any:
+def _recorder(context: Context, job: Job, settings: dict[str, Any], metrics: Metrics) -> Any:
     """A callback that notes each step's figures, and reports what the trainer saves to Ray Train."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    process = psutil.Process()
+    process, number = psutil.Process(), settings["attempt"]
 
     class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -174,13 +193,12 @@ def _recorder(context: Context, job: Job, number: int, metrics: Metrics) -> Any:
             self.first = state.global_step
             if number > 1:
                 print(f"going on from step {self.first}, where the last checkpoint is")
-                # The steps behind it are done again, and their figures with them.
-                context.store.telemetry.drop_metrics(job.tenant, job.run_id, after_step=self.first)
+                drop_figures(context, job, number, after_step=self.first)
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            metrics.flush()
+            steadily(metrics.flush)
             saved = get_last_checkpoint(args.output_dir)
-            with TemporaryDirectory() as folder:
+            with TemporaryDirectory(dir=settings["temporary"]) as folder:
                 shutil.copytree(saved, Path(folder) / SAVED)
                 ray.train.report({"steps": state.global_step}, checkpoint=Checkpoint.from_directory(folder))
 
@@ -210,3 +228,5 @@ NAMES = {
     "eval_loss": "validation_loss",
     "num_tokens": "tokens",
 }
+# All that is recorded: the figures of a run that are ours, and not what others have logged for it.
+RECORDED = frozenset({*NAMES.values(), "tokens_per_second", "seconds", *RESOURCES})

@@ -76,7 +76,7 @@ def _lines(file: Any, settings: dict[str, Any]) -> Iterator[bytes]:
 def _row_bytes(metadata: Any) -> int:
     """What a row has on average, by what the file declares."""
     size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
-    return max(1, size // max(1, metadata.num_rows))
+    return int(max(1, size // max(1, metadata.num_rows)))
 
 
 def _check_footer(file: Any) -> None:

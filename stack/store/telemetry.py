@@ -1,14 +1,14 @@
 """The rows of runs, metrics and logs."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Row, delete, func, insert, select
 
 from stack.store.connection import hold, now, writing
-from stack.store.schema import logs, metrics, runs
+from stack.store.schema import attempts, logs, metrics, runs
 
 MAX_POINTS = 10_000
 
@@ -63,6 +63,9 @@ class Telemetry:
 
     A run belongs to one tenant, and so do its metrics: what walks the index of metrics goes by the run's id alone, and
     rows are then read with the tenant.
+
+    Where an `attempt` is given, by the id of its job and its number, that is who writes: nothing is changed, and False
+    is returned, if it is not open any more.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -70,12 +73,21 @@ class Telemetry:
 
     # Metrics
 
-    def add_metrics(self, tenant: str, run_id: str, values: Sequence[tuple[str, int, float]]) -> None:
-        """Adds (name, step, value) triples to a run; infinite values and NaN are left out."""
+    def add_metrics(
+        self, tenant: str, run_id: str, values: Sequence[tuple[str, int, float]], attempt: tuple[int, int] | None = None
+    ) -> bool:
+        """Adds (name, step, value) triples to a run, in one transaction; infinite values and NaN are left out."""
         time = now()
-        self.add_points(
-            tenant, [Metric(run_id, name, step, value, time) for name, step, value in values if math.isfinite(value)]
-        )
+        points = [Metric(run_id, name, step, value, time) for name, step, value in values if math.isfinite(value)]
+        if attempt is None:
+            self.add_points(tenant, points)
+            return True
+        with writing(self._engine) as connection:
+            if not _is_open(connection, attempt):
+                return False
+            if points:
+                connection.execute(insert(metrics), [_row(tenant, point) for point in points])
+        return True
 
     def add_points(self, tenant: str, points: Sequence[Metric]) -> None:
         """Adds values of all kinds, with their own times, in one transaction."""
@@ -144,11 +156,22 @@ class Telemetry:
         with self._engine.connect() as connection:
             return {row.name: row.value for row in connection.execute(query)}
 
-    def drop_metrics(self, tenant: str, run_id: str, after_step: int) -> None:
-        """Removes the values of a run behind a step, which is gone on from."""
-        behind = (metrics.c.tenant == tenant) & (metrics.c.run_id == run_id) & (metrics.c.step > after_step)
-        with self._engine.begin() as connection:
+    def drop_metrics(
+        self,
+        tenant: str,
+        run_id: str,
+        after_step: int,
+        names: Collection[str],
+        attempt: tuple[int, int] | None = None,
+    ) -> bool:
+        """Removes the values of these names behind a step of a run, which is gone on from."""
+        of_run = (metrics.c.tenant == tenant) & (metrics.c.run_id == run_id)
+        behind = of_run & metrics.c.name.in_(names) & (metrics.c.step > after_step)
+        with writing(self._engine) as connection:
+            if attempt is not None and not _is_open(connection, attempt):
+                return False
             connection.execute(delete(metrics).where(behind))
+        return True
 
     # Runs
 
@@ -168,18 +191,36 @@ class Telemetry:
 
     # Logs
 
-    def add_logs(self, tenant: str, run_id: str, lines: Sequence[tuple[str, str, str]]) -> None:
+    def add_logs(
+        self,
+        tenant: str,
+        run_id: str,
+        lines: Sequence[tuple[str, str, str]],
+        attempt: tuple[int, int] | None = None,
+    ) -> bool:
         """Adds (timestamp, level, message) triples to the log of a run."""
-        self.add_messages(tenant, [Message(time, level, message, {}) for time, level, message in lines], run_id)
+        messages = [Message(time, level, message, {}) for time, level, message in lines]
+        return self.add_messages(tenant, messages, run_id, attempt=attempt)
 
     def add_messages(
-        self, tenant: str, messages: Sequence[Message], run_id: str | None = None, trace_id: str | None = None
-    ) -> None:
+        self,
+        tenant: str,
+        messages: Sequence[Message],
+        run_id: str | None = None,
+        trace_id: str | None = None,
+        attempt: tuple[int, int] | None = None,
+    ) -> bool:
         """Adds messages to the log of a run, of a trace, or of neither, in one transaction."""
-        if messages:
-            of = dict(tenant=tenant, run_id=run_id, trace_id=trace_id)
-            with self._engine.begin() as connection:
+        of = dict(tenant=tenant, run_id=run_id, trace_id=trace_id)
+        with writing(self._engine) as connection:
+            if run_id is not None:
+                # Ids are given in the order of the commits: who follows a log goes on behind the greatest one seen.
+                hold(connection, f"log of {run_id}")
+            if attempt is not None and not _is_open(connection, attempt):
+                return False
+            if messages:
                 connection.execute(insert(logs), [of | vars(message) for message in messages])
+        return True
 
     def logs_after(self, tenant: str, run_id: str, after: int, limit: int) -> list[Log]:
         """The lines of a run's log behind the one with the id `after`, in the order in which they were written."""
@@ -230,6 +271,13 @@ class Telemetry:
         with self._engine.connect() as connection:
             rows = connection.execute(query.order_by(logs.c.id.desc()).limit(limit)).mappings()
             return [Log(**row) for row in rows]
+
+
+def _is_open(connection: Connection, attempt: tuple[int, int]) -> bool:
+    """Whether an attempt is open, and stays so to the end of this transaction, which is a `writing` one."""
+    job_id, number = attempt
+    mine = (attempts.c.job_id == job_id) & (attempts.c.number == number) & attempts.c.ended_at.is_(None)
+    return connection.execute(select(attempts.c.number).where(mine).with_for_update(read=True)).first() is not None
 
 
 def _row(tenant: str, point: Metric) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """What a running job writes down: its figures, its log, its heartbeat."""
 
+import os
 import threading
+from typing import Any
 
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 
 from jobs import reporter
-from jobs.reporter import Metrics, Reporter
+from jobs.reporter import Metrics, Reporter, steadily
+from stack.errors import Unavailable
 from stack.store import Attempt, Job, Store
 from tests import samples
 
@@ -15,6 +18,18 @@ from tests import samples
 def job(store: Store) -> Job:
     samples.add_job(store, "job-1")
     return samples.start(store, "job-1")
+
+
+def away() -> OperationalError:
+    return OperationalError("", {}, Exception("could not connect"))
+
+
+def never(*_: Any, **__: Any) -> bool:
+    raise away()
+
+
+def messages(store: Store, job: Job) -> list[str]:
+    return [line.message for line in store.telemetry.logs_after("default", job.run_id, 0, 100)]
 
 
 def attempt(store: Store, job: Job) -> Attempt:
@@ -38,11 +53,11 @@ def test_figures_outlast_a_database_that_is_away_for_a_while(
 ) -> None:
     add, tries = store.telemetry.add_metrics, []
 
-    def busy_twice(tenant: str, run_id: str, values: list[tuple[str, int, float]]) -> None:
-        tries.append(len(values))
+    def busy_twice(*given: Any) -> bool:
+        tries.append(given)
         if len(tries) <= 2:
-            raise OperationalError("insert", {}, Exception("database is locked"))
-        add(tenant, run_id, values)
+            raise away()
+        return add(*given)
 
     monkeypatch.setattr(reporter, "WRITE_S", 0.01)
     monkeypatch.setattr(store.telemetry, "add_metrics", busy_twice)
@@ -86,10 +101,104 @@ def test_a_driver_without_a_database_takes_itself_for_lost(
         monkeypatch.setattr(reporter, name, value)
     heard = threading.Event()
 
-    def away(*_: object) -> bool:
-        raise OperationalError("update", {}, Exception("could not connect"))
-
     mine = attempt(store, job)
-    monkeypatch.setattr(store.jobs, "beat", away)
+    monkeypatch.setattr(store.jobs, "beat", never)
     with Reporter(store, job, mine, lost=lambda _: heard.set()):
         assert heard.wait(10)
+
+
+def test_a_driver_whose_database_never_answers_takes_itself_for_lost(
+    store: Store, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that a network has swallowed raises nothing for a long time."""
+    for name, value in (("WRITE_S", 0.01), ("BEAT_S", 0.0), ("LIFE_S", 0.1)):
+        monkeypatch.setattr(reporter, name, value)
+    heard = threading.Event()
+
+    def hangs(*_: Any) -> bool:
+        return heard.wait(10)
+
+    mine = attempt(store, job)
+    monkeypatch.setattr(store.jobs, "beat", hangs)
+    with Reporter(store, job, mine, lost=lambda _: heard.set()):
+        assert heard.wait(10)
+
+
+def test_a_log_that_cannot_be_written_costs_no_heartbeat(
+    store: Store, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporter, "WRITE_S", 0.01)
+    monkeypatch.setattr(reporter, "BEAT_S", 0.02)
+    waiting = threading.Event()
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(store.telemetry, "add_logs", never)
+        with_lines = Reporter(store, job, attempt(store, job), lost=pytest.fail)
+        with_lines.__enter__()
+        os.write(1, b"kept\n")
+        while attempt(store, job).heartbeat < 4:
+            assert not waiting.wait(0.01)
+    with_lines.__exit__()
+    assert messages(store, job) == ["kept"]
+
+
+def test_an_attempt_that_was_given_up_writes_no_figures_and_no_lines(
+    store: Store, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporter, "BEAT_S", 3_600.0)  # what is written must find it out by itself
+    told: list[str] = []
+    with Reporter(store, job, attempt(store, job), lost=told.append) as mine:
+        assert store.jobs.lose_attempt(job.id, 1, "its node was cut off")
+        assert store.jobs.open_attempt(job.id, 2, "default.job-1.2")
+        assert store.jobs.begin(job.id, 2, {})
+        mine.metrics.log(1, [("loss", 2.0)])
+        mine.metrics.progress(1, 2, "steps")
+        os.write(1, b"still here\n")
+        with pytest.raises(Unavailable, match="given up"):
+            mine.metrics.flush()
+        assert not mine.finish()
+    assert store.telemetry.metrics("default", job.run_id) == []
+    assert messages(store, job) == []
+    now = store.jobs.get("default", "job-1")
+    assert now is not None
+    assert now.progress is None
+
+
+def test_what_came_before_the_end_is_written_before_the_end(store: Store, job: Job) -> None:
+    with Reporter(store, job, attempt(store, job), lost=pytest.fail) as mine:
+        mine.metrics.log(1, [("loss", 2.0)])
+        os.write(1, b"the last line\n")
+        assert mine.finish()
+        assert messages(store, job) == ["the last line"]
+        assert store.telemetry.newest_metrics("default", job.run_id) == {"loss": 2.0}
+        assert store.jobs.complete(job.id, 1, {})
+        os.write(1, b"not of the job any more\n")
+    assert messages(store, job) == ["the last line"]
+
+
+def test_a_step_is_taken_again_until_the_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reporter, "WRITE_S", 0.01)
+    answers = iter([away(), away(), "done"])
+
+    def step() -> str:
+        answer = next(answers)
+        if isinstance(answer, OperationalError):
+            raise answer
+        return answer
+
+    assert steadily(step) == "done"
+
+
+def test_a_step_that_can_never_go_well_is_taken_once_and_another_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries = []
+
+    def wrong() -> None:
+        tries.append(True)
+        raise IntegrityError("", {}, Exception("it is there already"))
+
+    with pytest.raises(IntegrityError):
+        steadily(wrong)
+    assert len(tries) == 1
+    monkeypatch.setattr(reporter, "WRITE_S", 0.01)
+    monkeypatch.setattr(reporter, "LIFE_S", 0.05)
+    with pytest.raises(OperationalError):
+        steadily(never)

@@ -52,14 +52,14 @@ def test_a_value_that_is_no_number_does_not_cost_the_others(store: Store, value:
 def test_the_figures_behind_a_checkpoint_are_dropped(store: Store) -> None:
     run_id = samples.add_job(store, "job-1").run_id
     store.telemetry.add_metrics("default", run_id, [("loss", step, float(step)) for step in range(5)])
-    store.telemetry.drop_metrics("acme", run_id, after_step=0)
-    store.telemetry.drop_metrics("default", run_id, after_step=2)
+    store.telemetry.drop_metrics("acme", run_id, after_step=0, names=["loss"])
+    store.telemetry.drop_metrics("default", run_id, after_step=2, names=["loss"])
     assert [metric.step for metric in store.telemetry.metrics("default", run_id)] == [0, 1, 2]
 
 
 def test_a_data_set_is_unique_in_its_tenant_and_read_as_it_was_written(store: Store) -> None:
     row = dict(uuid="a", columns={"x": "text"}, content_url="file:///a.jsonl", metadata={"k": [1]}, rows=1, bytes=2)
-    row |= dict(sha256="0" * 64, created_at=now())
+    row |= dict(sha256="0" * 64, examples=True, created_at=now())
     assert store.datasets.add("default", row)
     assert not store.datasets.add("default", row | {"rows": 99})
     assert store.datasets.add("acme", row | {"rows": 99})

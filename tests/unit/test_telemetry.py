@@ -1,6 +1,8 @@
 """Metrics and how they are thinned out, logs and their search, and traces told in any order."""
 
 import datetime as dt
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
-from sqlalchemy import event, insert
+from sqlalchemy import Engine, event, insert
 
+from jobs.training_worker import RECORDED, drop_figures
 from stack import post_training, telemetry
 from stack.api.telemetry import (
     Event,
@@ -23,11 +26,11 @@ from stack.api.telemetry import (
     Time,
 )
 from stack.context import Context, Principal
-from stack.errors import BadInput, NotFound
+from stack.errors import BadInput, NotFound, Unavailable
 from stack.store import Store
 from stack.store.schema import metrics
 from stack.store.telemetry import Metric
-from tests import samples
+from tests import samples, threads
 
 T0 = "2030-01-01T00:00:00.000Z"
 TIME: TypeAdapter[str] = TypeAdapter(Time)
@@ -171,8 +174,8 @@ def test_the_steps_of_many_metrics_take_one_query(context: Context, run_id: str)
 
 
 def test_requests_at_once_get_steps_of_their_own(context: Context, run_id: str) -> None:
-    with ThreadPoolExecutor(4) as threads:
-        for done in [threads.submit(log_metrics, context, run_id, metric(run_id), metric(run_id)) for _ in range(20)]:
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(log_metrics, context, run_id, metric(run_id), metric(run_id)) for _ in range(20)]:
             done.result()
     assert [step for _, step, _ in series(context, run_id)] == list(range(40))
 
@@ -432,6 +435,82 @@ def test_an_unknown_filter_is_refused_with_the_known_ones() -> None:
         LogFilters.model_validate({"colour": "red"})
 
 
+# Attempts at jobs
+
+
+def test_an_attempt_that_is_not_open_changes_nothing(context: Context, run_id: str) -> None:
+    store = context.store
+    job = samples.start(store, "job-1")
+    mine = (job.id, 1)
+    told = store.telemetry
+    assert told.add_metrics("default", run_id, [("loss", 1, 2.0), ("loss", 2, 1.0)], mine)
+    assert told.add_logs("default", run_id, [(T0, "info", "one")], mine)
+    assert told.drop_metrics("default", run_id, 1, ["loss"], mine)
+    assert store.jobs.lose_attempt(job.id, 1, "lost")
+    assert store.jobs.open_attempt(job.id, 2, "default.job-1.2")
+    assert not told.add_metrics("default", run_id, [("loss", 3, 0.5)], mine)
+    assert not told.add_logs("default", run_id, [(T0, "info", "two")], mine)
+    assert not told.drop_metrics("default", run_id, 0, ["loss"], mine)
+    assert told.add_metrics("default", run_id, [("loss", 2, 0.5)], (job.id, 2))
+    assert series(context, run_id) == [("loss", 1, 2.0), ("loss", 2, 0.5)]
+    assert messages(context) == ["one"]
+
+
+def test_what_others_have_logged_for_a_jobs_run_outlasts_a_lost_attempt(context: Context, run_id: str) -> None:
+    job = samples.start(context.store, "job-1")
+    context.store.telemetry.add_metrics("default", run_id, [(name, 5, 1.0) for name in RECORDED])
+    log_metrics(context, run_id, metric(run_id, "accuracy", 0.9))
+    log_metrics(context, run_id, metric(run_id, "accuracy", 0.95))
+    context.store.telemetry.add_metrics("default", run_id, [("loss", 0, 3.0)])
+    drop_figures(context, job, 1, after_step=0)
+    assert series(context, run_id) == [("accuracy", 0, 0.9), ("loss", 0, 3.0), ("accuracy", 1, 0.95)]
+    context.store.jobs.lose_attempt(job.id, 1, "lost")
+    with pytest.raises(Unavailable, match="given up"):
+        drop_figures(context, job, 1, after_step=-1)
+
+
+def overtaken(engine: Engine, first: Callable[[], object], second: Callable[[], object]) -> bool:
+    """Whether `second`, which begins when `first` is about to commit, is done before it."""
+    about_to, done = threading.Event(), threading.Event()
+    seen: list[bool] = []
+
+    def wait(_: object) -> None:
+        if not about_to.is_set():
+            about_to.set()
+            seen.append(done.wait(0.5))
+
+    def begin_second() -> None:
+        assert about_to.wait(10)
+        second()
+        done.set()
+
+    event.listen(engine, "commit", wait)
+    try:
+        threads.at_once(first, begin_second)
+    finally:
+        event.remove(engine, "commit", wait)
+    return seen[0]
+
+
+def test_who_follows_a_log_misses_no_line_of_writers_at_once(context: Context, run_id: str) -> None:
+    """A line with a smaller id than one that was seen already would never be."""
+
+    def add(message: str) -> Callable[[], object]:
+        return lambda: context.store.telemetry.add_logs("default", run_id, [(T0, "info", message)])
+
+    assert not overtaken(context.store.engine, add("one"), add("two"))
+    assert messages(context) == ["two", "one"]
+
+
+def test_an_attempt_ends_before_or_after_what_it_writes(context: Context, run_id: str) -> None:
+    job = samples.start(context.store, "job-1")
+    assert not overtaken(
+        context.store.engine,
+        lambda: context.store.telemetry.add_metrics("default", run_id, [("loss", 1, 2.0)], (job.id, 1)),
+        lambda: context.store.jobs.lose_attempt(job.id, 1, "lost"),
+    )
+
+
 # Traces
 
 
@@ -527,9 +606,9 @@ def test_the_first_start_and_end_of_a_span_stand_and_others_are_kept_as_warnings
 
 
 def test_starts_and_ends_told_at_once_make_whole_spans(context: Context) -> None:
-    with ThreadPoolExecutor(4) as threads:
+    with ThreadPoolExecutor(4) as pool:
         ids = [f"s-{number}" for number in range(20)]
-        for done in [threads.submit(tell, context, span_id) for span_id in ids for tell in (start, end, start, end)]:
+        for done in [pool.submit(tell, context, span_id) for span_id in ids for tell in (start, end, start, end)]:
             done.result()
     trace = telemetry.get_trace(context, "t-1", 100)
     assert sorted(span.span_id for span in trace.spans) == sorted(ids)
