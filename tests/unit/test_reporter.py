@@ -9,8 +9,10 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from jobs import reporter
 from jobs.reporter import Metrics, Reporter, steadily
+from serve_apps.attempts import LEASE_S
 from stack.errors import Unavailable
 from stack.store import Attempt, Job, Store
+from stack.store.connection import BUSY_S
 from tests import samples
 
 
@@ -202,3 +204,8 @@ def test_a_step_that_can_never_go_well_is_taken_once_and_another_not_for_ever(mo
     monkeypatch.setattr(reporter, "LIFE_S", 0.05)
     with pytest.raises(OperationalError):
         steadily(never)
+
+
+def test_a_driver_ends_itself_before_another_attempt_begins_and_not_for_one_lock_of_the_database() -> None:
+    assert 2 * BUSY_S + reporter.BEAT_S < reporter.LIFE_S
+    assert reporter.LIFE_S + BUSY_S < LEASE_S
