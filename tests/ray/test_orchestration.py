@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ TRAINING = {"n_epochs": 2, "n_iters": 0, "batch_size": 8, "shuffle": True}
 
 
 @pytest.fixture(scope="module")
-def http(stack: Stack) -> httpx.Client:
-    return stack.client()
+def http(stack: Stack) -> Iterator[httpx.Client]:
+    with stack.client() as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_a_job_that_finds_other_content_fails_with_both_hashes(stack: Stack, htt
 
 
 def test_the_rfc_client_keeps_data_sets_and_telemetry(stack: Stack, http: httpx.Client) -> None:
-    client = LlamaStack(base_url=stack.url, http_client=httpx.Client(base_url=stack.url, timeout=60))
+    client = LlamaStack(base_url=stack.url, http_client=http)
     file = samples.write_rows(stack.home / "data" / "rfc.jsonl", samples.dialogs(3))
     data: Any = samples.dataset(file)
     client.datasets.create(uuid="rfc", dataset=data)

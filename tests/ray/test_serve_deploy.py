@@ -97,7 +97,8 @@ def test_tenants_use_a_stack_on_a_running_ray(
     wait_for(ready, START_S, lambda: last)
     assert httpx.get(f"{url}/health").json()["home"] == str(home)
     # As long as there are no keys, whoever reaches loopback is the user of this machine.
-    assert answer(httpx.Client(base_url=url, timeout=60), MODEL) == "The capital of France is Paris."
+    with httpx.Client(base_url=url, timeout=60) as anybody:
+        assert answer(anybody, MODEL) == "The capital of France is Paris."
 
     def client_of(tenant: str) -> httpx.Client:
         """A client with a new key of a tenant."""
