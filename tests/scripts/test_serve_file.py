@@ -205,8 +205,9 @@ def test_a_database_that_cannot_be_used_is_one_line(
 ) -> None:
     def change(document: dict[str, Any]) -> None:
         document["http_options"].update(host="0.0.0.0")
-        document["applications"][0]["args"].update(store="postgresql://nobody:hush@127.0.0.1:1/none")
+        document["applications"][0]["args"].update(store="postgresql://nobody@127.0.0.1:1/none")
 
+    monkeypatch.setenv("PGPASSWORD", "hush")
     assert serve_command(monkeypatch, "--config", str(changed(tmp_path, change))) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("serve: the database cannot be used: ")
