@@ -24,9 +24,10 @@ from vllm.exceptions import VLLMClientError
 
 from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
+from stack.channel import Sender, Target
 from stack.config import LanguageModel, artifacts_url, home
 from stack.errors import BadInput, StackError
-from stack.models import Endpoint, Failure
+from stack.models import Ended, Endpoint, Failure
 from stack.post_training import adapter_of_model
 
 
@@ -53,7 +54,7 @@ class ModelApplication(Wire):
 def engine_config(model: LanguageModel) -> LLMConfig:
     """How ray.serve.llm sets up the engine of a model."""
     engine = dict(model.engine, dtype=model.dtype, max_model_len=model.context)
-    engine.setdefault("tensor_parallel_size", max(1, model.gpus))
+    engine |= dict(tensor_parallel_size=model.tensor_parallel, pipeline_parallel_size=model.pipeline_parallel)
     if model.adapters:
         engine |= dict(enable_lora=True, max_loras=model.adapters, max_lora_rank=_supported_rank(model.adapter_rank))
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -63,19 +64,36 @@ def engine_config(model: LanguageModel) -> LLMConfig:
     return LLMConfig(
         model_loading_config=dict(model_id=model.id, model_source=str(model.folder)),
         accelerator_type=None,
-        placement_group_config=dict(bundles=[bundle] * max(1, model.gpus)),
+        placement_group_config=dict(bundles=[bundle] * model.workers),
         engine_kwargs=engine,
         lora_config=LoraConfig(max_num_adapters_per_replica=model.adapters) if model.adapters else None,
         runtime_env=dict(env_vars=environment),
-        deployment_config=dict(num_replicas=model.replicas, ray_actor_options=dict(num_cpus=0)),
+        deployment_config=dict(num_replicas=model.most_replicas, ray_actor_options=dict(num_cpus=0)),
     )
 
 
 class LLM(LLMServer):
     """ray.serve.llm's server, asked with dicts and answering with bytes, so that no caller has to import vLLM."""
 
-    async def generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes | Failure]:
-        """The answer to an OpenAI request (see stack.models.Engine). A request that is refused yields a Failure."""
+    async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes | Failure:
+        """The whole answer to an OpenAI request, or why it is refused."""
+        async with aclosing(self._items(endpoint, body)) as items:
+            async for item in items:
+                return item
+        return Failure(500, "the engine gave no answer")
+
+    async def stream(self, endpoint: Endpoint, body: dict[str, Any], target: Target) -> Ended:
+        """Sends the events of an OpenAI request's answer to whoever asked, as the engine has them, until their end."""
+        sent = 0
+        async with aclosing(self._items(endpoint, body)) as items:
+            async for item in items:
+                if isinstance(item, Failure):
+                    return Ended(sent, item)
+                await self._sender().send(target, item)
+                sent += len(item)
+        return Ended(sent)
+
+    async def _items(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes | Failure]:
         try:
             request = _REQUESTS[endpoint].validate_python(body)
             answers = await (self.chat(request) if endpoint == "chat" else self.completions(request))
@@ -86,12 +104,17 @@ class LLM(LLMServer):
             yield Failure(400, str(error))
             return
         except StackError as error:
-            yield Failure(error.status, error.message)
+            yield Failure(error.status, error.message, error.param)
             return
         async with aclosing(answers):
             async for answer in answers:
                 for item in _as_items(answer):
                     yield item
+
+    def _sender(self) -> Sender:
+        if not hasattr(self, "_opened_sender"):
+            self._opened_sender = Sender()
+        return self._opened_sender
 
 
 _REQUESTS: dict[Endpoint, TypeAdapter[Any]] = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -30,25 +30,104 @@ def home() -> Path:
     return Path(os.environ.get("STACK_HOME") or "~/.llama-stack-ray").expanduser().absolute()
 
 
+# Of vLLM's: fp8 of weights that are not yet quantized at their loading; the others say what the weights are already.
+Quantization = Literal["fp8", "compressed-tensors", "modelopt", "modelopt_fp4", "mxfp4", "awq_marlin", "gptq_marlin"]
+
+# Arguments of vLLM's engine that have a key of their own.
+_FIELDS_OF_ENGINE = {
+    "model": "path",
+    "tokenizer": "path",
+    "served_model_name": "id",
+    "dtype": "dtype",
+    "quantization": "quantization",
+    "max_model_len": "context",
+    "enable_lora": "adapters",
+    "max_loras": "adapters",
+    "max_lora_rank": "adapter_rank",
+    "tensor_parallel_size": "tensor_parallel",
+    "pipeline_parallel_size": "pipeline_parallel",
+}
+
+
 class LanguageModel(Wire):
-    """A language model that is served: its id, its weights, and how its engine is set up.
+    """A language model that is served: its id, its weights, how its engine is set up, and how many engines there are.
 
     `context` is the greatest number of prompt and answer tokens together. `adapters` is how many LoRA adapters each
-    replica keeps loaded at once, each of at most rank `adapter_rank`. `cpus`, `gpus` and `kv_cache_gb` (CPU only) are
-    what one replica takes. `engine` holds further arguments of vLLM's engine as they are.
+    replica keeps loaded at once, each of at most rank `adapter_rank`. `quantization` names what the weights are or are
+    made at loading (fp8); `prompt_format` how the model is told of tools. `engine` holds further arguments of vLLM's
+    engine as they are.
+
+    A replica is one engine. It takes `tensor_parallel` times `pipeline_parallel` workers, each with a GPU (`gpus` is
+    their number, or 0 on CPU) of `accelerator_type`, in Ray's names, or with `cpus` and `kv_cache_gb` (CPU only). The
+    number of replicas follows the load between `min_replicas` and `max_replicas` (as many, if it is not set), such that
+    each has about `target_ongoing_requests`; with a minimum of 0 none runs while nobody asks.
+
+    A replica works on `max_ongoing_requests`. `max_queued_requests` more may wait in each gateway, and what comes
+    beyond them is refused. A request has `request_timeout_s` for everything. With `prefix_routing` requests that begin
+    alike go to the same replica, which still holds what it computed of it.
     """
 
     id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     path: Annotated[str, Field(min_length=1)]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Quantization | None = None
     context: Annotated[int, Field(ge=16, le=10_000_000)] = 2_048
+    prompt_format: Literal["llama3", "hermes", "plain"] = "plain"
     adapters: Annotated[int, Field(ge=0, le=256)] = 4
     adapter_rank: Annotated[int, Field(ge=1, le=512)] = 32
-    replicas: Annotated[int, Field(ge=1, le=1_000)] = 1
+    min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
+    target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
+    prefix_routing: bool = False
     cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
-    gpus: Annotated[int, Field(ge=0, le=16)] = 0
+    gpus: Annotated[int, Field(ge=0, le=1_024)] = 0
+    accelerator_type: Annotated[str, Field(max_length=50, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
+    pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     kv_cache_gb: Annotated[int, Field(ge=1, le=1_024)] = 2
     engine: dict[str, Any] = {}
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_sets_nothing_twice(cls, engine: dict[str, Any]) -> dict[str, Any]:
+        for key in engine:
+            if key in _FIELDS_OF_ENGINE:
+                raise ValueError(f"{key!r} is set by the key {_FIELDS_OF_ENGINE[key]!r} beside `engine`")
+            if key == "trust_remote_code":
+                raise ValueError("'trust_remote_code' is never set: it runs code that comes with a model's weights")
+        return engine
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> "LanguageModel":
+        if self.gpus not in (0, self.workers):
+            raise ValueError(
+                f"gpus is {self.gpus}; allowed: tensor_parallel × pipeline_parallel, here "
+                f"{self.tensor_parallel} × {self.pipeline_parallel} = {self.workers}, or 0 for none"
+            )
+        if self.accelerator_type and not self.gpus:
+            raise ValueError(f"accelerator_type is {self.accelerator_type!r}; allowed with gpus alone, which are 0")
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}; allowed: at least min_replicas, {self.min_replicas}"
+            )
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests is {self.target_ongoing_requests}; allowed: at most max_ongoing_requests, "
+                f"{self.max_ongoing_requests}"
+            )
+        return self
+
+    @property
+    def workers(self) -> int:
+        """How many processes, each with its share of the weights, one replica consists of."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or max(1, self.min_replicas)
 
     @property
     def folder(self) -> Path:

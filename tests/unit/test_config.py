@@ -35,6 +35,18 @@ def written(folder: Path, document: Any) -> Path:
         ({"models": [MODEL | {"context": 0}]}, ["models.0.context", "greater than or equal to 16", "not 0"]),
         ({"models": [MODEL | {"context": "long"}]}, ["models.0.context", "integer", "'long'"]),
         ({"models": [MODEL | {"adapter_rank": 10_000}]}, ["models.0.adapter_rank", "512", "10000"]),
+        ({"models": [MODEL | {"prompt_format": "chatml"}]}, ["models.0.prompt_format", "'llama3'", "'chatml'"]),
+        ({"models": [MODEL | {"quantization": "bf16"}]}, ["models.0.quantization", "'fp8'", "'bf16'"]),
+        ({"models": [MODEL | {"gpus": 4}]}, ["models.0", "gpus is 4", "1 × 1 = 1"]),
+        ({"models": [MODEL | {"gpus": 1, "tensor_parallel": 4}]}, ["models.0", "gpus is 1", "4 × 1 = 4"]),
+        ({"models": [MODEL | {"accelerator_type": "H100"}]}, ["models.0", "'H100'", "gpus"]),
+        ({"models": [MODEL | {"min_replicas": 3, "max_replicas": 2}]}, ["max_replicas is 2", "min_replicas, 3"]),
+        ({"models": [MODEL | {"max_replicas": 0}]}, ["models.0.max_replicas", "greater than or equal to 1", "not 0"]),
+        ({"models": [MODEL | {"max_ongoing_requests": 8}]}, ["target_ongoing_requests is 64", "at most", "8"]),
+        ({"models": [MODEL | {"request_timeout_s": 0}]}, ["models.0.request_timeout_s", "not 0"]),
+        ({"models": [MODEL | {"engine": {"dtype": "auto"}}]}, ["models.0.engine", "'dtype'", "beside `engine`"]),
+        ({"models": [MODEL | {"engine": {"max_model_len": 9}}]}, ["models.0.engine", "by the key 'context'"]),
+        ({"models": [MODEL | {"engine": {"trust_remote_code": True}}]}, ["'trust_remote_code'", "never"]),
         ({"models": [{"id": "small"}]}, ["models.0.path", "is required"]),
         ({"models": [MODEL | {"id": ""}]}, ["models.0.id", "should match pattern"]),
         ({"models": [MODEL | {"id": "org/small"}]}, ["models.0.id", "'org/small'"]),
@@ -61,6 +73,20 @@ def test_defaults_need_only_a_model() -> None:
     config = Config.parse({"models": [MODEL]}, "test")
     assert (config.store, config.artifacts, config.data_roots) == ("stack.db", "artifacts", ["data"])
     assert config.models == [LanguageModel(id="small", path="models/small")]
+
+
+def test_replicas_are_as_many_as_their_minimum_unless_there_is_a_maximum() -> None:
+    most = [
+        LanguageModel.model_validate(MODEL | replicas).most_replicas
+        for replicas in ({}, {"min_replicas": 3}, {"min_replicas": 0}, {"min_replicas": 0, "max_replicas": 4})
+    ]
+    assert most == [1, 3, 1, 4]
+
+
+def test_a_replica_takes_a_gpu_for_each_of_its_workers() -> None:
+    parallel = MODEL | {"tensor_parallel": 4, "pipeline_parallel": 2}
+    assert LanguageModel.model_validate(parallel | {"gpus": 8}).workers == 8
+    assert LanguageModel.model_validate(parallel).gpus == 0
 
 
 def test_the_home_folder_is_stack_home_or_in_the_users_own(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
