@@ -7,7 +7,7 @@ StackError
 ├── NotFound       404  an id that is not there (or not yours)
 ├── Conflict       409  an id that is taken by something else
 ├── TooLarge       413  a body or file over its bound
-├── TooManyRequests 429  more than a tenant may have at once
+├── TooManyRequests 429  more than a tenant may have at once, or than a model's queue holds
 ├── EngineFailed   500  a model that failed while it answered
 ├── Unavailable    503  something that will work again; says after how many seconds to retry
 └── StorageFull    507  no room left on the disk
@@ -17,7 +17,8 @@ StackError
 class StackError(Exception):
     """An error with a place in the error envelope.
 
-    `status` is the HTTP status, `type` and `code` are what programs switch on, `param` names the field at fault.
+    `status` is the HTTP status, `type` and `code` are what programs switch on, `param` names the field at fault,
+    `retry_after` is in seconds.
     """
 
     status = 500
@@ -25,11 +26,14 @@ class StackError(Exception):
     code = "internal_error"
     retry_after: int | None = None
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code or type(self).code
+        self.retry_after = retry_after or type(self).retry_after
 
 
 class BadInput(StackError):

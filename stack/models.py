@@ -2,19 +2,21 @@
 
 A model is one of the config, or a fine-tuned adapter of one, whose id is `base:job_uuid`. What serves a model is an
 Engine: Ray Serve's application of the model's name, or in tests a scripted one. Engines speak OpenAI's shapes, because
-vLLM does; the answer passes through as bytes, so that the OpenAI door does not parse it.
+vLLM does; the answer passes through as bytes, so that the OpenAI door does not parse it. Embedding models are models of
+the config too, which answer nothing but vectors.
 """
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from stack import tracing
+from stack.channel import Receiver, Stream
 from stack.config import Config, LanguageModel
-from stack.errors import BadInput, EngineFailed, NotFound, StackError, Unavailable
+from stack.errors import BadInput, EngineFailed, NotFound, StackError, TooManyRequests, Unavailable
 from stack.store import Store
 
 Endpoint = Literal["chat", "completions"]
@@ -41,11 +43,33 @@ class Failure:
     def error(self) -> StackError:
         if self.status == 404:
             return NotFound(self.message, param=self.param)
-        if self.status in (429, 503):
+        if self.status == 429:
+            return TooManyRequests(self.message, retry_after=1)
+        if self.status == 503:
             return Unavailable(self.message)
         if 400 <= self.status < 500:
             return BadInput(self.message, param=self.param)
         return EngineFailed(self.message)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a streamed answer: how many bytes were sent, and what broke it off, if anything did."""
+
+    sent: int
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The vectors of texts, one row for each, and how many tokens all the texts have."""
+
+    vectors: NDArray[np.float32]
+    tokens: int
+
+
+# A text, or the tokens of one in the model's own vocabulary.
+Embeddable = str | list[int]
 
 
 class Engine(Protocol):
@@ -54,9 +78,14 @@ class Engine(Protocol):
     `generate` yields the answer of an OpenAI request as bytes: one JSON object, or, when the body asks for a stream,
     whole server-sent events, one or several at a time. Closing the iterator aborts the generation. It raises
     StackError, before the first item where it can.
+
+    `embed` gives the vectors of texts. A text over the model's length is cut with `truncate`; without it BadInput is
+    raised, which names its index and both lengths.
     """
 
     def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]: ...
+
+    async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings: ...
 
 
 class ServeEngine:
@@ -64,26 +93,45 @@ class ServeEngine:
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
+        self._receiver: Receiver | None = None
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         from ray.exceptions import RayActorError, RayTaskError
-        from ray.serve.exceptions import RayServeException
+        from ray.serve.exceptions import BackPressureError, RayServeException
 
         try:
             handle = await self._handle(model.base.id)
-            options: dict[str, Any] = {"multiplexed_model_id": model.id} if model.is_adapter else {}
-            answers = handle.options(stream=True, **options).generate.remote(endpoint, body)
-            try:
-                async for item in answers:
-                    if isinstance(item, Failure):
-                        raise item.error()
+            if model.is_adapter:
+                handle = handle.options(multiplexed_model_id=model.id)
+            answer = _streamed if body.get("stream") else _whole_answer
+            async with aclosing(answer(handle, self, model, endpoint, body)) as items:
+                async for item in items:
                     yield item
-            finally:
-                answers.cancel()
-        except (RayActorError, RayServeException) as error:
+        except BackPressureError as error:
+            raise TooManyRequests(f"too many requests wait for the model {model.id!r}", retry_after=1) from error
+        except TimeoutError as error:
+            raise await self._too_late(model) from error
+        except (RayActorError, RayServeException, ConnectionError) as error:
             raise Unavailable(f"the model {model.id!r} cannot answer now: {_first_line(error)}") from error
         except RayTaskError as error:
             raise EngineFailed(f"the model {model.id!r} failed: {_first_line(error.cause)}") from error
+
+    async def receiver(self) -> Receiver:
+        if self._receiver is None:
+            import ray
+
+            self._receiver = Receiver(await asyncio.to_thread(ray.util.get_node_ip_address))
+        return self._receiver
+
+    async def _too_late(self, model: Model) -> Unavailable:
+        """Why a model has not answered in time: it has not started, or it takes too long."""
+        from ray import serve
+
+        application = (await asyncio.to_thread(serve.status)).applications.get(model.base.id)
+        deployments = application.deployments.values() if application else []
+        if not any(state == "RUNNING" for one in deployments for state in one.replica_states):
+            return Unavailable(f"the model {model.id!r} has no running replica yet; it is started", retry_after=30)
+        return Unavailable(f"the model {model.id!r} has not answered within {model.base.request_timeout_s:g} s")
 
     async def _handle(self, application: str) -> Any:
         if application not in self._handles:
@@ -91,6 +139,61 @@ class ServeEngine:
 
             self._handles[application] = await asyncio.to_thread(serve.get_app_handle, application)
         return self._handles[application]
+
+
+async def _whole_answer(
+    handle: Any,
+    engine: ServeEngine,  # noqa: ARG001  # as _streamed has it
+    model: Model,
+    endpoint: Endpoint,
+    body: dict[str, Any],
+) -> AsyncGenerator[bytes]:
+    """The one object that answers a request. Being closed or cancelled meanwhile cancels the request."""
+    call = handle.answer.remote(endpoint, body)
+    try:
+        async with asyncio.timeout(model.base.request_timeout_s):
+            answer = await call
+    except (asyncio.CancelledError, TimeoutError):
+        call.cancel()
+        raise
+    if isinstance(answer, Failure):
+        raise answer.error()
+    yield answer
+
+
+async def _streamed(
+    handle: Any, engine: ServeEngine, model: Model, endpoint: Endpoint, body: dict[str, Any]
+) -> AsyncGenerator[bytes]:
+    """The events of an answer, which come by the receiver's connection while Serve's call lasts."""
+    receiver = await engine.receiver()
+    stream = await receiver.open()
+    call = handle.stream.remote(endpoint, body, stream.target)
+    end = asyncio.ensure_future(_end(call, stream))
+    try:
+        deadline = asyncio.get_running_loop().time() + model.base.request_timeout_s
+        async with aclosing(stream.items(deadline)) as items:
+            async for item in items:
+                yield item
+    finally:
+        receiver.close(stream)
+        if not end.done():
+            call.cancel()
+            end.cancel()
+
+
+async def _end(call: Any, stream: Stream) -> None:
+    """Waits for a streamed request's end, which says how many bytes were sent or why no more will come."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        ended = await call
+    except (RayError, RayServeException) as error:
+        stream.fail(error)
+        return
+    if ended.failure is not None:
+        stream.fail(ended.failure.error())
+    stream.finish(ended.sent)
 
 
 class Models:
@@ -180,6 +283,8 @@ async def _whole(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[by
         item = first
         while True:
             if _ERROR in item:
+                if before := item[: item.index(_ERROR)]:
+                    yield before
                 raise EngineFailed(json.loads(item[item.index(_ERROR) + 6 :].split(b"\n\n")[0])["error"]["message"])
             yield item
             if item.endswith(_DONE):
