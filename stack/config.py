@@ -57,6 +57,8 @@ class LanguageModel(Wire):
     made at loading (fp8); `prompt_format` how the model is told of tools. `engine` holds further arguments of vLLM's
     engine as they are.
 
+    Messages for a model with `images` may hold some; it must be one that was trained for them.
+
     A replica is one engine. It takes `tensor_parallel` times `pipeline_parallel` workers, each with a GPU (`gpus` is
     their number, or 0 on CPU) of `accelerator_type`, in Ray's names, or with `cpus` and `kv_cache_gb` (CPU only). The
     number of replicas follows the load between `min_replicas` and `max_replicas` (as many, if it is not set), such that
@@ -73,6 +75,7 @@ class LanguageModel(Wire):
     quantization: Quantization | None = None
     context: Annotated[int, Field(ge=16, le=10_000_000)] = 2_048
     prompt_format: Literal["llama3", "hermes", "plain"] = "plain"
+    images: bool = False
     adapters: Annotated[int, Field(ge=0, le=256)] = 4
     adapter_rank: Annotated[int, Field(ge=1, le=512)] = 32
     min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
@@ -134,6 +137,55 @@ class LanguageModel(Wire):
         return home() / Path(self.path).expanduser()
 
 
+class EmbeddingModel(Wire):
+    """An embedding model that is served: its id, its folder in the format of sentence-transformers, how it is run.
+
+    `dimensions` is the length of its vectors, that of the model where it is not given; where it is another than the
+    model's, the model does not start. With `matryoshka` a request may ask for fewer dimensions: only for models that
+    were trained such that the beginnings of their vectors are vectors too. A replica encodes up to `max_batch` texts at
+    once, of one or of several requests, and waits up to `batch_wait_s` seconds for so many.
+
+    A replica takes `cpus`, which is also its number of threads, and `gpus`. How many there are, how many requests each
+    works on, how many wait and how long, is as in LanguageModel.
+    """
+
+    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    path: Annotated[str, Field(min_length=1)]
+    dimensions: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    matryoshka: bool = False
+    max_batch: Annotated[int, Field(ge=1, le=4_096)] = 32
+    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.005
+    min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
+    target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
+    cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0
+
+    @model_validator(mode="after")
+    def _numbers_fit(self) -> "EmbeddingModel":
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}; allowed: at least min_replicas, {self.min_replicas}"
+            )
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests is {self.target_ongoing_requests}; allowed: at most max_ongoing_requests, "
+                f"{self.max_ongoing_requests}"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or max(1, self.min_replicas)
+
+    @property
+    def folder(self) -> Path:
+        return home() / Path(self.path).expanduser()
+
+
 class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
@@ -166,17 +218,17 @@ class Config(Wire):
     max_tenant_bytes: Annotated[int, Field(ge=1_024)] = 100 * 2**30
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
+    embedding_models: list[EmbeddingModel] = []
 
-    @field_validator("models")
-    @classmethod
-    def _ids_are_unique(cls, models: list[LanguageModel]) -> list[LanguageModel]:
-        ids = [model.id for model in models]
+    @model_validator(mode="after")
+    def _ids_are_unique(self) -> "Config":
+        ids = [*(model.id for model in self.models), *(model.id for model in self.embedding_models)]
         for model_id in ids:
             if model_id == GATEWAY:
-                raise ValueError(f"a model cannot have the id {GATEWAY!r}, which is the gateway's application")
+                raise ValueError(f"models: a model cannot have the id {GATEWAY!r}, the gateway's application's")
             if ids.count(model_id) > 1:
-                raise ValueError(f"the model id {model_id!r} is used more than once")
-        return models
+                raise ValueError(f"models: the id {model_id!r} is used more than once")
+        return self
 
     @field_validator("store")
     @classmethod

@@ -8,14 +8,17 @@ the config too, which answer nothing but vectors.
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stack import tracing
 from stack.channel import Receiver, Stream
-from stack.config import Config, LanguageModel
+from stack.config import Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput, EngineFailed, NotFound, StackError, TooManyRequests, Unavailable
 from stack.store import Store
 
@@ -96,10 +99,7 @@ class ServeEngine:
         self._receiver: Receiver | None = None
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
-        from ray.exceptions import RayActorError, RayTaskError
-        from ray.serve.exceptions import BackPressureError, RayServeException
-
-        try:
+        async with self._our_errors(model.id, model.base):
             handle = await self._handle(model.base.id)
             if model.is_adapter:
                 handle = handle.options(multiplexed_model_id=model.id)
@@ -107,14 +107,37 @@ class ServeEngine:
             async with aclosing(answer(handle, self, model, endpoint, body)) as items:
                 async for item in items:
                     yield item
+
+    async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
+        async with self._our_errors(model.id, model):
+            call = (await self._handle(model.id)).embed.remote(texts, truncate)
+            try:
+                async with asyncio.timeout(model.request_timeout_s):
+                    answer = await call
+            except (asyncio.CancelledError, TimeoutError):
+                call.cancel()
+                raise
+        if isinstance(answer, Failure):
+            raise answer.error()
+        assert isinstance(answer, Embeddings)
+        return answer
+
+    @asynccontextmanager
+    async def _our_errors(self, id: str, served: LanguageModel | EmbeddingModel) -> AsyncGenerator[None]:
+        """Turns Ray's errors of a model's application into StackErrors."""
+        from ray.exceptions import RayActorError, RayTaskError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        try:
+            yield
         except BackPressureError as error:
-            raise TooManyRequests(f"too many requests wait for the model {model.id!r}", retry_after=1) from error
+            raise TooManyRequests(f"too many requests wait for the model {id!r}", retry_after=1) from error
         except TimeoutError as error:
-            raise await self._too_late(model) from error
+            raise await self._too_late(id, served) from error
         except (RayActorError, RayServeException, ConnectionError) as error:
-            raise Unavailable(f"the model {model.id!r} cannot answer now: {_first_line(error)}") from error
+            raise Unavailable(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
         except RayTaskError as error:
-            raise EngineFailed(f"the model {model.id!r} failed: {_first_line(error.cause)}") from error
+            raise EngineFailed(f"the model {id!r} failed: {_first_line(error.cause)}") from error
 
     async def receiver(self) -> Receiver:
         if self._receiver is None:
@@ -123,15 +146,15 @@ class ServeEngine:
             self._receiver = Receiver(await asyncio.to_thread(ray.util.get_node_ip_address))
         return self._receiver
 
-    async def _too_late(self, model: Model) -> Unavailable:
+    async def _too_late(self, id: str, served: LanguageModel | EmbeddingModel) -> Unavailable:
         """Why a model has not answered in time: it has not started, or it takes too long."""
         from ray import serve
 
-        application = (await asyncio.to_thread(serve.status)).applications.get(model.base.id)
+        application = (await asyncio.to_thread(serve.status)).applications.get(served.id)
         deployments = application.deployments.values() if application else []
         if not any(state == "RUNNING" for one in deployments for state in one.replica_states):
-            return Unavailable(f"the model {model.id!r} has no running replica yet; it is started", retry_after=30)
-        return Unavailable(f"the model {model.id!r} has not answered within {model.base.request_timeout_s:g} s")
+            return Unavailable(f"the model {id!r} has no running replica yet; it is started", retry_after=30)
+        return Unavailable(f"the model {id!r} has not answered within {served.request_timeout_s:g} s")
 
     async def _handle(self, application: str) -> Any:
         if application not in self._handles:
@@ -197,38 +220,70 @@ async def _end(call: Any, stream: Stream) -> None:
 
 
 class Models:
-    """The models that a tenant can ask: those of the config, which are everybody's, and its own adapters."""
+    """The models that a tenant can ask: those of the config, which are everybody's, and its own adapters.
+
+    Where language models are meant, an embedding model is BadInput, and the other way round.
+    """
 
     def __init__(self, config: Config, store: Store, engine: Engine, tenant: str) -> None:
         self._configured = {model.id: Model(model.id, model, is_adapter=False) for model in config.models}
+        self._embedding_models = {model.id: model for model in config.embedding_models}
         self._store = store
         self._engine = engine
         self._tenant = tenant
 
-    def all(self) -> list[Model]:
+    def all(self) -> list[Model | EmbeddingModel]:
+        """The language models of the config, their adapters, newest first, then the embedding models."""
+        return [*self.language_models(), *self._embedding_models.values()]
+
+    def language_models(self) -> list[Model]:
         """Those of the config, then the adapters, newest first."""
         rows = self._store.adapters.list(self._tenant)
         adapters = (self._of_adapter(row.model_id, row.base, row.created_at) for row in rows)
         return [*self._configured.values(), *(model for model in adapters if model)]
 
     def get(self, id: str) -> Model:
-        """The model of this id. Raises NotFound, naming the known ones."""
+        """The language model of this id. Raises NotFound or BadInput, naming the ones that there are."""
+        model = self.get_any(id)
+        if isinstance(model, EmbeddingModel):
+            able = _listed(one.id for one in self.language_models())
+            raise BadInput(f"the model {id!r} makes embeddings and no text; models for that: {able}", param="model")
+        return model
+
+    def get_any(self, id: str) -> Model | EmbeddingModel:
+        """The model of this id, of whatever kind. Raises NotFound, naming the known ones."""
         if id in self._configured:
             return self._configured[id]
+        if id in self._embedding_models:
+            return self._embedding_models[id]
         row = self._store.adapters.get(self._tenant, id)
         model = self._of_adapter(row.model_id, row.base, row.created_at) if row else None
         if model is None:
-            known = [one.id for one in self.all()]
-            more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-            message = f"there is no model {id!r}; there are: {', '.join(known[:10])}{more}"
+            message = f"there is no model {id!r}; there are: {_listed(one.id for one in self.all())}"
             raise NotFound(message, param="model", code="model_not_found")
         return model
+
+    async def find_embedding_model(self, id: str) -> EmbeddingModel:
+        """The embedding model of this id. Raises as `get` does."""
+        if id in self._embedding_models:
+            return self._embedding_models[id]
+        await asyncio.to_thread(self.get_any, id)
+        able = _listed(self._embedding_models) or "none, as the config lists no embedding_models"
+        raise BadInput(f"the model {id!r} makes text and no embeddings; models for that: {able}", param="model")
 
     async def find(self, id: str) -> Model:
         """`get`, without blocking the event loop for those that the database knows."""
         if id in self._configured:
             return self._configured[id]
         return await asyncio.to_thread(self.get, id)
+
+    async def embed(self, id: str, texts: Sequence[Embeddable], truncate: bool = False) -> Embeddings:
+        """The vectors of texts by an embedding model. Raises as Engine.embed does."""
+        model = await self.find_embedding_model(id)
+        if not tracing.is_on():
+            return await self._engine.embed(model, texts, truncate)
+        with tracing.leaf("model", model=model.id, endpoint="embeddings"):
+            return await self._engine.embed(model, texts, truncate)
 
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         """The JSON answer to an OpenAI request, whose `model` names the model and whose `stream` is false."""
@@ -263,6 +318,12 @@ class Models:
         if base not in self._configured:
             return None
         return Model(id, self._configured[base].base, is_adapter=True, created_at=created_at)
+
+
+def _listed(ids: Iterable[str]) -> str:
+    """Ids for a message: ten of them, and how many more there are."""
+    known = list(ids)
+    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
 
 
 async def _traced(model: Model, endpoint: Endpoint, items: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:

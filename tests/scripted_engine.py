@@ -1,13 +1,21 @@
 """An engine that answers in this process, with fixed texts and with faults on command."""
 
 import asyncio
+import hashlib
 import json
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stack.models import Endpoint, Model
+import numpy as np
+
+from stack.config import EmbeddingModel
+from stack.errors import BadInput
+from stack.models import Embeddable, Embeddings, Endpoint, Model
+
+DIMENSIONS = 8
+MAX_WORDS = 20
 
 TOKENS = ("Paris", " is", " big.")
 # The logarithms of the probabilities that are reported: the chosen token's, then those of other ones.
@@ -26,11 +34,21 @@ class Asked:
     body: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class AskedToEmbed:
+    """What texts the engine was asked for the vectors of."""
+
+    model: EmbeddingModel
+    texts: list[Embeddable]
+    truncate: bool
+
+
 class ScriptedEngine:
     """Implements stack.models.Engine.
 
     Every answer consists of `tokens`. A `fault` happens after `fault_after` items, an exception by being raised.
-    `asked` are the requests so far, and `closed_early` is set when a generation is closed or cancelled before its end.
+    `asked` and `asked_to_embed` are the requests so far, and `closed_early` is set when a generation is closed or
+    cancelled before its end.
     Generations are kept, so that none is closed by just being forgotten.
     """
 
@@ -40,6 +58,7 @@ class ScriptedEngine:
         self.fault: Fault | None = None
         self.fault_after = 0
         self.asked: list[Asked] = []
+        self.asked_to_embed: list[AskedToEmbed] = []
         self.closed_early = threading.Event()
         self._generations: list[AsyncGenerator[bytes]] = []
 
@@ -93,6 +112,18 @@ class ScriptedEngine:
         yield end + usage  # vLLM too sends several events at a time
         yield b"data: [DONE]\n\n"
 
+    async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
+        """Vectors of length 1 that follow from the texts alone. A word is a token; more than MAX_WORDS are too many."""
+        self.asked_to_embed.append(AskedToEmbed(model, list(texts), truncate))
+        if isinstance(self.fault, BaseException):
+            raise self.fault
+        words = [text.split() if isinstance(text, str) else [str(token) for token in text] for text in texts]
+        for index, one in enumerate(words):
+            if len(one) > MAX_WORDS and not truncate:
+                raise BadInput(f"text {index} has {len(one)} tokens; allowed: at most {MAX_WORDS}", param="input")
+        vectors = [vector_of(" ".join(one[:MAX_WORDS])) for one in words]
+        return Embeddings(np.array(vectors, dtype=np.float32), sum(len(one[:MAX_WORDS]) for one in words))
+
 
 def _event(value: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(value).encode() + b"\n\n"
@@ -123,3 +154,10 @@ def _logprobs(endpoint: Endpoint, body: dict[str, Any], tokens: tuple[str, ...])
 
 def _likeliest(token: str, count: int) -> dict[str, float]:
     return dict(list(zip((token, " other", " third"), LOGPROBS, strict=True))[:count])
+
+
+def vector_of(text: str) -> list[float]:
+    """The vector of a text of words with one blank between them."""
+    numbers = [byte - 127.5 for byte in hashlib.sha256(text.encode()).digest()[:DIMENSIONS]]
+    length = sum(number**2 for number in numbers) ** 0.5
+    return [number / length for number in numbers]

@@ -14,6 +14,7 @@ from stack.api.openai import (
     OpenAIModel,
     OpenAIModelList,
 )
+from stack.config import EmbeddingModel
 from stack.context import Context
 from stack.models import Endpoint, Model
 
@@ -35,14 +36,14 @@ async def completions(request: Request, context: ContextOf, body: OpenAICompleti
 
 @router.get("/models")
 def list_models(context: ContextOf) -> OpenAIModelList:
-    """The models that can be asked: those of the config, and adapters, newest first."""
+    """The models that can be asked: those of the config, adapters, newest first, and embedding models."""
     return OpenAIModelList(data=[_model(model) for model in context.models.all()])
 
 
 @router.get("/models/{model:path}")
 def get_model(context: ContextOf, model: str) -> OpenAIModel:
     """One model."""
-    return _model(context.models.get(model))
+    return _model(context.models.get_any(model))
 
 
 async def _pass_on(request: Request, context: Context, endpoint: Endpoint, body: dict[str, Any]) -> Response:
@@ -51,6 +52,8 @@ async def _pass_on(request: Request, context: Context, endpoint: Endpoint, body:
     return Response(await context.models.answer(endpoint, body), media_type="application/json")
 
 
-def _model(model: Model) -> OpenAIModel:
+def _model(model: Model | EmbeddingModel) -> OpenAIModel:
+    if isinstance(model, EmbeddingModel):
+        return OpenAIModel(id=model.id, created=STARTED, root=model.id)
     created = int(dt.datetime.fromisoformat(model.created_at).timestamp()) if model.created_at else STARTED
     return OpenAIModel(id=model.id, created=created, root=model.base.id)
