@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
@@ -67,14 +67,18 @@ class Wire(BaseModel):
     """A wire type: no unknown keys, and an error that names the known ones."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=(), json_schema_extra={"additionalProperties": False})
+    _keys: ClassVar[dict[str, None]]  # as they are sent; a dict keeps their order
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_options: Any) -> None:
+        cls._keys = {field.alias or name: None for name, field in cls.model_fields.items()}
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_keys(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            unknown = [key for key in value if key not in cls.model_fields]
-            if unknown:
-                raise ValueError(f"unknown key {_shown(unknown[0])}; allowed: {', '.join(cls.model_fields)}")
+        if isinstance(value, Mapping) and not value.keys() <= cls._keys.keys():
+            unknown = next(key for key in value if key not in cls._keys)
+            raise ValueError(f"unknown key {_shown(unknown)}; allowed: {', '.join(cls._keys)}")
         return value
 
 
