@@ -14,8 +14,8 @@ import asyncio
 import secrets
 import struct
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import cast
 
 KEY_BYTES = 32
 # What one stream may have waiting for a client that reads slowly, and a connection for a receiver that does.
@@ -153,9 +153,9 @@ class _Incoming(asyncio.Protocol):
         self._rest = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._connections.add(transport)
+        # uvloop's transports, which Serve's replicas have, are no subclass of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._connections.add(self._transport)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self._connections.discard(self._transport)
@@ -231,9 +231,9 @@ class _Outgoing(asyncio.Protocol):
         self._pending: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        transport.set_write_buffer_limits(high=MAX_WAITING_BYTES)
+        # uvloop's transports, which Serve's replicas have, are no subclass of asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=MAX_WAITING_BYTES)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
         self.is_lost = True
@@ -256,8 +256,7 @@ class _Outgoing(asyncio.Protocol):
         self._pending += (_HEADER.pack(stream, len(data)), data)
 
     def abort(self) -> None:
-        with suppress(AttributeError):
-            self._transport.abort()
+        self._transport.abort()
 
     def _flush(self) -> None:
         data = b"".join(self._pending)

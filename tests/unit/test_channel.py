@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
+import uvloop
 
 from stack import channel
 from stack.channel import Receiver, Sender, Stream, Target
@@ -155,6 +156,20 @@ async def test_nobody_there_is_a_connection_error(sender: Sender, receiver: Rece
     await receiver.stop()
     with pytest.raises(ConnectionError, match="cannot be reached"):
         await sender.send(dataclasses.replace(target, host="127.0.0.1"), b"x")
+
+
+def test_it_works_on_the_event_loop_of_serves_replicas() -> None:
+    async def through() -> str:
+        receiver, sender = Receiver("127.0.0.1"), Sender()
+        stream = await receiver.open()
+        await sender.send(stream.target, b"all of it")
+        stream.finish(9)
+        there = await text(stream)
+        sender.stop()
+        await receiver.stop()
+        return there
+
+    assert uvloop.run(through()) == "all of it"
 
 
 def test_a_target_can_be_sent_to_a_replica() -> None:
