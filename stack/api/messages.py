@@ -3,20 +3,63 @@
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from stack.api.wire import Wire, at_most
+from stack.errors import BadInput
 
 MAX_CHARACTERS = 1_000_000
 MAX_PARTS = 100
+# Of an attachment's content, which may be an image as a data: address.
+MAX_ATTACHMENT_CHARACTERS = 16_000_000
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
-# A list is one text in parts: they are put together without anything between them.
-Content = Text | Annotated[list[Text], at_most(MAX_PARTS)]
 
 
-def text_of(content: str | list[str]) -> str:
-    return content if isinstance(content, str) else "".join(content)
+class Attachment(Wire):
+    """A text or an image that comes with a message: by value, as a data: address, or at an https address.
+
+    A single line that begins with a scheme, such as https:, is an address. A list is one text in parts.
+    """
+
+    content: Annotated[str, Field(max_length=MAX_ATTACHMENT_CHARACTERS)] | Annotated[list[Text], at_most(MAX_PARTS)]
+    mime_type: Annotated[str, Field(min_length=3, max_length=200)]
+
+
+def _kind(value: Any) -> str | None:
+    """The tag of a content or of a part of one; brackets keep it out of the place that an error names."""
+    if isinstance(value, str):
+        return "(text)"
+    if isinstance(value, dict | Attachment):
+        return "(attachment)"
+    return "(parts)" if isinstance(value, list) else None
+
+
+def _part_kind(value: Any) -> str | None:
+    kind = _kind(value)
+    return None if kind == "(parts)" else kind
+
+
+Part = Annotated[
+    Annotated[Text, Tag("(text)")] | Annotated[Attachment, Tag("(attachment)")],
+    Discriminator(_part_kind, "part", "should be a text or an attachment"),
+]
+# The texts of a list are put together without anything between them.
+Content = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[Attachment, Tag("(attachment)")]
+    | Annotated[Annotated[list[Part], at_most(MAX_PARTS)], Tag("(parts)")],
+    Discriminator(_kind, "content", "should be a text, an attachment, or a list of these"),
+]
+
+
+def text_of(content: str | Attachment | list[str | Attachment]) -> str:
+    """A content that is text. Raises BadInput for one with attachments, where only text can be used."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        raise BadInput("an attachment cannot be used here; allowed: text", param="content")
+    return "".join(texts)
 
 
 class StopReason(StrEnum):

@@ -5,8 +5,17 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from stack.api.messages import MAX_CHARACTERS, MAX_PARTS, CompletionMessage, Message, StopReason, text_of
+from stack.api.messages import (
+    MAX_CHARACTERS,
+    MAX_PARTS,
+    Attachment,
+    CompletionMessage,
+    Message,
+    StopReason,
+    text_of,
+)
 from stack.api.wire import describe
+from stack.errors import BadInput
 
 MESSAGE: TypeAdapter[Message] = TypeAdapter(Message)
 
@@ -24,6 +33,26 @@ def refusal(value: object) -> str:
 )
 def test_parts_are_put_together_without_anything_between(content: str | list[str], text: str) -> None:
     assert text_of(content) == text
+
+
+@pytest.mark.parametrize("more", [[], ["a"]], ids=["alone", "with text"])
+def test_an_attachment_is_not_lost_where_text_is_needed(more: list[str]) -> None:
+    attachment = Attachment(content="b", mime_type="text/plain")
+    for content in (attachment, [*more, attachment]):
+        with pytest.raises(BadInput, match="an attachment cannot be used here; allowed: text"):
+            text_of(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a", ["a", "b"], {"content": "a", "mime_type": "text/plain"}, ["a", {"content": ["b"], "mime_type": "text/csv"}]],
+    ids=["text", "texts", "attachment", "list"],
+)
+@pytest.mark.parametrize("role", ["user", "system", "assistant"])
+def test_content_is_written_as_it_was_read(content: Any, role: str) -> None:
+    message = MESSAGE.validate_python({"role": role, "content": content})
+    assert message.model_dump(mode="json")["content"] == content
+    assert MESSAGE.validate_json(message.model_dump_json()) == message
 
 
 def test_the_role_tells_the_kind_of_message() -> None:
@@ -50,7 +79,15 @@ def test_a_tool_may_be_one_of_the_stack_or_any_other() -> None:
         ({"role": "user"}, "content: is required"),
         ({"role": "user", "content": 5}, "not 5"),
         ({"role": "user", "content": [5]}, "not 5"),
-        ({"role": "user", "content": {"image": {"uri": "http://10.0.0.1/a.png"}}}, "should be a valid string"),
+        (
+            {"role": "user", "content": {"image": {"uri": "http://10.0.0.1/a.png"}}},
+            "unknown key 'image'; allowed: content,",
+        ),
+        ({"role": "user", "content": 5}, "content: should be a text, an attachment, or a list of these"),
+        ({"role": "user", "content": [["a"]]}, "content.0: should be a text or an attachment, not ['a']"),
+        ({"role": "user", "content": {"content": "a"}}, "content.mime_type: is required"),
+        ({"role": "user", "content": [{"content": 5, "mime_type": "text/plain"}]}, "content.0.content: "),
+        ({"role": "user", "content": {"content": "a", "mime_type": "x" * 201}}, "at most 200 characters"),
         ({"role": "user", "content": "x" * (MAX_CHARACTERS + 1)}, f"at most {MAX_CHARACTERS} characters"),
         ({"role": "user", "content": ["x"] * (MAX_PARTS + 1)}, f"at most {MAX_PARTS}"),
         ({"role": "ipython", "content": "x", "tool_name": "a"}, "call_id: is required"),
