@@ -4,22 +4,19 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from serve_apps.scripted_answers import DONE, TOKENS, answer_to, error_event
 from stack.config import EmbeddingModel
 from stack.errors import BadInput
 from stack.models import Embeddable, Embeddings, Endpoint, Model
 
 DIMENSIONS = 8
 MAX_WORDS = 20
-
-TOKENS = ("Paris", " is", " big.")
-# The logarithms of the probabilities that are reported: the chosen token's, then those of other ones.
-LOGPROBS = (-0.25, -1.5, -3.0)
 
 # "error": a streamed error event. "break off": the stream ends without [DONE]. "hang": nothing comes any more.
 Fault = BaseException | Literal["error", "break off", "hang"]
@@ -72,7 +69,8 @@ class ScriptedEngine:
         return self._generations[-1]
 
     async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
-        items = list(self._events(endpoint, body) if body.get("stream") else self._whole(endpoint, body))
+        answer = answer_to(endpoint, body, self.tokens, self.finish_reason)
+        items = list(answer.events()) if body.get("stream") else [json.dumps(answer.whole())]
         left = len(items)
         try:
             for number, item in enumerate(items):
@@ -83,34 +81,15 @@ class ScriptedEngine:
                         return
                     if self.fault == "hang":
                         await asyncio.Event().wait()
-                    yield _event({"error": {"message": "the engine died", "type": "InternalServerError", "code": 500}})
-                    yield b"data: [DONE]\n\n"
+                    yield error_event("the engine died").encode()
+                    yield DONE.encode()
                     return
                 left -= 1
-                yield item
+                yield item.encode()
         except (GeneratorExit, asyncio.CancelledError):
             if left:
                 self.closed_early.set()
             raise
-
-    def _whole(self, endpoint: Endpoint, body: dict[str, Any]) -> Iterator[bytes]:
-        text = "".join(self.tokens)
-        shape = {"message": {"role": "assistant", "content": text}} if endpoint == "chat" else {"text": text}
-        choice = shape | {"index": 0, "finish_reason": self.finish_reason}
-        usage = {"prompt_tokens": 7, "completion_tokens": len(self.tokens)}
-        answer = {"id": "answer-1", "choices": [choice | _logprobs(endpoint, body, self.tokens)], "usage": usage}
-        yield json.dumps(answer).encode()
-
-    def _events(self, endpoint: Endpoint, body: dict[str, Any]) -> Iterator[bytes]:
-        for token in self.tokens:
-            shape = {"delta": {"content": token}} if endpoint == "chat" else {"text": token}
-            choice = shape | {"index": 0, "finish_reason": None} | _logprobs(endpoint, body, (token,))
-            yield _event({"id": "answer-1", "choices": [choice]})
-        last: dict[str, Any] = {"delta": {}} if endpoint == "chat" else {"text": ""}
-        end = _event({"id": "answer-1", "choices": [last | {"index": 0, "finish_reason": self.finish_reason}]})
-        usage = _event({"id": "answer-1", "choices": [], "usage": {"completion_tokens": len(self.tokens)}})
-        yield end + usage  # vLLM too sends several events at a time
-        yield b"data: [DONE]\n\n"
 
     async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
         """Vectors of length 1 that follow from the texts alone. A word is a token; more than MAX_WORDS are too many."""
@@ -123,37 +102,6 @@ class ScriptedEngine:
                 raise BadInput(f"text {index} has {len(one)} tokens; allowed: at most {MAX_WORDS}", param="input")
         vectors = [vector_of(" ".join(one[:MAX_WORDS])) for one in words]
         return Embeddings(np.array(vectors, dtype=np.float32), sum(len(one[:MAX_WORDS]) for one in words))
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value).encode() + b"\n\n"
-
-
-def _logprobs(endpoint: Endpoint, body: dict[str, Any], tokens: tuple[str, ...]) -> dict[str, Any]:
-    """The logprobs of an answer, in vLLM's shape of each endpoint, if the request asks for them."""
-    asked = body.get("logprobs")
-    if asked is None or asked is False:  # 0 is a number of logprobs
-        return {}
-    if endpoint == "completions":
-        tops = [_likeliest(token, max(1, asked)) for token in tokens]
-        chosen = [LOGPROBS[0]] * len(tokens)
-        return {"logprobs": {"tokens": list(tokens), "token_logprobs": chosen, "top_logprobs": tops}}
-    positions = [
-        {
-            "token": token,
-            "logprob": LOGPROBS[0],
-            "top_logprobs": [
-                {"token": likely, "logprob": value}
-                for likely, value in _likeliest(token, body.get("top_logprobs", 0)).items()
-            ],
-        }
-        for token in tokens
-    ]
-    return {"logprobs": {"content": positions}}
-
-
-def _likeliest(token: str, count: int) -> dict[str, float]:
-    return dict(list(zip((token, " other", " third"), LOGPROBS, strict=True))[:count])
 
 
 def vector_of(text: str) -> list[float]:
