@@ -17,11 +17,13 @@ from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
 from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig, LoraConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm.exceptions import VLLMClientError
 
+from serve_apps.prefix_router import PrefixRouter
 from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
 from stack.channel import Sender, Target
@@ -33,14 +35,18 @@ from stack.post_training import adapter_of_model
 
 def build(args: dict[str, Any]) -> Application:
     """The application of one model: its entry in the config, and where its adapters lie."""
+    return application_of(args, LLM)
+
+
+def application_of(args: dict[str, Any], server: type["LLM"], **options: Any) -> Application:
+    """The application of one model that this class serves, which takes these options besides."""
     try:
         application = ModelApplication.model_validate(args)
     except ValidationError as error:
         raise BadInput(f"args of a model's application: {describe(error)}") from error
+    loader = partial(AdapterLoader, artifacts_url(application.artifacts))
     return build_llm_deployment(
-        engine_config(application.model),
-        deployment_cls=LLM,
-        bind_kwargs=dict(model_downloader=partial(AdapterLoader, artifacts_url(application.artifacts))),
+        engine_config(application.model), deployment_cls=server, bind_kwargs=dict(options, model_downloader=loader)
     )
 
 
@@ -52,24 +58,73 @@ class ModelApplication(Wire):
 
 
 def engine_config(model: LanguageModel) -> LLMConfig:
-    """How ray.serve.llm sets up the engine of a model."""
-    engine = dict(model.engine, dtype=model.dtype, max_model_len=model.context)
-    engine |= dict(tensor_parallel_size=model.tensor_parallel, pipeline_parallel_size=model.pipeline_parallel)
-    if model.adapters:
-        engine |= dict(enable_lora=True, max_loras=model.adapters, max_lora_rank=_supported_rank(model.adapter_rank))
+    """How ray.serve.llm sets up the engines of a model. Nothing of the model is read yet."""
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if not model.gpus:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.kv_cache_gb)
     bundle: dict[str, float] = {"GPU": 1} if model.gpus else {"CPU": model.cpus}
+    # The workers of a layer talk for every token: on one node. Those of a pipeline pass on, to another one if need be.
+    strategy = "STRICT_PACK" if model.pipeline_parallel == 1 else "PACK"
     return LLMConfig(
         model_loading_config=dict(model_id=model.id, model_source=str(model.folder)),
-        accelerator_type=None,
-        placement_group_config=dict(bundles=[bundle] * model.workers),
-        engine_kwargs=engine,
+        accelerator_type=model.accelerator_type,
+        placement_group_config=dict(bundles=[bundle] * model.workers, strategy=strategy),
+        engine_kwargs=_engine_arguments(model),
         lora_config=LoraConfig(max_num_adapters_per_replica=model.adapters) if model.adapters else None,
         runtime_env=dict(env_vars=environment),
-        deployment_config=dict(num_replicas=model.most_replicas, ray_actor_options=dict(num_cpus=0)),
+        deployment_config=_deployment(model),
+        # Answers go out as they come: whoever sends them puts together what is ready at once.
+        experimental_configs=dict(stream_batching_interval_ms=0),
     )
+
+
+def _engine_arguments(model: LanguageModel) -> dict[str, Any]:
+    """vLLM's arguments."""
+    arguments = dict(
+        # Weights in files that can hold code are not read.
+        dict(load_format="safetensors") | model.engine,
+        dtype=model.dtype,
+        max_model_len=model.context,
+        tensor_parallel_size=model.tensor_parallel,
+        pipeline_parallel_size=model.pipeline_parallel,
+        # Only the gateway asks, and no field of its requests sets a template.
+        trust_request_chat_template=True,
+        # A small model would fill JSON with blanks until the token limit. vLLM has this for named backends only.
+        structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True)
+        | model.engine.get("structured_outputs_config", {}),
+    )
+    if model.quantization:
+        arguments["quantization"] = model.quantization
+    if model.adapters:
+        rank = _supported_rank(model.adapter_rank)
+        arguments |= dict(enable_lora=True, max_loras=model.adapters, max_lora_rank=rank)
+    return arguments
+
+
+def _deployment(model: LanguageModel) -> dict[str, Any]:
+    """Ray Serve's options of the deployment: how many replicas, and how many requests of each."""
+    options: dict[str, Any] = dict(
+        ray_actor_options=dict(num_cpus=0),
+        max_ongoing_requests=model.max_ongoing_requests,
+        max_queued_requests=model.max_queued_requests,
+    )
+    if model.min_replicas == model.most_replicas:
+        options["num_replicas"] = model.min_replicas
+    else:
+        options["autoscaling_config"] = dict(
+            min_replicas=model.min_replicas,
+            max_replicas=model.most_replicas,
+            target_ongoing_requests=model.target_ongoing_requests,
+            upscale_delay_s=model.upscale_delay_s,
+            downscale_delay_s=model.downscale_delay_s,
+        )
+    if model.prefix_routing:
+        slack = max(1, model.target_ongoing_requests // 2)
+        options["request_router_config"] = RequestRouterConfig(
+            request_router_class=PrefixRouter,  # type: ignore[arg-type]
+            request_router_kwargs=dict(slack=slack),
+        )
+    return options
 
 
 class LLM(LLMServer):

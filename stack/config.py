@@ -33,6 +33,33 @@ def home() -> Path:
 # Of vLLM's: fp8 of weights that are not yet quantized at their loading; the others say what the weights are already.
 Quantization = Literal["fp8", "compressed-tensors", "modelopt", "modelopt_fp4", "mxfp4", "awq_marlin", "gptq_marlin"]
 
+# Ray's names of the GPUs that vLLM runs on.
+Accelerator = Literal[
+    "V100",
+    "T4",
+    "A10G",
+    "L4",
+    "L40S",
+    "A100",
+    "A100-40G",
+    "A100-80G",
+    "H20",
+    "H100",
+    "H200",
+    "B200",
+    "B300",
+    "GB200",
+    "GB300",
+    "RTX-PRO-6000",
+    "AMD-Instinct-MI250X",
+    "AMD-Instinct-MI300A",
+    "AMD-Instinct-MI300X-OAM",
+    "AMD-Instinct-MI308X",
+    "AMD-Instinct-MI325X-OAM",
+    "AMD-Instinct-MI350X-OAM",
+    "AMD-Instinct-MI355X-OAM",
+]
+
 # Arguments of vLLM's engine that have a key of their own.
 _FIELDS_OF_ENGINE = {
     "model": "path",
@@ -62,7 +89,8 @@ class LanguageModel(Wire):
     A replica is one engine. It takes `tensor_parallel` times `pipeline_parallel` workers, each with a GPU (`gpus` is
     their number, or 0 on CPU) of `accelerator_type`, in Ray's names, or with `cpus` and `kv_cache_gb` (CPU only). The
     number of replicas follows the load between `min_replicas` and `max_replicas` (as many, if it is not set), such that
-    each has about `target_ongoing_requests`; with a minimum of 0 none runs while nobody asks.
+    each has about `target_ongoing_requests`: a load that lasts `upscale_delay_s` makes them more, one that lasts
+    `downscale_delay_s` fewer. With a minimum of 0 none runs while nobody asks.
 
     A replica works on `max_ongoing_requests`. `max_queued_requests` more may wait in each gateway, and what comes
     beyond them is refused. A request has `request_timeout_s` for everything. With `prefix_routing` requests that begin
@@ -81,13 +109,15 @@ class LanguageModel(Wire):
     min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
     target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    upscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 600
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
     prefix_routing: bool = False
     cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
     gpus: Annotated[int, Field(ge=0, le=1_024)] = 0
-    accelerator_type: Annotated[str, Field(max_length=50, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")] | None = None
+    accelerator_type: Accelerator | None = None
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     kv_cache_gb: Annotated[int, Field(ge=1, le=1_024)] = 2
@@ -201,7 +231,8 @@ class Config(Wire):
     of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times.
 
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
-    `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests.
+    `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests. A
+    gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one.
     """
 
@@ -212,6 +243,7 @@ class Config(Wire):
     max_running_jobs_per_tenant: Annotated[int, Field(ge=1, le=10_000)] = 10_000
     max_waiting_jobs_per_tenant: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    max_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 1_000
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**20
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
     max_artifact_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 32 * 2**20
