@@ -82,7 +82,7 @@ def test_the_stack_door_asks_the_engine_in_openais_shape(client: TestClient, eng
 def test_the_openai_door_answers_as_the_engine_does(client: TestClient) -> None:
     chat = client.post("/v1/chat/completions", json=CHAT).json()
     assert chat["choices"][0]["message"] == {"role": "assistant", "content": TEXT}
-    assert chat["usage"] == {"prompt_tokens": 7, "completion_tokens": 3}
+    assert chat["usage"] == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     text = client.post("/v1/completions", json=OPENAI_TEXT[1]).json()
     assert text["choices"][0]["text"] == TEXT
 
