@@ -38,6 +38,7 @@ SERVICE = "llama-stack-ray"
 AGENT_PORT = 52_365
 AGENT_PORT_S = 180.0
 MODEL_IMPORT_PATH = "serve_apps.llm:build"
+SCRIPTED_IMPORT_PATH = "serve_apps.scripted_engine:build"  # the same without a model, for tests and benches
 
 
 class StartFailed(Exception):
@@ -104,14 +105,14 @@ def _require_applications(file: Path, applications: list[Any], config: Config) -
         by_name[application["name"]] = application
     models = {model.id: model for model in config.models}
     for name, application in by_name.items():
-        if application.get("import_path") == MODEL_IMPORT_PATH and name not in models:
+        if application.get("import_path") in (MODEL_IMPORT_PATH, SCRIPTED_IMPORT_PATH) and name not in models:
             raise StartFailed(
                 f"{file}: the application {name!r} serves a model that is not among the gateway's models "
                 f"({', '.join(models)}): add it there, or remove the application"
             )
     for name, model in models.items():
         application = by_name.get(name, {})
-        if application.get("import_path") != MODEL_IMPORT_PATH:
+        if application.get("import_path") not in (MODEL_IMPORT_PATH, SCRIPTED_IMPORT_PATH):
             raise StartFailed(
                 f"{file}: the gateway's model {name!r} needs an application of the same name with "
                 f"import_path: {MODEL_IMPORT_PATH}"

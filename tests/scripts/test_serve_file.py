@@ -53,6 +53,15 @@ def test_the_default_file_is_right() -> None:
     assert [model.id for model in file.config.models] == ["SmolLM2-135M-Instruct"]
 
 
+def test_a_scripted_engine_may_take_the_place_of_the_models(tmp_path: Path) -> None:
+    scripted = {"import_path": "serve_apps.scripted_engine:build"}
+    file = changed(tmp_path, lambda document: document["applications"][1].update(scripted))
+    assert [model.id for model in read_serve_file(file).config.models] == ["SmolLM2-135M-Instruct"]
+    renamed = changed(tmp_path, lambda document: document["applications"][1].update(scripted, name="Other"))
+    with pytest.raises(StartFailed, match="'Other' serves a model that is not among the gateway's models"):
+        read_serve_file(renamed)
+
+
 def test_another_port_is_deployed_too() -> None:
     file = read_serve_file(CONFIG, 9000)
     assert (file.port, file.document["http_options"]["port"]) == (9000, 9000)
