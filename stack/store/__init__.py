@@ -13,10 +13,11 @@ from stack.store.experiments import Experiments
 from stack.store.jobs import Attempt, Job, Jobs
 from stack.store.keys import Keys
 from stack.store.migrate import migrate
+from stack.store.models import AddedModel, AddedModels
 from stack.store.telemetry import Telemetry
 from stack.store.traces import Traces
 
-__all__ = ["Adapter", "Artifact", "Attempt", "Job", "Store", "now"]
+__all__ = ["Adapter", "AddedModel", "Artifact", "Attempt", "Job", "Store", "now"]
 
 
 class Store:
@@ -33,6 +34,7 @@ class Store:
         self.datasets = Datasets(self.engine)
         self.jobs = Jobs(self.engine)
         self.adapters = Adapters(self.engine)
+        self.models = AddedModels(self.engine)
         self.artifacts = Artifacts(self.engine)
         self.experiments = Experiments(self.engine)
         self.telemetry = Telemetry(self.engine)

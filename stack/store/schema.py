@@ -159,6 +159,18 @@ adapters = Table(
     Column("created_at", _Time, nullable=False),
 )
 
+# Models that were added while the stack ran, which all tenants may ask; `tenant` is whose administrator it was.
+models = Table(
+    "models",
+    schema,
+    Column("id", String(200), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("entry", JSON, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("removed_at", _Time),
+    Column("problem", Text),
+)
+
 # What `name` among the files of stack/artifacts.py is, and where it came from.
 artifacts = Table(
     "artifacts",
