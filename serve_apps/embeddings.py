@@ -83,13 +83,15 @@ class Embedder:
         for start in range(0, len(tokens), self._max_batch):
             chunk = by_length[start : start + self._max_batch]
             vectors[chunk] = await self._encode([tokens[index] for index in chunk])
+        if not np.isfinite(vectors).all():
+            return Failure(500, "the model answered with numbers that are none (NaN or infinite)")
         return Embeddings(vectors, sum(len(one) for one in tokens))
 
     async def check_health(self) -> None:
         """Raises unless the model answers."""
         vectors = await _in_thread(self._computing, self._encoder.encode, self._probe)
         if not np.isfinite(vectors).all():
-            raise RuntimeError("the embedding model answers with numbers that are none")
+            raise RuntimeError("the embedding model answers with numbers that are none (NaN or infinite)")
 
     async def _encode(self, chunk: list[Tokens]) -> Vectors:
         # Serve hands over a batch as soon as its time is up, be the model free or not: while it computes, what comes

@@ -99,7 +99,7 @@ class ScriptedEngine:
         words = [text.split() if isinstance(text, str) else [str(token) for token in text] for text in texts]
         for index, one in enumerate(words):
             if len(one) > MAX_WORDS and not truncate:
-                raise BadInput(f"text {index} has {len(one)} tokens; allowed: at most {MAX_WORDS}", param="input")
+                raise BadInput(f"text {index} has {len(one)} tokens; allowed: at most {MAX_WORDS}")
         vectors = [vector_of(" ".join(one[:MAX_WORDS])) for one in words]
         return Embeddings(np.array(vectors, dtype=np.float32), sum(len(one[:MAX_WORDS]) for one in words))
 

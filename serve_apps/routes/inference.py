@@ -4,7 +4,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve_apps.routes.common import ContextOf, as_events, event_stream, needs
-from stack import inference
+from stack import embeddings, inference
+from stack.api.embeddings import EmbeddingsRequest, EmbeddingsResponse
 from stack.api.inference import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -33,3 +34,9 @@ async def completion(request: Request, context: ContextOf, body: CompletionReque
         return event_stream(request, as_events(await inference.stream_completion(context, body)))
     answer = await inference.completion(context, body)
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+
+
+@router.post("/embeddings", response_model=EmbeddingsResponse)
+async def embed(context: ContextOf, body: EmbeddingsRequest) -> Response:
+    """The vectors of texts by an embedding model."""
+    return Response(await embeddings.embeddings(context, body), media_type="application/json")

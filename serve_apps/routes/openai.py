@@ -8,6 +8,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve_apps.routes.common import ContextOf, event_stream, needs
+from stack import embeddings
+from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
     OpenAIChatCompletionRequest,
     OpenAICompletionRequest,
@@ -32,6 +34,12 @@ async def chat_completions(request: Request, context: ContextOf, body: OpenAICha
 async def completions(request: Request, context: ContextOf, body: OpenAICompletionRequest) -> Response:
     """The continuation of a text."""
     return await _pass_on(request, context, "completions", body.model_dump(exclude_unset=True))
+
+
+@router.post("/embeddings", response_model=OpenAIEmbeddingsResponse)
+async def embed(context: ContextOf, body: OpenAIEmbeddingsRequest) -> Response:
+    """The vectors of texts by an embedding model."""
+    return Response(await embeddings.openai_embeddings(context, body), media_type="application/json")
 
 
 @router.get("/models")

@@ -23,8 +23,10 @@ from tests.scripted_engine import ScriptedEngine
 POSTS = [
     "/inference/chat_completion",
     "/inference/completion",
+    "/inference/embeddings",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/embeddings",
     "/datasets/create",
     "/datasets/delete",
     "/datasets/uploads/delete",

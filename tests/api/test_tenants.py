@@ -96,6 +96,8 @@ APART = {
     ("GET", "/v1/models"),
     ("POST", "/datasets/upload"),
     ("POST", "/experiments/create"),
+    ("POST", "/inference/embeddings"),  # by the config's models, which are everybody's
+    ("POST", "/v1/embeddings"),
     ("POST", "/telemetry/log_event"),
 }
 
