@@ -16,6 +16,7 @@ from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.routes import (
+    batch_inference,
     datasets,
     evaluations,
     experiments,
@@ -86,7 +87,18 @@ def create_app(context: Context, ready: Ready) -> FastAPI:
     app.state.context = context
     app.state.ready = ready
     app.state.metrics = Metrics(context.store)
-    for router in (health, inference, metrics, datasets, post_training, evaluations, experiments, telemetry, openai):
+    for router in (
+        health,
+        inference,
+        batch_inference,
+        metrics,
+        datasets,
+        post_training,
+        evaluations,
+        experiments,
+        telemetry,
+        openai,
+    ):
         app.include_router(router.router)
     add_error_handlers(app)
     app.add_middleware(Faults)

@@ -82,11 +82,18 @@ async def resolve(context: Context, model: str, messages: list[dict[str, Any]]) 
     ]
     if not wanted:
         return messages
-    if len(wanted) > MAX_ATTACHMENTS:
-        raise BadInput(f"there are {len(wanted)} attachments; allowed: at most {MAX_ATTACHMENTS}", param="messages")
     await _require_images_are_taken(context, model, wanted)
     had = iter(await _get_all(wanted))
     return [_with(message, had) for message in messages]
+
+
+async def resolve_text(content: str | Attachment | list[str | Attachment]) -> str:
+    """A content as one text, with every attachment in place. Raises as `resolve` does, and BadInput for images."""
+    message = {"role": "user", "content": openai_content(content)}
+    wanted = [_Wanted.of(message, part, "content") for part in _parts(message) if not _is_text(part)]
+    if any(one.is_image for one in wanted):
+        raise BadInput("an image cannot be continued as a text; images stand in the messages of chats", param="content")
+    return str(_with(message, iter(await _get_all(wanted)))["content"])
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,9 @@ async def _require_images_are_taken(context: Context, model: str, wanted: list[_
 
 async def _get_all(wanted: list[_Wanted]) -> list[dict[str, Any]]:
     """The parts in OpenAI's shape, in order."""
+    if len(wanted) > MAX_ATTACHMENTS:
+        message = f"there are {len(wanted)} attachments; allowed: at most {MAX_ATTACHMENTS}"
+        raise BadInput(message, param=wanted[0].place.partition(".")[0])
     slots = asyncio.Semaphore(AT_ONCE)
     left = {True: MAX_IMAGES_BYTES, False: MAX_TEXT_BYTES}
 

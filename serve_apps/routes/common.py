@@ -1,13 +1,14 @@
 """What routes share: the context, and streams of server-sent events."""
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel
 
 from serve_apps.errors import envelope
@@ -43,6 +44,27 @@ def needs(scope: str) -> Any:
 
 JobUuid = Annotated[str, Query(max_length=100)]
 logger = logging.getLogger("ray.serve")
+
+
+async def answer_to(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
+    """What the work gives, as JSON. A client that leaves before takes it along: the work is cancelled."""
+    tasks = working, leaving = asyncio.create_task(work), asyncio.create_task(_leaves(request))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            leaving.result()
+            return Response(status_code=499)  # which nobody reads
+        return Response(working.result().model_dump_json(exclude_none=True), media_type="application/json")
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.wait(tasks)
+
+
+async def _leaves(request: Request) -> None:
+    """Returns once the client has left. The body must have been read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def event_stream(request: Request, events: AsyncGenerator[bytes]) -> StreamingResponse:

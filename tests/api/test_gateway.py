@@ -24,6 +24,8 @@ POSTS = [
     "/inference/chat_completion",
     "/inference/completion",
     "/inference/embeddings",
+    "/batch_inference/chat_completion",
+    "/batch_inference/completion",
     "/v1/chat/completions",
     "/v1/completions",
     "/v1/embeddings",

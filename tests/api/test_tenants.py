@@ -53,6 +53,8 @@ NAMING: list[tuple[str, str, Any]] = [
     ("GET", "/evaluate/jobs?after=evaluation-1", None),
     ("POST", "/inference/chat_completion", CHAT),
     ("POST", "/inference/completion", {"model": "small:tune-1", "content": "a"}),
+    ("POST", "/batch_inference/chat_completion", {"model": "small:tune-1", "messages_batch": [CHAT["messages"]]}),
+    ("POST", "/batch_inference/completion", {"model": "small:tune-1", "content_batch": ["a"]}),
     ("POST", "/v1/chat/completions", CHAT),
     ("POST", "/v1/completions", {"model": "small:tune-1", "prompt": "a"}),
     ("GET", "/v1/models/small:tune-1", None),
@@ -92,6 +94,9 @@ LISTING: list[tuple[str, str, Any]] = [
 # Routes that name nothing and list nothing of a tenant's, or have a test of their own below.
 APART = {
     ("GET", "/health"),
+    ("GET", "/models/list"),  # the administrator's, who adds models for all
+    ("POST", "/models/add"),
+    ("POST", "/models/remove"),
     ("GET", "/metrics"),  # the administrator's, of all tenants
     ("GET", "/v1/models"),
     ("POST", "/datasets/upload"),

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from stack import attachments
 from stack.api.messages import Content
-from stack.attachments import openai_content, resolve
+from stack.attachments import openai_content, resolve, resolve_text
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, NotFound, StackError, TooLarge, Unavailable
@@ -206,6 +206,30 @@ async def test_a_text_is_fetched_and_named_after_its_address(context: Context, a
     found = await text_of(context, attachment(f"{url}/deep/my%20table%0A.csv?x=1", "text/csv"))
     assert found == "Attachment my table.csv (text/csv):\na,ü"
     assert [path for path, _ in at_host.requests] == ["/deep/my%20table%0A.csv?x=1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("a", "a"), (["a", "b"], "ab"), ([], ""), (["a", attachment("b", "text/csv")], "a\n\nAttachment (text/csv):\nb")],
+)
+async def test_a_content_can_be_had_as_one_text(content: Any, text: str) -> None:
+    assert await resolve_text(CONTENT.validate_python(content)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (attachment(data_url(image()), "image/png"), "an image cannot be continued"),
+        (attachment("a", "video/mp4"), "'video/mp4' cannot be used"),
+        (attachment("file:///etc/passwd"), "allowed: https://host/path"),
+        ([attachment("a")] * 21, "21 attachments; allowed: at most 20"),
+    ],
+)
+async def test_what_cannot_be_had_as_one_text_is_refused(content: Any, words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        await resolve_text(CONTENT.validate_python(content))
+    assert words in caught.value.message
+    assert caught.value.param == "content"
 
 
 # Images

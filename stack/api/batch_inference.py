@@ -1,0 +1,125 @@
+"""Wire types of the batch inference API: many chats or texts in one request, each of which is answered or fails alone.
+
+What is wrong with one row does not refuse the others: such a row is read as a RefusedRow.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import FailFast, Field, ValidationError, WrapValidator, model_validator
+
+from stack.api.inference import (
+    MAX_MESSAGES,
+    LogProbConfig,
+    SamplingParams,
+    TokenLogProbs,
+    ToolChoice,
+    ToolDefinition,
+    ToolPromptFormat,
+)
+from stack.api.messages import Attachment, CompletionMessage, Content, Message, UserMessage
+from stack.api.wire import ModelId, Request, Wire, at_most, explain
+
+MAX_ROWS = 256
+# Of all rows together.
+MAX_BATCH_CHARACTERS = 16_000_000
+MAX_BATCH_ATTACHMENTS = 32
+
+
+@dataclass(frozen=True)
+class RefusedRow:
+    """A row that is not of its shape: what is wrong with it, and where in it."""
+
+    problem: str
+    place: str
+
+
+def _alone(value: Any, validate: Callable[[Any], Any]) -> Any:
+    try:
+        return validate(value)
+    except ValidationError as error:
+        place, description = explain(error.errors()[0])
+        return RefusedRow(f"{place}: {description}" if place else description, place)
+
+
+_Row = WrapValidator(_alone)
+ChatRow = Annotated[Annotated[list[Message], FailFast(), Field(min_length=1), at_most(MAX_MESSAGES)], _Row]
+TextRow = Annotated[Content, _Row]
+
+
+def _require_size(contents: Iterable[Any]) -> None:
+    """Raises ValueError for contents that are too great together. Those of refused rows do not count."""
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    attached = [part for part in parts if isinstance(part, Attachment)]
+    if len(attached) > MAX_BATCH_ATTACHMENTS:
+        raise ValueError(f"the rows hold {len(attached)} attachments; allowed: at most {MAX_BATCH_ATTACHMENTS}")
+    texts = [text for one in attached for text in (one.content if isinstance(one.content, list) else [one.content])]
+    characters = sum(len(text) for text in [*texts, *parts] if isinstance(text, str))
+    if characters > MAX_BATCH_CHARACTERS:
+        raise ValueError(f"the rows hold {characters} characters; allowed: at most {MAX_BATCH_CHARACTERS}")
+
+
+class BatchChatCompletionRequest(Request):
+    """Conversations, each with its own answer; all else is the same for all of them."""
+
+    model: ModelId
+    messages_batch: Annotated[list[ChatRow], Field(min_length=1), at_most(MAX_ROWS)]
+    sampling_params: SamplingParams = SamplingParams()
+    tools: Annotated[list[ToolDefinition], at_most(128)] = []
+    tool_choice: ToolChoice = ToolChoice.auto
+    tool_prompt_format: ToolPromptFormat = ToolPromptFormat.json
+    logprobs: LogProbConfig | None = None
+
+    @model_validator(mode="after")
+    def _is_not_too_great(self) -> "BatchChatCompletionRequest":
+        messages = [message for row in self.messages_batch if isinstance(row, list) for message in row]
+        contexts = [message.context for message in messages if isinstance(message, UserMessage)]
+        _require_size([*(message.content for message in messages), *contexts])
+        return self
+
+
+class BatchCompletionRequest(Request):
+    """Texts, each with its own continuation; all else is the same for all of them."""
+
+    model: ModelId
+    content_batch: Annotated[list[TextRow], Field(min_length=1), at_most(MAX_ROWS)]
+    sampling_params: SamplingParams = SamplingParams()
+    logprobs: LogProbConfig | None = None
+
+    @model_validator(mode="after")
+    def _is_not_too_great(self) -> "BatchCompletionRequest":
+        _require_size(self.content_batch)
+        return self
+
+
+class RowErrorDetails(Wire):
+    """As in the error envelope."""
+
+    code: str
+    message: str
+    type: str
+    param: str | None = None
+
+
+class RowError(Wire):
+    """Why a row has no answer. `index` is its place in the batch, from 0."""
+
+    index: int
+    error: RowErrorDetails
+
+
+class BatchCompletionResponse(Wire):
+    """The answers in the order of the rows.
+
+    A row that failed has an empty message with the stop reason `out_of_tokens` in its place, and is in `errors`.
+    `logprobs_batch` has those of each row, if they were asked for, and null for a row that failed.
+    """
+
+    completion_message_batch: list[CompletionMessage]
+    errors: list[RowError] = []
+    logprobs_batch: list[list[TokenLogProbs] | None] | None = None
+
+
+class BatchChatCompletionResponse(BatchCompletionResponse):
+    """The same for conversations."""
