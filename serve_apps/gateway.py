@@ -11,6 +11,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_apps.address import listening_host
+from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.metrics import Measure, Metrics
@@ -23,11 +24,13 @@ from serve_apps.routes import (
     health,
     inference,
     metrics,
+    models,
     openai,
     post_training,
     telemetry,
 )
 from stack import tracing
+from stack.added_models import Deployer
 from stack.config import Config
 from stack.context import Context
 from stack.keys import Keyring, require_keys
@@ -76,8 +79,8 @@ class Gateway:
 Ready = Callable[[], Awaitable[dict[str, str]]]
 
 
-def create_app(context: Context, ready: Ready) -> FastAPI:
-    """Every route on a context. `ready` tells what is not ready yet."""
+def create_app(context: Context, ready: Ready, deployer: Deployer | None = None) -> FastAPI:
+    """Every route on a context. `ready` tells what is not ready yet. Ray Serve runs models, or another deployer."""
     app = FastAPI(
         title="Llama Stack on Ray",
         description="The Llama Stack's APIs at the root, OpenAI's under /v1.",
@@ -86,11 +89,13 @@ def create_app(context: Context, ready: Ready) -> FastAPI:
     )
     app.state.context = context
     app.state.ready = ready
+    app.state.deployer = deployer or ServeDeployer()
     app.state.metrics = Metrics(context.store)
     for router in (
         health,
         inference,
         batch_inference,
+        models,
         metrics,
         datasets,
         post_training,

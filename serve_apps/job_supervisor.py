@@ -1,7 +1,8 @@
 """The job supervisor: a Serve deployment of one replica that hands accepted jobs to Ray and watches the attempts.
 
-It brings Ray's jobs in line with the store once a second: see serve_apps/attempts.py. A new replica starts from the
-store, so nothing is lost when one dies. Once a day it sweeps what interrupted uploads and jobs have left.
+It brings Ray's jobs in line with the store once a second: see serve_apps/attempts.py. So it does with the applications
+of models that were added: see stack/added_models.py. A new replica starts from the store, so nothing is lost when one
+dies. Once a day it sweeps what interrupted uploads and jobs have left.
 """
 
 import asyncio
@@ -14,7 +15,9 @@ from ray.job_submission import JobSubmissionClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.attempts import Attempts
+from serve_apps.deployer import ServeDeployer
 from stack import experiments, jobs, tracing, uploads
+from stack.added_models import Reconciler
 from stack.config import Config
 from stack.context import Context
 from stack.errors import StackError
@@ -32,14 +35,17 @@ class JobSupervisor:
         tracing.start("job-supervisor", config.otlp_address)
         self._context = Context.open(config)
         self._attempts = Attempts(config, self._context.store, _connect, _nodes)
+        self._models = Reconciler(config, self._context.store, ServeDeployer())
         self._problem: str | None = None
-        self._loop = asyncio.get_running_loop().create_task(self._watch())
-        self._sweeper = asyncio.get_running_loop().create_task(self._sweep_daily())
+        loop = asyncio.get_running_loop()
+        self._watchers = [loop.create_task(self._watch()), loop.create_task(self._watch_models())]
+        self._sweeper = loop.create_task(self._sweep_daily())
 
     def check_health(self) -> None:
         """Serve restarts a supervisor that has stopped watching."""
-        if self._loop.done():
-            self._loop.result()
+        for watcher in self._watchers:
+            if watcher.done():
+                watcher.result()
 
     async def problem(self) -> str | None:
         """Why jobs cannot be handed to Ray, if they cannot."""
@@ -54,6 +60,15 @@ class JobSupervisor:
                 # Ray or the database is away: jobs wait until both are back.
                 self._problem = problem_of(error)
                 logger.warning("%s: %s", self._problem, _words_of(error))
+            await asyncio.sleep(INTERVAL_S)
+
+    async def _watch_models(self) -> None:
+        """Beside `_watch`, as building the application of a model takes a while."""
+        while True:
+            try:
+                await asyncio.to_thread(self._models.reconcile)
+            except (StackError, SQLAlchemyError) as error:  # Ray Serve or the database is away
+                logger.warning("the added models cannot be looked after: %s", _words_of(error))
             await asyncio.sleep(INTERVAL_S)
 
     async def _sweep_daily(self) -> None:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from stack.api.wire import Wire, describe
+from stack.api.wire import Wire, at_most, describe, without_nul
 from stack.errors import BadInput
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "serve_apps" / "local.yaml"
@@ -98,7 +98,7 @@ class LanguageModel(Wire):
     """
 
     id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    path: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Quantization | None = None
     context: Annotated[int, Field(ge=16, le=10_000_000)] = 2_048
@@ -121,7 +121,7 @@ class LanguageModel(Wire):
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = 1
     kv_cache_gb: Annotated[int, Field(ge=1, le=1_024)] = 2
-    engine: dict[str, Any] = {}
+    engine: Annotated[dict[str, Any], at_most(200)] = {}
 
     @field_validator("engine")
     @classmethod
@@ -188,6 +188,8 @@ class EmbeddingModel(Wire):
     min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
     target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
+    upscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 600
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
@@ -254,7 +256,7 @@ class Config(Wire):
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> "Config":
-        ids = [*(model.id for model in self.models), *(model.id for model in self.embedding_models)]
+        ids = [model.id for model in self.all_models]
         for model_id in ids:
             if model_id == GATEWAY:
                 raise ValueError(f"models: a model cannot have the id {GATEWAY!r}, the gateway's application's")
@@ -287,6 +289,11 @@ class Config(Wire):
             if "://" in root and not re.match(r"(s3|gs)://[^/]", root):
                 raise ValueError(f"{root!r} is no data root; allowed: a folder, s3://bucket/prefix, gs://bucket/prefix")
         return roots
+
+    @property
+    def all_models(self) -> list[LanguageModel | EmbeddingModel]:
+        """Those of all kinds, each of which is served by an application of its id."""
+        return [*self.models, *self.embedding_models]
 
     @property
     def store_url(self) -> str:

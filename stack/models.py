@@ -1,9 +1,9 @@
 """From the id of a model to what serves it, and the one way to ask it something.
 
-A model is one of the config, or a fine-tuned adapter of one, whose id is `base:job_uuid`. What serves a model is an
-Engine: Ray Serve's application of the model's name, or in tests a scripted one. Engines speak OpenAI's shapes, because
-vLLM does; the answer passes through as bytes, so that the OpenAI door does not parse it. Embedding models are models of
-the config too, which answer nothing but vectors.
+A model is one of the config, one that was added (stack/added_models.py), or a fine-tuned adapter of one of these, whose
+id is `base:job_uuid`. What serves a model is an Engine: Ray Serve's application of the model's name, or in tests a
+scripted one. Engines speak OpenAI's shapes, because vLLM does; the answer passes through as bytes, so that the OpenAI
+door does not parse it. Embedding models are models of the config too, which answer nothing but vectors.
 """
 
 import asyncio
@@ -15,12 +15,13 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from stack import tracing
 from stack.channel import Receiver, Stream
 from stack.config import Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput, EngineFailed, NotFound, StackError, TooManyRequests, Unavailable
-from stack.store import Store
+from stack.store import AddedModel, Store
 
 Endpoint = Literal["chat", "completions"]
 
@@ -237,10 +238,11 @@ class Models:
         return [*self.language_models(), *self._embedding_models.values()]
 
     def language_models(self) -> list[Model]:
-        """Those of the config, then the adapters, newest first."""
+        """Those of the config, those that were added, then the adapters, newest first."""
         rows = self._store.adapters.list(self._tenant)
         adapters = (self._of_adapter(row.model_id, row.base, row.created_at) for row in rows)
-        return [*self._configured.values(), *(model for model in adapters if model)]
+        added = (self._of_added(row) for row in self._store.models.recent().values())
+        return [*self._configured.values(), *(model for model in (*added, *adapters) if model)]
 
     def get(self, id: str) -> Model:
         """The language model of this id. Raises NotFound or BadInput, naming the ones that there are."""
@@ -256,6 +258,8 @@ class Models:
             return self._configured[id]
         if id in self._embedding_models:
             return self._embedding_models[id]
+        if (added := self._added(id)) is not None:
+            return added
         row = self._store.adapters.get(self._tenant, id)
         model = self._of_adapter(row.model_id, row.base, row.created_at) if row else None
         if model is None:
@@ -275,6 +279,8 @@ class Models:
         """`get`, without blocking the event loop for those that the database knows."""
         if id in self._configured:
             return self._configured[id]
+        if (added := (self._store.models.known() or {}).get(id)) and (model := self._of_added(added)):
+            return model
         return await asyncio.to_thread(self.get, id)
 
     async def embed(self, id: str, texts: Sequence[Embeddable], truncate: bool = False) -> Embeddings:
@@ -313,11 +319,23 @@ class Models:
         items = self._engine.generate(model, endpoint, body)
         return _traced(model, endpoint, items) if tracing.is_on() else items
 
-    def _of_adapter(self, id: str, base: str, created_at: str) -> Model | None:
-        """An adapter whose base model is no longer in the config is not served."""
-        if base not in self._configured:
+    def _added(self, id: str) -> Model | None:
+        row = self._store.models.recent().get(id)
+        return self._of_added(row) if row is not None else None
+
+    def _of_added(self, row: AddedModel) -> Model | None:
+        """One that has come into the config, or that this version of the stack does not take, is not an added one."""
+        if row.id in self._configured or row.id in self._embedding_models:
             return None
-        return Model(id, self._configured[base].base, is_adapter=True, created_at=created_at)
+        try:
+            return Model(row.id, LanguageModel.model_validate(row.entry), is_adapter=False, created_at=row.created_at)
+        except ValidationError:  # the job supervisor says so in the row
+            return None
+
+    def _of_adapter(self, id: str, base: str, created_at: str) -> Model | None:
+        """An adapter whose base model is not served any more is not served either."""
+        model = self._configured.get(base) or self._added(base)
+        return Model(id, model.base, is_adapter=True, created_at=created_at) if model else None
 
 
 def _listed(ids: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from stack.context import Context
 from tests.samples import dataset, dialogs, write_rows
+from tests.scripted_deployer import RUNNING, ScriptedDeployer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
@@ -28,11 +29,16 @@ def waiting_for() -> dict[str, str]:
 
 
 @pytest.fixture
-def app(context: Context, waiting_for: dict[str, str]) -> FastAPI:
+def deployer() -> ScriptedDeployer:
+    return ScriptedDeployer({"gateway": RUNNING, "small": RUNNING})
+
+
+@pytest.fixture
+def app(context: Context, waiting_for: dict[str, str], deployer: ScriptedDeployer) -> FastAPI:
     async def ready() -> dict[str, str]:
         return waiting_for
 
-    return gateway.create_app(context, ready)
+    return gateway.create_app(context, ready, deployer)
 
 
 @pytest.fixture
