@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from stack import keys
 from stack.api.wire import describe
-from stack.config import Config, LanguageModel
+from stack.config import Config, EmbeddingModel, LanguageModel
 from stack.store import Store, faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,6 +38,7 @@ SERVICE = "llama-stack-ray"
 AGENT_PORT = 52_365
 AGENT_PORT_S = 180.0
 MODEL_IMPORT_PATH = "serve_apps.llm:build"
+EMBEDDINGS_IMPORT_PATH = "serve_apps.embeddings:build"
 SCRIPTED_IMPORT_PATH = "serve_apps.scripted_engine:build"  # the same without a model, for tests and benches
 
 
@@ -103,40 +104,50 @@ def _require_applications(file: Path, applications: list[Any], config: Config) -
         if not isinstance(application, dict) or not isinstance(application.get("name"), str):
             raise StartFailed(f"{file}: each of the applications must be a mapping with a name, not {application!r}")
         by_name[application["name"]] = application
-    models = {model.id: model for model in config.models}
-    for name, application in by_name.items():
-        if application.get("import_path") in (MODEL_IMPORT_PATH, SCRIPTED_IMPORT_PATH) and name not in models:
+    language_models = {model.id: model for model in config.models}
+    embedding_models = {model.id: model for model in config.embedding_models}
+    _require_served(file, by_name, "models", language_models, (MODEL_IMPORT_PATH, SCRIPTED_IMPORT_PATH))
+    _require_served(file, by_name, "embedding_models", embedding_models, (EMBEDDINGS_IMPORT_PATH,))
+    for name, model in (language_models | embedding_models).items():
+        place = f"{file}, args of the application {name!r}"
+        args = _require_same_model(place, by_name[name].get("args"), model)
+        if name in language_models and args.get("artifacts", "artifacts") != config.artifacts:
+            raise StartFailed(f"{place}: artifacts must be {config.artifacts!r}, as in the gateway's args")
+
+
+def _require_served(
+    file: Path, applications: dict[str, Any], key: str, models: Mapping[str, object], import_paths: tuple[str, ...]
+) -> None:
+    """Raises StartFailed unless the applications with these import paths are just those of the gateway's models."""
+    for name, application in applications.items():
+        if application.get("import_path") in import_paths and name not in models:
             raise StartFailed(
-                f"{file}: the application {name!r} serves a model that is not among the gateway's models "
-                f"({', '.join(models)}): add it there, or remove the application"
+                f"{file}: the application {name!r} serves a model that is not among the gateway's {key} "
+                f"({', '.join(models) or 'none'}): add it there, or remove the application"
             )
-    for name, model in models.items():
-        application = by_name.get(name, {})
-        if application.get("import_path") not in (MODEL_IMPORT_PATH, SCRIPTED_IMPORT_PATH):
+    for name in models:
+        if applications.get(name, {}).get("import_path") not in import_paths:
             raise StartFailed(
                 f"{file}: the gateway's model {name!r} needs an application of the same name with "
-                f"import_path: {MODEL_IMPORT_PATH}"
+                f"import_path: {import_paths[0]}"
             )
-        _require_same_model(
-            f"{file}, args of the application {name!r}", application.get("args"), model, config.artifacts
-        )
 
 
-def _require_same_model(place: str, args: object, model: LanguageModel, artifacts: str) -> None:
+def _require_same_model(place: str, args: object, model: LanguageModel | EmbeddingModel) -> dict[str, Any]:
+    """The args of a model's application, once they are those of the gateway's model. Raises StartFailed."""
     if not isinstance(args, dict):
         raise StartFailed(f"{place}: must be a mapping with the key model, not {args!r}")
     try:
-        served = LanguageModel.model_validate(args.get("model"))
+        served = type(model).model_validate(args.get("model"))
     except ValidationError as error:
         raise StartFailed(f"{place}, model: {describe(error)}") from error
-    for key in LanguageModel.model_fields:
+    for key in type(model).model_fields:
         here, there = getattr(served, key), getattr(model, key)
         if here != there:
             raise StartFailed(
                 f"{place}: model.{key} is {here!r}, but {there!r} in the gateway's models: make them equal"
             )
-    if args.get("artifacts", "artifacts") != artifacts:
-        raise StartFailed(f"{place}: artifacts must be {artifacts!r}, as in the gateway's args")
+    return args
 
 
 @contextmanager

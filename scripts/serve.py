@@ -40,7 +40,7 @@ def main() -> int:
 
 def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
     local_stack.require_keys(file)
-    for model in file.config.models:
+    for model in file.config.all_models:
         if not (model.folder / "config.json").is_file():
             raise local_stack.StartFailed(f"the model {model.id} is not in {model.folder}: run scripts/setup")
     local_stack.require_free(file.host, file.port)

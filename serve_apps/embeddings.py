@@ -33,13 +33,20 @@ def build(args: dict[str, Any]) -> serve.Application:
         model = EmbeddingApplication.model_validate(args).model
     except ValidationError as error:
         raise BadInput(f"args of an embedding model's application: {describe(error)}") from error
+    if model.min_replicas == model.most_replicas:
+        replicas: dict[str, Any] = dict(num_replicas=model.min_replicas)
+    else:
+        replicas = dict(
+            autoscaling_config=dict(
+                min_replicas=model.min_replicas,
+                max_replicas=model.most_replicas,
+                target_ongoing_requests=model.target_ongoing_requests,
+                upscale_delay_s=model.upscale_delay_s,
+                downscale_delay_s=model.downscale_delay_s,
+            )
+        )
     deployment = Embedder.options(  # type: ignore[attr-defined]
-        name="Embedder",
-        autoscaling_config=dict(
-            min_replicas=model.min_replicas,
-            max_replicas=model.most_replicas,
-            target_ongoing_requests=model.target_ongoing_requests,
-        ),
+        **replicas,
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
         ray_actor_options=dict(

@@ -63,7 +63,7 @@ class Gateway:
         """What is not ready, by name."""
         status = await asyncio.to_thread(serve.status)
         waiting = {}
-        for model in self._context.config.models:
+        for model in self._context.config.all_models:
             application = status.applications.get(model.id)
             if application is None or application.status != "RUNNING":
                 waiting[model.id] = application.status.value if application else "NOT DEPLOYED"

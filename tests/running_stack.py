@@ -125,7 +125,7 @@ def write_config(file: Path, **changes: Any) -> Path:
     for application in document["applications"]:
         if application["name"] == config.GATEWAY:
             application["args"] |= changes
-        elif "artifacts" in changes:
+        elif "artifacts" in changes and "artifacts" in application["args"]:
             application["args"]["artifacts"] = changes["artifacts"]
     file.write_text(yaml.safe_dump(document))
     return file

