@@ -22,7 +22,7 @@ from stack.api.datasets import (
     TrainEvalDataset,
     TrainEvalDatasetColumnType,
 )
-from stack.api.messages import CompletionMessage, Message
+from stack.api.messages import CompletionMessage, Message, UserMessage, text_of
 from stack.api.wire import Request, describe
 from stack.context import Context
 from stack.dataset_content import Content, opened
@@ -397,10 +397,20 @@ def _example(number: int, row: dict[str, Any], column: str | None) -> Example:
     if len(dialog) < 2 or not isinstance(dialog[-1], CompletionMessage):
         raise BadInput(f"row {number}: the dialog in {column!r} does not end with an answer of the assistant")
     try:
-        messages = [openai_message(message) for message in dialog]
+        messages = [_plain(message) for message in dialog]
     except BadInput as error:
         raise BadInput(f"row {number}: {error.message}") from error
     return Example(messages[:-1], messages[-1]["content"])
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's shape. Examples are of text alone."""
+    if isinstance(message, CompletionMessage) and message.tool_calls:
+        raise BadInput("a data set's messages cannot hold tool calls; leave them out")
+    contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
+    for content in contents:
+        text_of(content)
+    return openai_message(message)
 
 
 def _example_problem(number: int, row: dict[str, Any], column: str | None) -> str | None:

@@ -522,6 +522,18 @@ def test_a_dialog_with_tool_calls_is_refused_with_its_row(context: Context, data
         list(datasets.examples(context, checked(context, file)))
 
 
+@pytest.mark.parametrize("place", ["question", "context", "answer"])
+def test_a_dialog_with_an_attachment_is_refused_with_its_row(context: Context, data: Path, place: str) -> None:
+    attachment = {"content": "a,b", "mime_type": "text/csv"}
+    question = {"role": "user", "content": attachment if place == "question" else "Where?"}
+    if place == "context":
+        question["context"] = [attachment]
+    answer = {"role": "assistant", "content": ["There.", attachment] if place == "answer" else "There."}
+    file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": [question, answer]}])
+    with pytest.raises(BadInput, match=r"row 2: an attachment cannot be used here; allowed: text"):
+        list(datasets.examples(context, checked(context, file)))
+
+
 @pytest.mark.parametrize(
     "columns",
     [
