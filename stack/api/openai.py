@@ -5,7 +5,7 @@ additions. Fields that OpenAI keeps for itself and that change nothing here are 
 `store` (false), `service_tier` (auto or default), `safety_identifier` and `prompt_cache_key`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -18,7 +18,6 @@ from stack.api.wire import ModelId, Wire, at_most
 MAX_SEQUENCES = 64
 MAX_STOPS = 16
 MAX_TOOLS = 128
-MAX_IMAGES = 16
 MAX_BIASES = 1_024
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
@@ -307,7 +306,10 @@ class OpenAIAllowed(Wire):
 
 
 class OpenAIAllowedTools(Wire):
-    """Some of the tools: the model may (auto) or must (required) call them, and no others."""
+    """Some of the tools: the model may (auto) or must (required) call them, and no others.
+
+    A request with such a choice becomes one with these tools alone.
+    """
 
     type: Literal["allowed_tools"]
     allowed_tools: OpenAIAllowed
@@ -349,58 +351,10 @@ class OpenAIChatCompletionRequest(Sampled):
     safety_identifier: Annotated[str | None, Field(max_length=200, exclude=True)] = None
     prompt_cache_key: Annotated[str | None, Field(max_length=200, exclude=True)] = None
 
-    @property
-    def has_tools(self) -> bool:
-        """Whether tools, calls of tools or what they have given is part of the request, so that it must be rewritten.
-
-        A request without them is passed on as it is.
-        """
-        return self.tools is not None or any(
-            isinstance(message, OpenAIToolMessage)
-            or (isinstance(message, OpenAIAssistantMessage) and message.tool_calls)
-            for message in self.messages
-        )
-
-    @property
-    def must_call(self) -> bool:
-        """Whether the answer has to be a call of a tool."""
-        match self.tool_choice:
-            case "required" | OpenAIToolReference():
-                return True
-            case OpenAIAllowedTools():
-                return self.tool_choice.allowed_tools.mode == "required"
-            case _:
-                return False
-
-    @property
-    def callable_tools(self) -> list[OpenAITool]:
-        """The tools that the answer may call, by `tool_choice`."""
-        if self.tools is None or self.tool_choice == "none":
-            return []
-        chosen = self._chosen_tools()
-        return [tool for tool in self.tools if chosen is None or tool.function.name in chosen]
-
-    @property
-    def images(self) -> list[OpenAIImageUrl]:
-        """The images of all messages, in their order."""
-        return [
-            part.image_url
-            for message in self.messages
-            if isinstance(message.content, list)
-            for part in message.content
-            if isinstance(part, OpenAIImagePart)
-        ]
-
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "OpenAIChatCompletionRequest":
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs need logprobs: true")
-        return self
-
-    @model_validator(mode="after")
-    def _images_are_bounded(self) -> "OpenAIChatCompletionRequest":
-        if len(self.images) > MAX_IMAGES:
-            raise ValueError(f"messages hold {len(self.images)} images; allowed: at most {MAX_IMAGES}")
         return self
 
     @model_validator(mode="after")
@@ -410,42 +364,52 @@ class OpenAIChatCompletionRequest(Sampled):
                 raise ValueError("tool_choice needs tools")
             return self
         names = [tool.function.name for tool in self.tools]
-        if twice := _first_twice(names):
-            raise ValueError(f"tools hold two functions named {twice!r}; allowed: one of each name")
-        if unknown := [name for name in self._chosen_tools() or () if name not in names]:
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"tools hold several functions named {twice!r}; allowed: one of each name")
+        chosen = self._chosen()
+        if unknown := [name for name in chosen if name not in names]:
             raise ValueError(f"tool_choice names {unknown[0]!r}, which is not in tools: {', '.join(names[:10])}")
-        if self.must_call and self._is_constrained():
-            raise ValueError("a required tool call cannot also fit response_format or structured_outputs")
-        return self
+        if not isinstance(self.tool_choice, OpenAIAllowedTools):
+            return self
+        tools = [tool for tool in self.tools if tool.function.name in chosen]
+        return self.model_copy(update={"tools": tools, "tool_choice": self.tool_choice.allowed_tools.mode})
 
-    def _chosen_tools(self) -> list[str] | None:
-        """The names that `tool_choice` allows, if it does not allow all."""
+    def _chosen(self) -> list[str]:
+        """The names in `tool_choice`."""
         match self.tool_choice:
             case OpenAIToolReference():
                 return [self.tool_choice.function.name]
             case OpenAIAllowedTools():
                 return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
             case _:
-                return None
+                return []
 
-    def _is_constrained(self) -> bool:
-        has_format = self.response_format is not None and self.response_format.type != "text"
-        return has_format or self.structured_outputs is not None
+
+def _prompt_kind(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return "(text)" if isinstance(value, str) else None
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "(lists of tokens)"
+    return "(tokens)" if isinstance(first, int) else "(texts)"
+
+
+# Of a long list the first error is told, and not each.
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True), at_most(MAX_TOKENS)]
+Prompt = Annotated[
+    Annotated[Text, Tag("(text)")]
+    | Annotated[Annotated[list[Text], Field(min_length=1), at_most(MAX_SEQUENCES)], Tag("(texts)")]
+    | Annotated[Tokens, Tag("(tokens)")]
+    | Annotated[Annotated[list[Tokens], Field(min_length=1), at_most(MAX_SEQUENCES)], Tag("(lists of tokens)")],
+    Discriminator(_prompt_kind, "prompt", "should be a text, a list of texts, or tokens"),
+]
 
 
 class OpenAICompletionRequest(Sampled):
     """`prompt` is a text, several texts, the tokens of one, or the tokens of several."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1), at_most(MAX_SEQUENCES)]
-        | Annotated[list[Token], Field(min_length=1), at_most(MAX_TOKENS)]
-        | Annotated[
-            list[Annotated[list[Token], Field(min_length=1), at_most(MAX_TOKENS)]],
-            Field(min_length=1),
-            at_most(MAX_SEQUENCES),
-        ]
-    )
+    prompt: Prompt
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
@@ -455,15 +419,6 @@ class OpenAICompletionRequest(Sampled):
         if texts * (self.n or 1) > MAX_SEQUENCES:
             raise ValueError(f"asks for {texts * (self.n or 1)} sequences; allowed: at most {MAX_SEQUENCES}")
         return self
-
-
-def _first_twice(names: Iterable[str]) -> str | None:
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
 
 
 # Answers. They pass through as the engine gives them, with further fields of its own: these types document them.

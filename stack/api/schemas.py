@@ -26,8 +26,9 @@ MAX_CHOICE_CHARACTERS = 1_000
 
 # The keywords that repeat something so many times.
 _COUNTS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
-# The parts of a regular expression that its size depends on; a set of characters is one part.
-_REGEX_PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d*)(,?)(\d*)\}|.", re.DOTALL)
+# The parts of a regular expression that its size depends on; a set of characters is one part. Nothing is tried twice.
+_REGEX_PARTS = re.compile(r"\\.|\[\^?+\]?+(?:\\.|[^\]\\])*+(?:\]|\\?\Z)|\{(\d*+)(,?+)(\d*+)\}|.", re.DOTALL)
+_TOO_MANY = f"the schema has more than {MAX_SCHEMA_NODES} values; allowed: at most so many"
 
 
 def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def check_schema(schema: dict[str, Any]) -> dict[str, Any]:
     characters = 0
     for number, (value, key, depth) in enumerate(_walk(schema), 1):
         if number > MAX_SCHEMA_NODES:
-            raise ValueError(f"the schema has more than {MAX_SCHEMA_NODES} values; allowed: at most so many")
+            raise ValueError(_TOO_MANY)
         if depth > MAX_SCHEMA_DEPTH:
             raise ValueError(f"the schema is nested deeper than {MAX_SCHEMA_DEPTH} levels")
         characters += len(key) + (len(value) if isinstance(value, str) else 8)
@@ -95,6 +96,8 @@ def _walk(schema: dict[str, Any]) -> Iterator[tuple[Any, str, int]]:
     while left:
         value, key, depth = left.pop()
         yield value, key, depth
+        if isinstance(value, dict | list) and len(value) > MAX_SCHEMA_NODES:
+            raise ValueError(_TOO_MANY)
         if isinstance(value, dict):
             left.extend((one, name, depth + 1) for name, one in value.items())
         elif isinstance(value, list):
