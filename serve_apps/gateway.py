@@ -15,7 +15,7 @@ from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.metrics import Measure, Metrics
-from serve_apps.middleware import Authenticate, Bounds, Faults, RequestId, Trace
+from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.routes import (
     batch_inference,
     datasets,
@@ -36,14 +36,19 @@ from stack.context import Context
 from stack.keys import Keyring, require_keys
 
 
+REFUSED_AT_ONCE = 1_000
+
+
 def build(args: dict[str, Any]) -> serve.Application:
     """The application `gateway` of a Serve config file, whose args are the stack's Config."""
     config = Config.parse(args, "args of the application 'gateway'")
     supervisor = JobSupervisor.bind(config)  # type: ignore[attr-defined]
-    return Gateway.bind(config, supervisor)  # type: ignore[attr-defined,no-any-return]
+    # More than are answered, so that those that are refused do not wait for it in front of the gateway.
+    gateway = Gateway.options(max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE)  # type: ignore[attr-defined]
+    return gateway.bind(config, supervisor)  # type: ignore[no-any-return]
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1_000)
+@serve.deployment(ray_actor_options={"num_cpus": 0})
 @serve.ingress()
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
@@ -108,6 +113,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
     add_error_handlers(app)
     app.add_middleware(Faults)
     app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes, by_path=_larger_bodies(context.config))
+    app.add_middleware(Admit, most=context.config.max_requests)
     app.add_middleware(Authenticate, keyring=Keyring(context.store))
     if context.config.otlp_address is not None:
         app.add_middleware(Trace)

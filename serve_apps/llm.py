@@ -9,6 +9,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -23,6 +24,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm.exceptions import VLLMClientError
 
+from serve_apps.grammar_guard import GrammarGuard
 from serve_apps.prefix_router import PrefixRouter
 from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
@@ -130,6 +132,11 @@ def _deployment(model: LanguageModel) -> dict[str, Any]:
 class LLM(LLMServer):
     """ray.serve.llm's server, asked with dicts and answering with bytes, so that no caller has to import vLLM."""
 
+    async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:
+        self._sender = Sender()
+        self._guard = GrammarGuard(Path(llm_config.model_loading_config.model_source))
+        await super().__init__(llm_config, **options)
+
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes | Failure:
         """The whole answer to an OpenAI request, or why it is refused."""
         async with aclosing(self._items(endpoint, body)) as items:
@@ -144,12 +151,13 @@ class LLM(LLMServer):
             async for item in items:
                 if isinstance(item, Failure):
                     return Ended(sent, item)
-                await self._sender().send(target, item)
+                await self._sender.send(target, item)
                 sent += len(item)
         return Ended(sent)
 
     async def _items(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes | Failure]:
         try:
+            await self._guard.check_body(body)
             request = _REQUESTS[endpoint].validate_python(body)
             answers = await (self.chat(request) if endpoint == "chat" else self.completions(request))
         except ValidationError as error:
@@ -165,11 +173,6 @@ class LLM(LLMServer):
             async for answer in answers:
                 for item in _as_items(answer):
                     yield item
-
-    def _sender(self) -> Sender:
-        if not hasattr(self, "_opened_sender"):
-            self._opened_sender = Sender()
-        return self._opened_sender
 
 
 _REQUESTS: dict[Endpoint, TypeAdapter[Any]] = {

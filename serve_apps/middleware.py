@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_apps.errors import error_response
 from stack import tracing
 from stack.context import LOCAL_USER, Principal
-from stack.errors import BadInput, Forbidden, StackError, TooLarge, Unauthorized, Unavailable
+from stack.errors import BadInput, Forbidden, StackError, TooLarge, TooManyRequests, Unauthorized, Unavailable
 from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
 
 logger = logging.getLogger("ray.serve")
@@ -182,6 +182,32 @@ def _bearer(scope: Scope) -> str:
     if scheme.lower() != "bearer":
         raise Unauthorized("the Authorization header must be `Bearer KEY`")
     return key.strip(" ")
+
+
+class Admit:
+    """Answers at most `most` requests at once and refuses more at once, so that none waits unseen in front of it.
+
+    Whether everything is well can be asked all the same.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app = app
+        self.most = most
+        self.ongoing = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/health":
+            await self.app(scope, receive, send)
+            return
+        if self.ongoing >= self.most:
+            full = TooManyRequests(f"{self.most} requests are being answered already", retry_after=1)
+            await error_response(scope, full)(scope, receive, send)
+            return
+        self.ongoing += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.ongoing -= 1
 
 
 class Bounds:

@@ -19,7 +19,8 @@ DONE = "data: [DONE]\n\n"
 class Answer:
     """An answer to a request at an endpoint: `tokens`, in as many equal `choices` as were asked for.
 
-    `logprobs` is how many likely tokens are reported for each token; None reports nothing.
+    `logprobs` is how many likely tokens are reported for each token; None reports nothing. `stop_reason` is the stop
+    token or text that ended it, where it was one that is told.
     """
 
     endpoint: Endpoint
@@ -29,12 +30,13 @@ class Answer:
     choices: int = 1
     logprobs: int | None = None
     has_usage: bool = False
+    stop_reason: int | str | None = None
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         text = "".join(self.tokens)
         shape = {"message": {"role": "assistant", "content": text}} if self.endpoint == "chat" else {"text": text}
-        choice = shape | {"finish_reason": self.finish_reason} | self._logprobs(self.tokens)
+        choice = shape | self._end() | self._logprobs(self.tokens)
         return self._shape("", [choice | {"index": index} for index in range(self.choices)]) | {"usage": self._usage()}
 
     def events(self) -> Iterator[str]:
@@ -44,7 +46,7 @@ class Answer:
             choice = {"delta": delta} if self.endpoint == "chat" else {"text": token}
             yield self._events(choice | {"finish_reason": None} | self._logprobs((token,)))
         last: dict[str, Any] = {"delta": {}} if self.endpoint == "chat" else {"text": ""}
-        end = self._events(last | {"finish_reason": self.finish_reason})
+        end = self._events(last | self._end())
         if self.has_usage:  # vLLM too sends several events at a time
             end += _event(self._shape(".chunk", []) | {"usage": self._usage()})
         yield end
@@ -57,6 +59,9 @@ class Answer:
     def _shape(self, part: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         kind = f"chat.completion{part}" if self.endpoint == "chat" else "text_completion"
         return {"id": "answer-1", "object": kind, "created": 1_700_000_000, "model": self.model, "choices": choices}
+
+    def _end(self) -> dict[str, Any]:
+        return {"finish_reason": self.finish_reason, "stop_reason": self.stop_reason}
 
     def _usage(self) -> dict[str, int]:
         completion = len(self.tokens) * self.choices
@@ -79,6 +84,7 @@ def answer_to(
     body: Mapping[str, Any],
     tokens: tuple[str, ...] = TOKENS,
     finish_reason: str = "stop",
+    stop_reason: int | str | None = None,
 ) -> Answer:
     """The answer of these tokens to an OpenAI request."""
     return Answer(
@@ -89,6 +95,7 @@ def answer_to(
         choices=_sequences(body) * (body.get("n") or 1),
         logprobs=_asked_logprobs(endpoint, body),
         has_usage=_wants_usage(body),
+        stop_reason=stop_reason,
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from stack import chats
 from stack.api.inference import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -17,26 +18,55 @@ from stack.api.inference import (
     SamplingParams,
     SamplingStrategy,
     TokenLogProbs,
+    ToolCallDelta,
+    ToolCallParseStatus,
+    ToolChoice,
+    ToolDefinition,
 )
 from stack.api.messages import (
     CompletionMessage,
     Message,
     StopReason,
     SystemMessage,
+    ToolCall,
     ToolResponseMessage,
     UserMessage,
     text_of,
 )
+from stack.attachments import openai_content
+from stack.chats import Chat
 from stack.context import Context
 from stack.errors import BadInput
+from stack.prompt_formats import (
+    BUILTIN,
+    CallFailed,
+    CallParsed,
+    CallProgress,
+    CallStarted,
+    Piece,
+    Text,
+    builtin_tool,
+    typed_schema,
+)
+
+# Llama 3's <|eom_id|>, with which it ends a message that a tool has to answer before its turn is over.
+END_OF_MESSAGE_TOKEN = 128_008
 
 
 async def chat_completion(context: Context, request: ChatCompletionRequest) -> ChatCompletionResponse:
-    """The model's answer to a conversation, whole. Raises NotFound for an unknown model, BadInput, Unavailable."""
-    answer = json.loads(await context.models.answer("chat", chat_body(request)))
+    """The model's answer to a conversation, whole.
+
+    Raises NotFound for an unknown model, BadInput, TooManyRequests, Unavailable. A tool call that cannot be read stays
+    in the message's content.
+    """
+    chat = await _prepared(context, request)
+    answer = json.loads(await context.models.answer("chat", chat.body))
     choice = answer["choices"][0]
+    pieces = _pieces(chat, choice["message"]["content"] or "")
     message = CompletionMessage(
-        content=choice["message"]["content"] or "", stop_reason=_stop_reason(choice["finish_reason"])
+        content="".join(piece.text for piece in pieces if isinstance(piece, Text | CallFailed)),
+        stop_reason=_stop_reason(choice),
+        tool_calls=[_tool_call(piece) for piece in pieces if isinstance(piece, CallParsed)],
     )
     return ChatCompletionResponse(
         completion_message=message, logprobs=_chat_logprobs(choice) if request.logprobs else None
@@ -46,19 +76,21 @@ async def chat_completion(context: Context, request: ChatCompletionRequest) -> C
 async def stream_chat_completion(
     context: Context, request: ChatCompletionRequest
 ) -> AsyncGenerator[ChatCompletionResponseStreamChunk]:
-    """The model's answer as events: a start, progress with new text, and one that completes it with the stop reason.
+    """The model's answer as events: a start, progress with new text or tool calls, and one that completes it.
 
-    Raises as `chat_completion` does before it returns; what fails later is raised by the iterator.
+    The last one has the stop reason. Raises as `chat_completion` does before it returns; what fails later is raised by
+    the iterator.
     """
-    items = await context.models.stream("chat", chat_body(request))
-    return _chat_events(items, wants_logprobs=request.logprobs is not None)
+    chat = await _prepared(context, request)
+    items = await context.models.stream("chat", chat.body)
+    return _chat_events(chat, items, wants_logprobs=request.logprobs is not None)
 
 
 async def completion(context: Context, request: CompletionRequest) -> CompletionResponse:
     """The continuation of a text, whole. Raises as `chat_completion` does."""
     answer = json.loads(await context.models.answer("completions", completion_body(request)))
     choice = answer["choices"][0]
-    message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice["finish_reason"]))
+    message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice))
     return CompletionResponse(completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None)
 
 
@@ -72,10 +104,12 @@ async def stream_completion(
 
 def chat_body(request: ChatCompletionRequest) -> dict[str, Any]:
     """The request in OpenAI's shape."""
-    if request.tools:
-        raise BadInput("tools cannot be used yet; leave them out", param="tools")
     body = dict(sampling_body(request.sampling_params), model=request.model, stream=request.stream)
     body["messages"] = [openai_message(message) for message in request.messages]
+    if request.tools or request.tool_choice == ToolChoice.required:
+        body |= dict(tools=[openai_tool(tool) for tool in request.tools], tool_choice=request.tool_choice.value)
+        # The specification's models write one call in a turn.
+        body["parallel_tool_calls"] = request.tool_choice != ToolChoice.required
     if request.logprobs:
         body |= dict(logprobs=True, top_logprobs=request.logprobs.top_k)
     return body
@@ -94,18 +128,32 @@ def completion_body(request: CompletionRequest) -> dict[str, Any]:
 
 def openai_message(message: Message) -> dict[str, Any]:
     """A message in OpenAI's shape."""
-    text = text_of(message.content)
+    content = openai_content(message.content)
     match message:
         case UserMessage():
-            return dict(role="user", content=f"{text}\n\n{text_of(message.context)}" if message.context else text)
+            return dict(role="user", content=openai_content(message.content, message.context))
         case SystemMessage():
-            return dict(role="system", content=text)
+            return dict(role="system", content=content)
         case ToolResponseMessage():
-            return dict(role="tool", tool_call_id=message.call_id, content=text)
+            return dict(role="tool", tool_call_id=message.call_id, name=str(message.tool_name), content=content)
         case CompletionMessage():
+            answer: dict[str, Any] = dict(role="assistant", content=content)
             if message.tool_calls:
-                raise BadInput("tool calls cannot be used yet; leave them out", param="messages")
-            return dict(role="assistant", content=text)
+                answer["tool_calls"] = [_openai_call(call) for call in message.tool_calls]
+            return answer
+
+
+def openai_tool(tool: ToolDefinition) -> dict[str, Any]:
+    """A tool in OpenAI's shape. A built-in one need not be described."""
+    known = builtin_tool(tool.tool_name) if tool.tool_name in BUILTIN and not tool.parameters else None
+    return dict(
+        type="function",
+        function=dict(
+            name=str(tool.tool_name),
+            description=tool.description or (known.description if known else None),
+            parameters=known.parameters if known else typed_schema(tool.parameters or {}),
+        ),
+    )
 
 
 def sampling_body(params: SamplingParams) -> dict[str, Any]:
@@ -129,8 +177,32 @@ def sampling_body(params: SamplingParams) -> dict[str, Any]:
     return body
 
 
-def _stop_reason(finish_reason: str) -> StopReason:
-    return StopReason.out_of_tokens if finish_reason == "length" else StopReason.end_of_turn
+async def _prepared(context: Context, request: ChatCompletionRequest) -> Chat:
+    return await chats.prepare(context, chat_body(request), request.tool_prompt_format.value)
+
+
+def _openai_call(call: ToolCall) -> dict[str, Any]:
+    function = dict(name=str(call.tool_name), arguments=json.dumps(call.arguments, ensure_ascii=False))
+    return dict(id=call.call_id, type="function", function=function)
+
+
+def _pieces(chat: Chat, text: str) -> list[Piece]:
+    """An answer's texts and calls."""
+    if chat.use is None:
+        return [Text(text)]
+    parser = chat.parser()
+    return [*parser.feed(text), *parser.close()]
+
+
+def _tool_call(piece: CallParsed) -> ToolCall:
+    return ToolCall(call_id=piece.id, tool_name=piece.name, arguments=piece.arguments)
+
+
+def _stop_reason(choice: dict[str, Any]) -> StopReason:
+    if choice["finish_reason"] == "length":
+        return StopReason.out_of_tokens
+    # Which of the stop tokens it was is vLLM's addition to OpenAI's shape.
+    return StopReason.end_of_message if choice.get("stop_reason") == END_OF_MESSAGE_TOKEN else StopReason.end_of_turn
 
 
 def _chat_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
@@ -148,20 +220,42 @@ def _text_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
 
 
 async def _chat_events(
-    items: AsyncGenerator[bytes], wants_logprobs: bool
+    chat: Chat, items: AsyncGenerator[bytes], wants_logprobs: bool
 ) -> AsyncGenerator[ChatCompletionResponseStreamChunk]:
     kinds = ChatCompletionResponseEventType
     stop_reason = StopReason.end_of_turn
+    parser = chat.parser() if chat.use is not None else None
     async with aclosing(items):
         yield _event(kinds.start, "")
         async for choice in _choices(items):
-            text = choice["delta"].get("content")
+            text = choice["delta"].get("content") or ""
             logprobs = (_chat_logprobs(choice) or None) if wants_logprobs else None
-            if text or logprobs:
-                yield _event(kinds.progress, text or "", logprobs=logprobs)
+            deltas = [text] if parser is None else [_delta(piece) for piece in parser.feed(text)]
+            # What is known of the tokens stands with the first of what they brought.
+            for delta in deltas or [""]:
+                if delta or logprobs:
+                    yield _event(kinds.progress, delta, logprobs=logprobs)
+                logprobs = None
             if choice.get("finish_reason"):
-                stop_reason = _stop_reason(choice["finish_reason"])
+                stop_reason = _stop_reason(choice)
+        for piece in parser.close() if parser is not None else ():
+            yield _event(kinds.progress, _delta(piece))
         yield _event(kinds.complete, "", stop_reason=stop_reason)
+
+
+def _delta(piece: Piece) -> str | ToolCallDelta:
+    status = ToolCallParseStatus
+    match piece:
+        case Text(text):
+            return text
+        case CallStarted():
+            return ToolCallDelta(content="", parse_status=status.started)
+        case CallProgress(_, text):
+            return ToolCallDelta(content=text, parse_status=status.in_progress)
+        case CallParsed():
+            return ToolCallDelta(content=_tool_call(piece), parse_status=status.success)
+        case CallFailed(_, text):
+            return ToolCallDelta(content=text, parse_status=status.failure)
 
 
 async def _text_chunks(
@@ -174,12 +268,14 @@ async def _text_chunks(
             if choice["text"] or logprobs:
                 yield CompletionResponseStreamChunk(delta=choice["text"], logprobs=logprobs)
             if choice.get("finish_reason"):
-                stop_reason = _stop_reason(choice["finish_reason"])
+                stop_reason = _stop_reason(choice)
         yield CompletionResponseStreamChunk(delta="", stop_reason=stop_reason)
 
 
-def _event(kind: ChatCompletionResponseEventType, text: str, **fields: Any) -> ChatCompletionResponseStreamChunk:
-    return ChatCompletionResponseStreamChunk(event=ChatCompletionResponseEvent(event_type=kind, delta=text, **fields))
+def _event(
+    kind: ChatCompletionResponseEventType, delta: str | ToolCallDelta, **fields: Any
+) -> ChatCompletionResponseStreamChunk:
+    return ChatCompletionResponseStreamChunk(event=ChatCompletionResponseEvent(event_type=kind, delta=delta, **fields))
 
 
 async def _choices(items: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:

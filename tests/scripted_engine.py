@@ -52,6 +52,7 @@ class ScriptedEngine:
     def __init__(self, tokens: tuple[str, ...] = TOKENS, finish_reason: str = "stop") -> None:
         self.tokens = tokens
         self.finish_reason = finish_reason
+        self.stop_reason: int | str | None = None
         self.fault: Fault | None = None
         self.fault_after = 0
         self.asked: list[Asked] = []
@@ -69,7 +70,7 @@ class ScriptedEngine:
         return self._generations[-1]
 
     async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
-        answer = answer_to(endpoint, body, self.tokens, self.finish_reason)
+        answer = answer_to(endpoint, body, self.tokens, self.finish_reason, self.stop_reason)
         items = list(answer.events()) if body.get("stream") else [json.dumps(answer.whole())]
         left = len(items)
         try:

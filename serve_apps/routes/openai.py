@@ -2,13 +2,12 @@
 
 import datetime as dt
 import time
-from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve_apps.routes.common import ContextOf, event_stream, needs
-from stack import embeddings
+from stack import embeddings, openai_chats
 from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
     OpenAIChatCompletionRequest,
@@ -17,8 +16,7 @@ from stack.api.openai import (
     OpenAIModelList,
 )
 from stack.config import EmbeddingModel
-from stack.context import Context
-from stack.models import Endpoint, Model
+from stack.models import Model
 
 router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[needs("inference")])
 STARTED = int(time.time())
@@ -27,13 +25,19 @@ STARTED = int(time.time())
 @router.post("/chat/completions")
 async def chat_completions(request: Request, context: ContextOf, body: OpenAIChatCompletionRequest) -> Response:
     """A model's answer to a conversation."""
-    return await _pass_on(request, context, "chat", body.model_dump(exclude_unset=True))
+    asked = body.model_dump(exclude_unset=True)
+    if body.stream:
+        return event_stream(request, await openai_chats.stream(context, asked))
+    return Response(await openai_chats.answer(context, asked), media_type="application/json")
 
 
 @router.post("/completions")
 async def completions(request: Request, context: ContextOf, body: OpenAICompletionRequest) -> Response:
     """The continuation of a text."""
-    return await _pass_on(request, context, "completions", body.model_dump(exclude_unset=True))
+    asked = body.model_dump(exclude_unset=True)
+    if body.stream:
+        return event_stream(request, await context.models.stream("completions", asked))
+    return Response(await context.models.answer("completions", asked), media_type="application/json")
 
 
 @router.post("/embeddings", response_model=OpenAIEmbeddingsResponse)
@@ -52,12 +56,6 @@ def list_models(context: ContextOf) -> OpenAIModelList:
 def get_model(context: ContextOf, model: str) -> OpenAIModel:
     """One model."""
     return _model(context.models.get_any(model))
-
-
-async def _pass_on(request: Request, context: Context, endpoint: Endpoint, body: dict[str, Any]) -> Response:
-    if body.get("stream"):
-        return event_stream(request, await context.models.stream(endpoint, body))
-    return Response(await context.models.answer(endpoint, body), media_type="application/json")
 
 
 def _model(model: Model | EmbeddingModel) -> OpenAIModel:

@@ -75,7 +75,7 @@ class BuiltinTool(StrEnum):
     code_interpreter = "code_interpreter"
 
 
-ToolName = BuiltinTool | Annotated[str, Field(min_length=1, max_length=200)]
+ToolName = BuiltinTool | Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_.:-]+$")]
 
 
 class ToolCall(Wire):

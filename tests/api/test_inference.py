@@ -107,10 +107,7 @@ def test_the_openai_door_passes_on_what_was_sent_and_nothing_else(client: TestCl
 
 def test_the_openai_door_keeps_the_parts_and_fields_of_a_message(client: TestClient, engine: ScriptedEngine) -> None:
     parts = [{"type": "text", "text": "Where?"}]
-    messages = [
-        {"role": "user", "content": parts, "name": "ann"},
-        {"role": "tool", "content": "a", "tool_call_id": "1"},
-    ]
+    messages = [{"role": "user", "content": parts, "name": "ann"}]
     client.post("/v1/chat/completions", json={"model": "small", "messages": messages})
     assert engine.asked[0].body["messages"] == messages
 
@@ -174,14 +171,15 @@ BAD_STACK_CHATS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"sampling_params": {"strategy": "top_k"}}, "sampling_params.top_k", ["at least 1"]),
     ({"sampling_params": {"topp": 1}}, "sampling_params", ["unknown key 'topp'", "top_p"]),
     ({"logprobs": {"top_k": 21}}, "logprobs.top_k", ["less than or equal to 20", "21"]),
-    ({"tools": [{"tool_name": "brave_search"}]}, "tools", ["cannot be used yet"]),
+    ({"tools": [{"tool_name": "a b"}]}, "tools", ["'a b'"]),
+    ({"tool_choice": "required"}, "tools", ["at least one tool"]),
     ({"tool_choice": "never"}, "tool_choice", ["'auto' or 'required'", "'never'"]),
 ]
 BAD_OPENAI_CHATS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"messages": []}, "messages", ["at least 1 item"]),
     ({"messages": [QUESTION] * 1_001}, "messages", ["at most 1000"]),
     ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", ["5"]),
-    ({"messages": [{"content": "a"}]}, "messages.0.role", ["is required"]),
+    ({"messages": [{"content": "a"}]}, "messages.0", ["role should be", "'user'"]),
     ({"model": None}, "model", ["valid string", "None"]),
     ({"max_tokens": -1}, "max_tokens", ["greater than or equal to 1", "-1"]),
     ({"max_tokens": 0}, "max_tokens", ["greater than or equal to 1", "0"]),
@@ -199,18 +197,13 @@ BAD_OPENAI_CHATS: list[tuple[dict[str, Any], str | None, list[str]]] = [
     ({"presence_penalty": -3}, "presence_penalty", ["greater than or equal to -2", "-3"]),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", ["less than or equal to 20", "21"]),
     ({"stream": 5}, "stream", ["valid boolean", "5"]),
-    ({"messages": [QUESTION | {"role": "robot"}]}, "messages.0.role", ["'robot'", "'user'", "'assistant' or 'tool'"]),
+    ({"messages": [QUESTION | {"role": "robot"}]}, "messages.0", ["'robot'", "'user'", "'assistant' or 'tool'"]),
     ({"messages": [QUESTION | {"nmae": "b"}]}, "messages.0", ["unknown key 'nmae'", "role, content, name"]),
-    (
-        {"messages": [{"role": "user", "content": [IMAGE]}]},
-        "messages.0.content",
-        ["image_url", "allowed: type, text"],
-    ),
+    ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content", ["'small' takes text only"]),
     ({"messages": [{"role": "user", "content": [TEXT_PART] * 101}]}, "messages.0.content", ["at most 100"]),
     ({"seed": NUMBER}, "seed", ["less than 9223372036854775808"]),
     ({"best_of": 1_000}, None, ["unknown key 'best_of'", "model, stream"]),
     ({"prompt_logprobs": 1_000}, None, ["unknown key 'prompt_logprobs'", "top_logprobs"]),
-    ({"response_format": {"type": "json_object"}}, None, ["unknown key 'response_format'"]),
     ({"stream_options": {"include_usage": True}}, None, ["stream_options need stream: true"]),
     ({"stream": True, "stream_options": {"usage": True}}, "stream_options", ["unknown key 'usage'", "include_usage"]),
     ({"top_logprobs": 2}, None, ["top_logprobs need logprobs: true"]),

@@ -111,7 +111,17 @@ def test_sampling_parameters_out_of_bounds_are_refused(params: dict[str, Any], w
         ),
         (
             {"role": "ipython", "call_id": "7", "tool_name": "brave_search", "content": ["a", "b"]},
-            {"role": "tool", "tool_call_id": "7", "content": "ab"},
+            {"role": "tool", "tool_call_id": "7", "name": "brave_search", "content": "ab"},
+        ),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "brave_search", "arguments": '{"query": "a"}'}}
+                ],
+            },
         ),
     ],
 )
@@ -154,18 +164,29 @@ def test_a_text_without_max_tokens_may_fill_the_context() -> None:
     assert inference.completion_body(text())["max_tokens"] is None
 
 
-@pytest.mark.parametrize(
-    ("request_", "param"),
-    [
-        (chat(tools=[{"tool_name": "brave_search"}]), "tools"),
-        (chat(messages=[{"role": "assistant", "content": "", "tool_calls": [CALL]}]), "messages"),
-    ],
-    ids=["tools", "tool calls"],
-)
-def test_what_cannot_be_used_yet_is_refused_with_its_field(request_: ChatCompletionRequest, param: str) -> None:
-    with pytest.raises(BadInput, match="leave them out") as caught:
-        inference.chat_body(request_)
-    assert caught.value.param == param
+def test_tools_in_openais_shape() -> None:
+    parameters = {
+        "city": {"param_type": "str", "description": "Where"},
+        "days": {"param_type": "int", "required": False},
+    }
+    tools = [{"tool_name": "get_weather", "parameters": parameters}, {"tool_name": "brave_search"}]
+    body = inference.chat_body(chat(tools=tools))
+    weather, search = (tool["function"] for tool in body["tools"])
+    assert weather["parameters"]["properties"]["days"] == {"type": "integer"}
+    assert weather["parameters"]["required"] == ["city"]
+    assert search["parameters"]["required"] == ["query"]
+    assert (body["tool_choice"], body["parallel_tool_calls"]) == ("auto", True)
+
+
+def test_a_call_that_is_required_is_one_call() -> None:
+    body = inference.chat_body(chat(tools=[{"tool_name": "brave_search"}], tool_choice="required"))
+    assert (body["tool_choice"], body["parallel_tool_calls"]) == ("required", False)
+
+
+def test_a_tool_whose_parameters_have_no_type_that_is_known_is_refused() -> None:
+    request = chat(tools=[{"tool_name": "sing", "parameters": {"loud": {"param_type": "opera"}}}])
+    with pytest.raises(BadInput, match="opera"):
+        inference.chat_body(request)
 
 
 # Answers
@@ -323,3 +344,71 @@ def test_every_kind_of_message_has_an_openai_shape() -> None:
         ).messages
     )
     assert [inference.openai_message(kind)["role"] for kind in kinds] == ["system", "user", "assistant", "tool"]
+
+
+# Tool calls
+
+CALLED = '{"name": "get_weather", "parameters": {"city": "Paris", "days": 3}}'
+BROKEN = '{"name": "get_weather", "parameters": {"city": '
+WEATHER = {
+    "tool_name": "get_weather",
+    "parameters": {"city": {"param_type": "str"}, "days": {"param_type": "int", "required": False}},
+}
+
+
+def in_pieces(text: str, size: int) -> tuple[str, ...]:
+    return tuple(text[at : at + size] for at in range(0, len(text), size))
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000])
+async def test_a_call_is_found_in_an_answer(context: Context, engine: ScriptedEngine, size: int) -> None:
+    engine.tokens = in_pieces(CALLED, size)
+    message = (await inference.chat_completion(context, chat(tools=[WEATHER]))).completion_message
+    (call,) = message.tool_calls
+    assert (call.tool_name, call.arguments) == ("get_weather", {"city": "Paris", "days": 3})
+    assert (message.content, message.stop_reason) == ("", "end_of_turn")
+    assert call.call_id
+
+
+@pytest.mark.parametrize("size", [1, 7, 1_000])
+async def test_a_call_is_streamed_with_its_status(context: Context, engine: ScriptedEngine, size: int) -> None:
+    engine.tokens = in_pieces(CALLED, size)
+    events = await listed(await inference.stream_chat_completion(context, chat(tools=[WEATHER], stream=True)))
+    deltas = [event["event"]["delta"] for event in events]
+    statuses = [delta["parse_status"] for delta in deltas if isinstance(delta, dict)]
+    assert (statuses[0], statuses[-1]) == ("started", "success")
+    assert set(statuses[1:-1]) == {"in_progress"}
+    written = "".join(
+        delta["content"] for delta in deltas if isinstance(delta, dict) and isinstance(delta["content"], str)
+    )
+    assert written == CALLED
+    (call,) = (delta["content"] for delta in deltas if isinstance(delta, dict) and isinstance(delta["content"], dict))
+    assert (call["tool_name"], call["arguments"]) == ("get_weather", {"city": "Paris", "days": 3})
+    assert [delta for delta in deltas if isinstance(delta, str)] == ["", ""]
+
+
+async def test_a_broken_call_is_a_failure_and_kept_as_text(context: Context, engine: ScriptedEngine) -> None:
+    engine.tokens = in_pieces(BROKEN, 5)
+    message = (await inference.chat_completion(context, chat(tools=[WEATHER]))).completion_message
+    assert (message.content, message.tool_calls) == (BROKEN, [])
+    events = await listed(await inference.stream_chat_completion(context, chat(tools=[WEATHER], stream=True)))
+    failed = [event["event"]["delta"] for event in events if isinstance(event["event"]["delta"], dict)][-1]
+    assert failed == {"content": BROKEN, "parse_status": "failure"}
+
+
+async def test_what_is_known_of_tokens_stands_once_with_what_they_brought(
+    context: Context, engine: ScriptedEngine
+) -> None:
+    engine.tokens = in_pieces(CALLED, 9)
+    request = chat(tools=[WEATHER], stream=True, logprobs={"top_k": 1})
+    events = await listed(await inference.stream_chat_completion(context, request))
+    tokens = [next(iter(one["logprobs_by_token"])) for e in events for one in e["event"].get("logprobs") or []]
+    assert tokens == list(engine.tokens)
+
+
+async def test_llama_3s_end_of_message_is_told_from_its_end_of_turn(context: Context, engine: ScriptedEngine) -> None:
+    request = chat()
+    engine.stop_reason = inference.END_OF_MESSAGE_TOKEN
+    assert (await inference.chat_completion(context, request)).completion_message.stop_reason == "end_of_message"
+    events = await listed(await inference.stream_chat_completion(context, chat(stream=True)))
+    assert events[-1]["event"]["stop_reason"] == "end_of_message"

@@ -1,0 +1,81 @@
+"""Chats in OpenAI's terms, which both doors turn theirs into: tools, earlier calls and attachments, made ready for an
+engine that knows none of them.
+
+The engine gets plain messages in the words of its model's family (stack/prompt_formats.py), and a constraint where a
+tool must be called. What it answers is read by an AnswerParser.
+"""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stack import attachments
+from stack.context import Context
+from stack.errors import BadInput
+from stack.prompt_formats import AnswerParser, PromptFormat, Tool, ToolStyle, ToolUse, chat_body
+
+_OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
+_CONSTRAINTS = ("response_format", "structured_outputs")
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What an engine is asked. Where `use` is None, its answer is text alone and can be passed on as it is."""
+
+    body: dict[str, Any]
+    prompt_format: PromptFormat = "plain"
+    use: ToolUse | None = None
+
+    def parser(self) -> AnswerParser:
+        """Of one answer (choice)."""
+        assert self.use is not None
+        return AnswerParser(self.prompt_format, self.use, new_call_id)
+
+
+def new_call_id() -> str:
+    return f"call_{secrets.token_hex(12)}"
+
+
+async def prepare(context: Context, body: dict[str, Any], style: ToolStyle = "json") -> Chat:
+    """A chat in OpenAI's shape, with all that it allows, as an engine is asked.
+
+    `style` is how models without a way of their own are told to write calls. Raises NotFound for an unknown model and
+    BadInput for what cannot be had together.
+    """
+    if not any(key in body for key in _OF_TOOLS) and all(_is_text_alone(one) for one in body["messages"]):
+        return Chat(body)
+    messages = await attachments.resolve(context, body["model"], body["messages"])
+    use = _use(body, style)
+    rest = {key: value for key, value in body.items() if key not in _OF_TOOLS} | {"messages": messages}
+    if not use.callable and not any(_is_of_tools(message) for message in messages):
+        return Chat(rest)
+    if use.callable and (constraint := next((one for one in _CONSTRAINTS if rest.get(one)), None)):
+        raise BadInput(
+            f"{constraint} and tools cannot both shape an answer; leave one out, or set tool_choice to 'none'",
+            param=constraint,
+        )
+    prompt_format = (await context.models.find(body["model"])).base.prompt_format
+    return Chat(rest | chat_body(prompt_format, messages, use), prompt_format, use)
+
+
+def _is_text_alone(message: Mapping[str, Any]) -> bool:
+    return isinstance(message.get("content"), str) and not _is_of_tools(message)
+
+
+def _is_of_tools(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "tool" or bool(message.get("tool_calls"))
+
+
+def _use(body: Mapping[str, Any], style: ToolStyle) -> ToolUse:
+    """What a request says of tools."""
+    tools = tuple(_tool(one["function"]) for one in body.get("tools") or ())
+    choice = body.get("tool_choice") or ("auto" if tools else "none")
+    name = choice if isinstance(choice, str) else choice["function"]["name"]
+    parallel = body.get("parallel_tool_calls")
+    return ToolUse(tools, name, style, parallel is None or parallel)
+
+
+def _tool(function: Mapping[str, Any]) -> Tool:
+    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    return Tool(function["name"], function.get("description"), parameters)
