@@ -48,6 +48,7 @@ class AnswerParser:
         self._pieces: list[Piece] = []
         self._calls = 0
         self._parsed = 0
+        self._is_behind_call = False
         self._has_specials = format == "llama3"
         self._cut_special = ""
 
@@ -121,7 +122,7 @@ class AnswerParser:
         if self._frame:
             self._finish(self._frame)
         if self._opening:
-            if self._calls and self._opening.is_gap and not self._opening.prefix:
+            if self._is_behind_call and self._opening.is_gap and not self._opening.prefix:
                 self._opening = self._new_opening()
             else:
                 self._text_of(self._opening)
@@ -190,6 +191,7 @@ class AnswerParser:
 
     def _put_text(self, text: str) -> None:
         if text:
+            self._is_behind_call = False
             self._pieces.append(Text(text))
 
     # Calls
@@ -219,6 +221,7 @@ class AnswerParser:
         if frame.is_empty:
             self._blank.append(frame.lead)
             return
+        self._is_behind_call = True
         first, self._calls = self._calls, self._calls + 1
         calls = self._read(frame)
         if calls is None:

@@ -13,8 +13,8 @@ from typing import Any
 MAX_DEPTH = 64
 # References and alternatives can make a small schema endless to follow.
 _MAX_STEPS = 10_000
-_INTEGER = re.compile(r"-?\d{1,400}")
-_NUMBER = re.compile(r"-?\d{1,400}(\.\d{1,400})?([eE][+-]?\d{1,3})?")
+_INTEGER = re.compile(r"-?[0-9]{1,400}")
+_NUMBER = re.compile(r"-?[0-9]{1,400}(\.[0-9]{1,400})?([eE][+-]?[0-9]{1,3})?")
 _WORDS = {"true": True, "True": True, "false": False, "False": False}
 
 

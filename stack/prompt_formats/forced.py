@@ -24,7 +24,9 @@ def forced_output(use: ToolUse) -> dict[str, Any]:
         schema = {"type": "array", "items": schema, "minItems": 1, "maxItems": MAX_CALLS}
     # A tool's own references are relative to its schema, which is therefore kept whole, under a name.
     schema = schema | {
-        "$defs": {_key(i): _moved(tool.parameters, f"#/$defs/{_key(i)}") for i, tool in enumerate(tools)}
+        "$defs": {
+            _key(i): _moved(tool.parameters, f"#/$defs/{_key(i)}") | {"type": "object"} for i, tool in enumerate(tools)
+        }
     }
     return {"structured_outputs": {"json": schema}}
 

@@ -47,6 +47,7 @@ def _earlier(call: dict[str, Any]) -> EarlierCall:
     written = function.get("arguments") or "{}"
     try:
         arguments = json.loads(written) if isinstance(written, str) else written
+        json.dumps(arguments, ensure_ascii=False, allow_nan=False).encode()  # no NaN, no half of a character
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
