@@ -35,7 +35,6 @@ from stack.config import Config
 from stack.context import Context
 from stack.keys import Keyring, require_keys
 
-
 REFUSED_AT_ONCE = 1_000
 
 

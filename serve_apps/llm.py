@@ -132,7 +132,7 @@ def _deployment(model: LanguageModel) -> dict[str, Any]:
 class LLM(LLMServer):
     """ray.serve.llm's server, asked with dicts and answering with bytes, so that no caller has to import vLLM."""
 
-    async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:
+    async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc]  # as its base has it
         self._sender = Sender()
         self._guard = GrammarGuard(Path(llm_config.model_loading_config.model_source))
         await super().__init__(llm_config, **options)
