@@ -93,6 +93,8 @@ def beginnings(request: PendingRequest) -> Iterator[int]:
     Each is one block longer than the one before it. A rest that fills no block is left out, unless it is all there is.
     """
     text = prompt_of(request.args)
+    if not text:
+        return
     known = hash(request.metadata.multiplexed_model_id)
     end = max(1, min(len(text) // BLOCK, MAX_BLOCKS)) * BLOCK
     for start in range(0, end, BLOCK):
