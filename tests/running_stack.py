@@ -22,6 +22,19 @@ from stack import config
 from tests.otlp import Receiver, receiver
 
 MODEL = "SmolLM2-135M-Instruct"
+SCRIPTED = "scripted"
+SCRIPTED_MODEL = {
+    "id": SCRIPTED,
+    "path": f"models/{MODEL}",
+    "min_replicas": 0,
+    "max_replicas": 1,
+    "target_ongoing_requests": 2,
+    "max_ongoing_requests": 2,
+    "max_queued_requests": 2,
+    "request_timeout_s": 8,
+    "adapters": 0,
+    "cpus": 0.1,
+}
 START_S = 400
 # Ray's agents of a node notice after a minute or so that it is gone.
 GONE_S = 180
@@ -47,7 +60,7 @@ class Stack:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        file = write_config(self.home / "serve.yaml", otlp_address=self.traces.address)
+        file = with_scripted_model(write_config(self.home / "serve.yaml", otlp_address=self.traces.address))
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 [
@@ -127,6 +140,23 @@ def write_config(file: Path, **changes: Any) -> Path:
             application["args"] |= changes
         elif "artifacts" in changes and "artifacts" in application["args"]:
             application["args"]["artifacts"] = changes["artifacts"]
+    file.write_text(yaml.safe_dump(document))
+    return file
+
+
+def with_scripted_model(file: Path) -> Path:
+    """Adds a model of the scripted engine to a Serve config file. It has no replica until somebody asks."""
+    document = yaml.safe_load(file.read_text())
+    (gateway,) = (one for one in document["applications"] if one["name"] == config.GATEWAY)
+    gateway["args"]["models"].append(SCRIPTED_MODEL)
+    args = {"model": SCRIPTED_MODEL, "artifacts": gateway["args"]["artifacts"]}
+    application = {
+        "name": SCRIPTED,
+        "import_path": local_stack.SCRIPTED_IMPORT_PATH,
+        "route_prefix": None,
+        "args": args,
+    }
+    document["applications"].append(application)
     file.write_text(yaml.safe_dump(document))
     return file
 
