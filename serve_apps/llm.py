@@ -109,6 +109,8 @@ def _deployment(model: LanguageModel) -> dict[str, Any]:
         ray_actor_options=dict(num_cpus=0),
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
+        # A replica that is stopped, as there are too many or its model is removed, first ends the requests that it has.
+        graceful_shutdown_timeout_s=model.request_timeout_s,
     )
     if model.min_replicas == model.most_replicas:
         options["num_replicas"] = model.min_replicas

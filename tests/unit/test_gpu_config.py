@@ -11,7 +11,7 @@ import ray
 import yaml
 from ray.util.accelerators import accelerators
 
-from stack.config import DEFAULT_FILE, GATEWAY, Accelerator, Config, LanguageModel
+from stack.config import DEFAULT_FILE, GATEWAY, Accelerator, Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput
 
 FILES = sorted(DEFAULT_FILE.parent.glob("*.yaml"))
@@ -73,6 +73,8 @@ def test_every_config_file_serves_each_of_its_models(file: Path) -> None:
     config = Config.from_file(file)
     applications = {one["name"]: one for one in yaml.safe_load(file.read_text())["applications"]}
     assert set(applications) == {GATEWAY, *(model.id for model in (*config.models, *config.embedding_models))}
+    for model in config.embedding_models:
+        assert EmbeddingModel.model_validate(applications[model.id]["args"]["model"]) == model
     for model in config.models:
         args = applications[model.id]["args"]
         assert LanguageModel.model_validate(args["model"]) == model
@@ -122,6 +124,10 @@ def test_a_fixed_number_of_replicas_does_not_follow_the_load() -> None:
     deployment = built_of(min_replicas=3)
     assert deployment.num_replicas == 3
     assert deployment._deployment_config.autoscaling_config is None
+
+
+def test_a_replica_that_is_stopped_may_first_end_its_requests() -> None:
+    assert built_of(request_timeout_s=1_200)._deployment_config.graceful_shutdown_timeout_s == 1_200
 
 
 def test_without_gpus_a_worker_takes_cpus() -> None:
