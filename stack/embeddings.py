@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from pydantic_core import to_json
 
 from stack.api.embeddings import EmbeddingsRequest, OpenAIEmbeddingsRequest
-from stack.api.messages import text_of
 from stack.config import EmbeddingModel
 from stack.context import Context
 from stack.errors import BadInput
@@ -24,8 +23,7 @@ async def embeddings(context: Context, request: EmbeddingsRequest) -> bytes:
     Raises NotFound for an unknown model, BadInput for one that makes no embeddings and for a text over the model's
     length, which is named by its index, Unavailable.
     """
-    texts = [text_of(content) for content in request.contents]
-    embedded = await _embed(context, request.model, texts, request.truncate, "contents")
+    embedded = await _embed(context, request.model, request.texts, request.truncate, "contents")
     return await asyncio.to_thread(_stack_answer, embedded.vectors)
 
 

@@ -6,9 +6,9 @@ their numbers would take longer than the model.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, PlainValidator
+from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag
 
-from stack.api.messages import Content, text_of
+from stack.api.messages import MAX_PARTS, Text
 from stack.api.wire import ModelId, Request, Wire, at_most
 
 MAX_TEXTS = 2_048
@@ -19,8 +19,20 @@ MAX_DIMENSIONS = 100_000
 MAX_TOKEN = 10_000_000
 
 
-def _bounded(contents: list[Content]) -> list[Content]:
-    _require_lengths([len(text_of(content)) for content in contents])
+def _kind(value: Any) -> str | None:
+    """The tag of a text; brackets keep it out of the place that an error names."""
+    return "(text)" if isinstance(value, str) else "(parts)" if isinstance(value, list) else None
+
+
+# A list is one text in parts: they are put together without anything between them.
+TextOrParts = Annotated[
+    Annotated[Text, Tag("(text)")] | Annotated[Annotated[list[Text], at_most(MAX_PARTS)], Tag("(parts)")],
+    Discriminator(_kind, "text", "should be a text, or a list of texts that are its parts"),
+]
+
+
+def _bounded(contents: list[str | list[str]]) -> list[str | list[str]]:
+    _require_lengths([len("".join(content)) for content in contents])
     return contents
 
 
@@ -38,8 +50,12 @@ class EmbeddingsRequest(Request):
     """Texts for an embedding model. One over the model's length is refused, or cut if `truncate` is set."""
 
     model: ModelId
-    contents: Annotated[list[Content], Field(min_length=1), at_most(MAX_TEXTS), AfterValidator(_bounded)]
+    contents: Annotated[list[TextOrParts], Field(min_length=1), at_most(MAX_TEXTS), AfterValidator(_bounded)]
     truncate: bool = False
+
+    @property
+    def texts(self) -> list[str]:
+        return ["".join(content) for content in self.contents]
 
 
 class EmbeddingsResponse(Wire):

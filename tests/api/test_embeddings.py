@@ -206,6 +206,7 @@ def test_an_embedding_model_is_asked_for_no_text(client: TestClient, path: str, 
         (["a", 5], []),
         (["a", None], []),
         ([{"text": "a"}], []),
+        ([{"content": "a", "mime_type": "text/plain"}], []),
         ({"0": "a"}, []),
         (5, []),
         (None, []),
@@ -247,6 +248,27 @@ def test_tokens_are_bounded(client: TestClient, given: Any, words: list[str]) ->
     assert error["param"] == "input"
     for word in words:
         assert word in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ([["a"] * 101], ["contents.0", "101", "100"]),
+        ([["a", ["b"]]], ["contents.0.1"]),
+        ([[]], ["text 0 is empty"]),
+        ([["", ""]], ["text 0 is empty"]),
+        ([["a" * 150_000] * 2], ["text 0 has 300000"]),
+        (
+            [{"content": "a", "mime_type": "text/plain"}],
+            ["contents.0", "a text, or a list of texts that are its parts"],
+        ),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_texts_in_parts_are_bounded(client: TestClient, contents: Any, words: list[str]) -> None:
+    error = error_of(client.post("/inference/embeddings", json={"model": "embedder", "contents": contents}), 400)
+    for word in words:
+        assert word in f"{error['param']}: {error['message']}"
 
 
 @pytest.mark.parametrize("given", [b'"a\\ud83d"', b'["a", "\\ud83d"]'])
