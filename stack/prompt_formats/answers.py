@@ -34,6 +34,19 @@ _AT_START: dict[PromptFormat, tuple[Kind, ...]] = {
 }
 
 
+class _Words:
+    """What opens calls in the middle of text."""
+
+    def __init__(self, kinds: tuple[Kind, ...]) -> None:
+        self.kinds = {OPENERS[kind]: kind for kind in kinds}
+        self.opener = re.compile("|".join(map(re.escape, self.kinds)))
+        self.partial = partial_at_end(self.kinds)
+        self.longest = max(map(len, self.kinds))
+
+
+_WORDS = {family: _Words(kinds) for family, kinds in _ANYWHERE.items()}
+
+
 class AnswerParser:
     """One answer's pieces. `feed` it the text as it comes, cut anywhere, and `close` it at the end.
 
@@ -52,8 +65,7 @@ class AnswerParser:
         self._has_specials = format == "llama3"
         self._cut_special = ""
 
-        anywhere = _ANYWHERE[format] if self._tools and not use.is_forced else ()
-        self._words = _Words(anywhere) if anywhere else None
+        self._words = _WORDS[format] if self._tools and not use.is_forced else None
         self._at_start = (Kind.json,) if use.is_forced else _AT_START[format]
         self._opening: Opening | None = self._new_opening() if self._tools else None
         self._frame: Frame | None = None
@@ -95,8 +107,9 @@ class AnswerParser:
         if not self._tools or self._use.is_forced:
             return
         if special != PYTHON_TAG:
-            self._end()
-            self._opening = self._new_opening()
+            if self._opening is None or not self._opening.is_gap:
+                self._end()
+                self._opening = self._new_opening()
             return
         if self._frame:
             self._end()
@@ -247,16 +260,6 @@ class AnswerParser:
         if name not in self._tools:
             raise ValueError(f"there is no tool {name!r}")
         return typed_arguments(arguments, self._tools[name].parameters)
-
-
-class _Words:
-    """What opens calls in the middle of text."""
-
-    def __init__(self, kinds: tuple[Kind, ...]) -> None:
-        self.kinds = {OPENERS[kind]: kind for kind in kinds}
-        self.opener = re.compile("|".join(map(re.escape, self.kinds)))
-        self.partial = partial_at_end(self.kinds)
-        self.longest = max(map(len, self.kinds))
 
 
 def _between_tags(kind: Kind) -> Callable[[str], list[Call]]:

@@ -1,9 +1,10 @@
 """Prompts of Llama 3.1 and 3.2, as Meta's model cards and the package llama-models document them.
 
 The prompt is written here whole, because the chat templates in circulation know only one of its ways to define and call
-tools. Two things differ from the documentation: a custom tool is given with its own JSON schema, where the documented
-examples write a list that says nothing of types; and of several calls in one message each stands in its own, followed
-by its result, since these models make one call at a time.
+tools. Where the two sources differ, earlier calls are written as the documentation shows the model's own: behind
+<|python_tag|>, but for function tags. Two things differ from both: a custom tool is given with its own JSON schema,
+where the examples write a list that says nothing of types; and of several calls in one message each stands in its own,
+followed by its result, since these models make one call at a time.
 """
 
 import json
@@ -118,7 +119,8 @@ def _function_definitions(tools: list[Tool]) -> str:
 def _function_definition(tool: Tool) -> str:
     description = tool.description or ""
     written = {"name": tool.name, "description": description, "parameters": _parameters(tool.parameters)}
-    return f"Use the function '{tool.name}' to '{description}':\n{json_text(written)}\n\n"
+    purpose = f" to '{description}'" if description else ""
+    return f"Use the function '{tool.name}'{purpose}:\n{json_text(written)}\n\n"
 
 
 _FLAT = {"type", "properties", "required", "additionalProperties"}
