@@ -3,6 +3,7 @@
 import base64
 import http.server
 import io
+import random
 import shutil
 import struct
 import threading
@@ -389,6 +390,40 @@ async def test_pixels_are_bounded_by_what_the_header_says(
     else:
         with pytest.raises(TooLarge, match="pixels"):
             await resolve(seeing, "seeing", messages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "at", "piece"),
+    [
+        ("PNG", lambda _: 33, struct.pack(">I", 0) + b"aaAa" + struct.pack(">I", zlib.crc32(b"aaAa"))),
+        ("JPEG", lambda _: 2, b"\xff\xe2\x00\x02"),
+        ("GIF", lambda whole: 13 + 3 * (2 << (whole[10] & 7)), b"\x21\xfe\x01a\x00"),
+    ],
+)
+async def test_the_pieces_of_a_header_are_bounded(
+    seeing: Context, kind: str, at: Callable[[bytes], int], piece: bytes
+) -> None:
+    async def is_taken(pieces: int) -> bool:
+        whole = image(kind)
+        start = at(whole)
+        try:
+            await resolve(seeing, "seeing", picture(data_url(whole[:start] + piece * pieces + whole[start:])))
+        except BadInput:
+            return False
+        return True
+
+    assert await is_taken(10)
+    assert not await is_taken(attachments.MAX_HEADER_BYTES // len(piece))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGB"), ("JPEG", "RGB"), ("GIF", "P")])
+async def test_what_comes_behind_a_header_may_be_longer(seeing: Context, kind: str, mode: str) -> None:
+    width = 1_200
+    noise = random.Random(1).randbytes(width * width * len(mode))
+    file = io.BytesIO()
+    Image.frombytes(mode, (width, width), noise).save(file, kind, quality=100)
+    assert len(file.getvalue()) > attachments.MAX_HEADER_BYTES
+    await resolve(seeing, "seeing", picture(data_url(file.getvalue())))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
