@@ -19,7 +19,7 @@ import yaml
 from scripts import local_stack
 from stack.config import GATEWAY, LanguageModel, home
 
-START_S, END_S, LOOK_S = 300.0, 120.0, 0.5
+START_S, ASK_S, END_S, LOOK_S = 300.0, 20.0, 60.0, 0.5
 ENGINE, PROXY, INGRESS, MODEL, OTHER = "engine", "proxy", "ingress", "model replica", "Ray and others"
 # What the command line of a process, or its title where it has set one, tells of its part; the first that fits.
 _PARTS = (
@@ -99,10 +99,9 @@ def spent(before: dict[tuple[int, float], tuple[str, float]], after: dict[Any, t
 def stack(folder: Path, model: LanguageModel, *, is_scripted: bool, haproxy: bool) -> Iterator[Server]:
     """The stack, by scripts/serve, with one model."""
     port = free_port()
-    file = folder / "serve.yaml"
-    file.write_text(yaml.safe_dump(stack_document(model, is_scripted)))
+    file = _written(folder, stack_document(model, is_scripted))
     command = [sys.executable, "-m", "scripts.serve", "--config", str(file), "--port", str(port), "--stop-with-stdin"]
-    with _running("the stack", command, folder, port, "/health", haproxy) as server:
+    with running("the stack", command, folder, port, "/health", **_proxy(haproxy)) as server:
         yield server
 
 
@@ -123,11 +122,10 @@ def stack_document(model: LanguageModel, is_scripted: bool) -> dict[str, Any]:
 def ray_serve_llm(folder: Path, model: LanguageModel, *, haproxy: bool) -> Iterator[Server]:
     """ray.serve.llm's own OpenAI ingress, before a scripted engine."""
     port = free_port()
-    file = folder / "serve.yaml"
-    file.write_text(yaml.safe_dump(ray_serve_llm_document(model, port)))
+    file = _written(folder, ray_serve_llm_document(model, port))
     address = f"http://127.0.0.1:{port}/v1/models"
     command = [sys.executable, "-m", "scripts.bench_peer", str(file), address]
-    with _running("ray.serve.llm", command, folder, port, "/v1/models", haproxy) as server:
+    with running("ray.serve.llm", command, folder, port, "/v1/models", **_proxy(haproxy)) as server:
         yield server
 
 
@@ -163,7 +161,7 @@ def vllm(folder: Path, model: LanguageModel) -> Iterator[Server]:
         *(["--enforce-eager"] if model.engine.get("enforce_eager") else []),
     ]
     settings = {"VLLM_CPU_KVCACHE_SPACE": str(model.kv_cache_gb), "VLLM_NO_USAGE_STATS": "1"}
-    with _running("vLLM's server", command, folder, port, "/health", False, **settings) as server:
+    with running("vLLM's server", command, folder, port, "/health", **settings) as server:
         yield server
 
 
@@ -183,16 +181,14 @@ def local_model(**changes: Any) -> LanguageModel:
 
 
 @contextmanager
-def _running(
-    name: str, command: list[str], folder: Path, port: int, path: str, haproxy: bool, **settings: str
-) -> Iterator[Server]:
-    """A server from its start, in a session of its own, to its end, which is that of its standard input."""
+def running(name: str, command: list[str], folder: Path, port: int, path: str, **settings: str) -> Iterator[Server]:
+    """A server in a session of its own, from when `path` answers on, until its end, for which it is asked.
+
+    It is asked by the end of its standard input, and by SIGTERM if that is not enough. `settings` are variables of its
+    environment. Raises BenchFailed where it ends before it answers, or does not answer in time.
+    """
     made = prepared_home(folder)
-    environment = os.environ | settings | {
-        "STACK_HOME": str(made),
-        "HF_HUB_OFFLINE": "1",
-        "RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy)),
-    }  # fmt: skip
+    environment = os.environ | settings | {"STACK_HOME": str(made), "HF_HUB_OFFLINE": "1"}
     log = folder / "server.log"
     server = Server(name, f"http://127.0.0.1:{port}", made)
     with log.open("wb") as output:
@@ -205,6 +201,17 @@ def _running(
         yield server
     finally:
         _end(process, server)
+
+
+def _proxy(haproxy: bool) -> dict[str, str]:
+    return {"RAY_SERVE_ENABLE_HA_PROXY": str(int(haproxy))}
+
+
+def _written(folder: Path, document: dict[str, Any]) -> Path:
+    folder.mkdir()
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(document))
+    return file
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], url: str, name: str, log: Path) -> None:
@@ -223,13 +230,12 @@ def _end(process: subprocess.Popen[bytes], server: Server) -> None:
     """Ends it in good order if it can be, and waits until none of its processes is left."""
     assert process.stdin is not None
     process.stdin.close()
-    if server.name == "vLLM's server":
-        process.terminate()
-    try:
-        process.wait(timeout=END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    for ask, seconds in ((None, ASK_S), (process.terminate, END_S), (process.kill, END_S)):
+        if ask is not None:
+            ask()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=seconds)
+            break
     deadline = time.monotonic() + END_S
     while server.processes() and time.monotonic() < deadline:
         time.sleep(LOOK_S)

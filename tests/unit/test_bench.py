@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import yaml
 from scripts import bench_servers
 from scripts.bench_servers import INGRESS, MODEL, OTHER, PROXY, Server, local_model, part_of, spent
 from scripts.figures import Comparison, Figure, figure, write_comparisons, write_json, write_table
-from scripts.load_generator import Found, Request
+from scripts.load_generator import Found, LoadGenerator, Request
 from scripts.local_stack import read_serve_file
 from stack.config import Config
 from stack.store import Store
@@ -188,6 +190,72 @@ def test_a_server_is_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert server.peak_mb() < peak - 40
         process.communicate()
     assert server.processes() == []
+
+
+# A server that answers with the scripted tokens, in a process of its own, until it is told to end.
+SERVER = """
+import asyncio, json, sys
+from serve_apps.scripted_answers import answer_to, as_many
+
+async def connected(reader, writer):
+    while head := await reader.readuntil(b"\\r\\n\\r\\n"):
+        if head.startswith(b"GET"):
+            writer.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\n\\r\\n{}")
+            continue
+        length = next(int(line.split(b":")[1]) for line in head.split(b"\\r\\n") if line.startswith(b"Content-Length"))
+        body = json.loads(await reader.readexactly(length))
+        writer.write(b"HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n")
+        for event in answer_to("chat", body, as_many(min(MOST, body["max_tokens"])), "length").events():
+            writer.write(b"%x\\r\\n%s\\r\\n" % (len(event), event.encode()))
+            await writer.drain()
+        writer.write(b"0\\r\\n\\r\\n")
+
+async def main():
+    server = await asyncio.start_server(connected, "127.0.0.1", PORT)
+    await asyncio.to_thread(sys.stdin.read)
+    server.close()
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def scripted_server(folder: Path, most_tokens: int) -> Iterator[Server]:
+    port = bench_servers.free_port()
+    program = SERVER.replace("PORT", str(port)).replace("MOST", str(most_tokens))
+    with bench_servers.running("one", [sys.executable, "-c", program], folder / "a", port, "/", NAME="it") as server:
+        yield server
+
+
+def test_a_server_is_started_measured_and_ended(tmp_path: Path) -> None:
+    load = Load(4, 40, 50)  # enough for CPU times, which are counted in hundredths of a second
+    with LoadGenerator.compiled() as generator, scripted_server(tmp_path, most_tokens=100) as server:
+        (process,) = server.processes()
+        assert process.environ()["NAME"] == "it"
+        one = bench_inference.measure(generator, server, "model", load)
+    assert (one.server, one.load) == ("one", load)
+    assert one.tokens_per_second == pytest.approx(one.requests_per_second * 50)
+    assert one.peak_mb > 1
+    assert one.parts_per_1000_tokens[OTHER] > 0
+    assert not process.is_running()
+
+
+def test_a_server_that_does_not_give_what_was_asked_for_is_not_measured(tmp_path: Path) -> None:
+    with (
+        pytest.raises(bench_servers.BenchFailed, match="one gave 80 tokens of 400"),
+        LoadGenerator.compiled() as generator,
+        scripted_server(tmp_path, most_tokens=10) as server,
+    ):
+        bench_inference.measure(generator, server, "model", Load(4, 2, 50))
+
+
+def test_a_server_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('no memory'); raise SystemExit(1)"]
+    with (
+        pytest.raises(bench_servers.BenchFailed, match="one ended while it started: no memory"),
+        bench_servers.running("one", command, tmp_path / "a", 1, "/"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("is_scripted", [True, False])
