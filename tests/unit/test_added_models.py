@@ -1,5 +1,6 @@
 """Models that are added while the stack runs: what may be one, who may be asked, and how applications follow."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -198,6 +199,16 @@ def test_only_so_many_models_are_added(
         added_models.add(context, entry("three"), deployer)
     assert caught.value.code == "too_many_models"
     assert added_models.add(context, entry("two"), deployer).id == "two"
+
+
+def test_of_many_who_add_at_once_only_so_many_may(context: Context) -> None:
+    def add(number: int) -> bool:
+        name = f"model-{number}"
+        return context.store.models.add(name, "default", {"id": name, "path": "models/small"}, most=3) is not None
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(add, range(8))) == 3
+    assert len(context.store.models.list()) == 3
 
 
 def test_a_removed_model_is_not_asked_any_more_and_its_application_goes(
