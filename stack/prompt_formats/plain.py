@@ -78,9 +78,12 @@ def _definition(tool: Tool) -> str:
 def _how(use: ToolUse) -> str:
     if use.is_forced:
         which = " a tool" if use.choice == "required" else f" the tool {use.choice}"
-        several = ", or with a list of them" if use.parallel else ""
         pattern = _call("NAME", "{PARAMETERS}", "json")
-        return f"You must call{which} now: answer with one object of JSON{several}, and with nothing else:\n{pattern}"
+        if use.parallel:
+            return (
+                f"You must call{which} now: answer with a list of JSON that has one object for each call:\n[{pattern}]"
+            )
+        return f"You must call{which} now: answer with one object of JSON, and with nothing else:\n{pattern}"
     pattern = _call("NAME", "{PARAMETERS}", use.style)
     number = "To call several, write one line for each. " if use.parallel else "Call one tool at a time. "
     return (
