@@ -146,6 +146,12 @@ def test_the_engine_reads_safetensors_alone_and_writes_json_without_blanks() -> 
     assert own["max_num_seqs"] == 8
 
 
+def test_answers_are_not_held_back_and_the_gateways_templates_are_taken() -> None:
+    deployment = built_of()
+    assert deployment.init_kwargs["llm_config"].experimental_configs == {"stream_batching_interval_ms": 0}
+    assert engine_of(deployment)["trust_request_chat_template"] is True
+
+
 def test_the_engines_arguments_are_arguments_of_vllm(tmp_path: Path) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
