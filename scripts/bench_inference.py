@@ -38,7 +38,7 @@ from scripts.figures import Comparison, Figure, write_comparisons, write_json, w
 from scripts.load_generator import Found, LoadGenerator, NoLoad
 from stack.config import LanguageModel
 
-STREAMS, TOKENS, TOKENS_PER_SECOND = (1, 8, 64), 128, 50.0
+STREAMS, TOKENS = (1, 8, 64), 128
 REAL_STREAMS, REAL_TOKENS = 8, 64
 CONNECTIONS, IDLE_STREAMS = 1_000, 8
 PARTS = (PROXY, INGRESS, MODEL, OTHER)
@@ -169,7 +169,7 @@ class Bench:
         with stack(folder / "scripted", model, is_scripted=True, haproxy=self._haproxy) as server:
             ours = [measure(generator, server, model.id, *each) for each in zip(loads, costs, strict=True)]
         rows = [row for pair in zip(peers, ours, strict=True) for row in against_ray_serve_llm(*pair)]
-        title = f"Scripted engine, {TOKENS} tokens an answer, {TOKENS_PER_SECOND:g} tokens/s a stream"
+        title = f"Scripted engine, {TOKENS} tokens an answer, 50 tokens/s a stream"
         self._add(title, "ray.serve.llm", "the stack", rows, [*peers, *ours])
 
     def _real(self, generator: LoadGenerator, folder: Path) -> None:
@@ -263,7 +263,9 @@ def scripted_engine_cost(load: Load) -> float:
     """The CPU seconds that the scripted engine itself takes for 1,000 tokens of a load, on the event loop of Serve."""
     import uvloop
 
-    engine = made_engine()
+    from serve_apps.scripted_engine import ScriptedEngine
+
+    engine = ScriptedEngine()
 
     async def all_streams() -> None:
         await asyncio.gather(*(answer() for _ in range(load.streams)))
@@ -277,19 +279,8 @@ def scripted_engine_cost(load: Load) -> float:
     return (time.process_time() - before) / (load.streams * load.tokens / 1_000)
 
 
-def made_engine() -> Any:
-    from ray.serve.llm import LLMConfig
-
-    from serve_apps.scripted_engine import ScriptedEngine
-
-    kwargs = {"tokens_per_second": TOKENS_PER_SECOND}
-    return ScriptedEngine(
-        LLMConfig(model_loading_config={"model_id": "model"}, accelerator_type=None, engine_kwargs=kwargs)
-    )
-
-
 def scripted_model() -> LanguageModel:
-    return local_model(engine={"tokens_per_second": TOKENS_PER_SECOND}, adapters=0)
+    return local_model(adapters=0)
 
 
 def say(text: str) -> None:

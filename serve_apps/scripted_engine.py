@@ -2,7 +2,7 @@
 
 It takes vLLM's place behind ray.serve.llm: a Serve config file whose model has the `import_path`
 `serve_apps.scripted_engine:build` in place of `serve_apps.llm:build` serves it with everything else as it is. The
-model's files are not read. `engine: {tokens_per_second: 200}` of the model's entry sets the rate of each stream (50).
+model's files are not read. `tokens_per_second: 200` among the application's args sets the rate of each stream (50).
 
 An answer has as many tokens as the request allows: one round of the script where it sets no limit.
 
@@ -21,6 +21,7 @@ import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 from ray.serve import Application
@@ -29,6 +30,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionResponse, CompletionRe
 
 from serve_apps.llm import LLM, application_of
 from serve_apps.scripted_answers import DONE, answer_to, as_many, error_event, text_of
+from stack.errors import BadInput
 from stack.models import Endpoint
 
 TOKENS_PER_SECOND = 50.0
@@ -39,7 +41,11 @@ _FAULT = re.compile(r"fault:(die|hang|error|slow)(?:-before-first|-after-(\d{1,6
 
 def build(args: dict[str, Any]) -> Application:
     """The application of one model, as serve_apps.llm:build makes it, on a scripted engine."""
-    return application_of(args, ScriptedLLM, engine_cls=ScriptedEngine)
+    rate = args.get("tokens_per_second", TOKENS_PER_SECOND)
+    if not isinstance(rate, int | float) or not 0 < rate <= 1_000_000:
+        raise BadInput(f"tokens_per_second is {rate!r}; allowed: a number above 0, up to 1000000")
+    others = {key: value for key, value in args.items() if key != "tokens_per_second"}
+    return application_of(others, ScriptedLLM, engine_cls=partial(ScriptedEngine, tokens_per_second=rate))
 
 
 @dataclass
@@ -86,9 +92,9 @@ class ScriptedLLM(LLM):
 class ScriptedEngine:
     """Implements the engine of ray.serve.llm, which is given as `engine_cls` or named by RAYLLM_VLLM_ENGINE_CLS."""
 
-    def __init__(self, llm_config: LLMConfig) -> None:
+    def __init__(self, _: LLMConfig | None = None, tokens_per_second: float = TOKENS_PER_SECOND) -> None:
         self.counts = Counts()
-        self._rate = float(llm_config.engine_kwargs.get("tokens_per_second", TOKENS_PER_SECOND))
+        self._rate = tokens_per_second
 
     async def start(self) -> None:
         """It is ready as it is."""

@@ -260,7 +260,7 @@ def test_a_server_that_ends_is_named_with_its_last_words(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("is_scripted", [True, False])
 def test_the_stack_is_served_with_one_model(tmp_path: Path, is_scripted: bool) -> None:
-    model = local_model(engine={"tokens_per_second": 50.0}) if is_scripted else local_model()
+    model = local_model(adapters=0) if is_scripted else local_model()
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(bench_servers.stack_document(model, is_scripted)))
     served = read_serve_file(file, 1_234)
@@ -269,11 +269,11 @@ def test_the_stack_is_served_with_one_model(tmp_path: Path, is_scripted: bool) -
 
 
 def test_ray_serve_llm_is_served_by_its_own_builder() -> None:
-    model = local_model(engine={"tokens_per_second": 50.0})
+    model = local_model()
     document = bench_servers.ray_serve_llm_document(model, 1_234)
     (application,) = document["applications"]
-    LLMServingArgs.model_validate(application["args"])
-    assert application["args"]["llm_configs"][0]["engine_kwargs"] == {"tokens_per_second": 50.0}
+    (config,) = LLMServingArgs.model_validate(application["args"]).llm_configs
+    assert config.get_engine_config().model_id == model.id
     engine = application["args"]["llm_configs"][0]["runtime_env"]["env_vars"]["RAYLLM_VLLM_ENGINE_CLS"]
     module, _, name = engine.rpartition(".")
     assert hasattr(importlib.import_module(module), name)

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from serve_apps.scripted_answers import Answer, answer_to, as_many
+from stack.errors import BadInput
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray and vLLM themselves warn of as they are imported
-    from ray.serve.llm import LLMConfig
     from ray.serve.llm.openai_api_models import (
         ChatCompletionRequest,
         CompletionRequest,
@@ -22,16 +22,13 @@ with warnings.catch_warnings():
         ErrorResponse,
     )
 
-    from serve_apps.scripted_engine import Counts, Fault, ScriptedEngine
+    from serve_apps.scripted_engine import Counts, Fault, ScriptedEngine, build
 
 ASK = {"model": "small", "messages": [{"role": "user", "content": "Where?"}]}
 
 
 def engine(tokens_per_second: float = 10_000) -> ScriptedEngine:
-    kwargs = {"tokens_per_second": tokens_per_second}
-    return ScriptedEngine(
-        LLMConfig(model_loading_config={"model_id": "small"}, accelerator_type=None, engine_kwargs=kwargs)
-    )
+    return ScriptedEngine(tokens_per_second=tokens_per_second)
 
 
 def saying(text: Any, **fields: Any) -> ChatCompletionRequest:
@@ -92,6 +89,12 @@ async def test_tokens_come_at_their_rate_and_do_not_drift() -> None:
         assert loop.time() - start >= (number + 1) / 100 - 0.001, "a token came before its time"
         await asyncio.sleep(0.005)  # a reader that takes its time does not delay what follows
     await stream.aclose()
+
+
+@pytest.mark.parametrize("rate", [0, -1, "50", None, 2_000_000])
+def test_a_rate_that_is_none_is_refused(rate: object) -> None:
+    with pytest.raises(BadInput, match=r"tokens_per_second is .*; allowed: a number above 0"):
+        build({"tokens_per_second": rate})
 
 
 @pytest.mark.parametrize(
