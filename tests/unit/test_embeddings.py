@@ -100,6 +100,29 @@ def test_a_wrong_application_is_refused_in_one_line() -> None:
         build({"modell": {}})
 
 
+def deployment_of(**entry: Any) -> Any:
+    model = {"id": "embedder", "path": "models/embedder"} | entry
+    return build({"model": model})._bound_deployment  # type: ignore[attr-defined]
+
+
+def test_replicas_follow_the_load_between_their_bounds() -> None:
+    deployment = deployment_of(
+        min_replicas=0, max_replicas=3, target_ongoing_requests=5, max_ongoing_requests=9, max_queued_requests=7, cpus=2
+    )
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (0, 3, 5)
+    assert (deployment.max_ongoing_requests, deployment.max_queued_requests) == (9, 7)
+    assert deployment.ray_actor_options["num_cpus"] == 2
+    assert deployment.ray_actor_options["runtime_env"]["env_vars"]["HF_HUB_OFFLINE"] == "1"
+
+
+def test_without_bounds_there_is_one_replica() -> None:
+    deployment = deployment_of(gpus=0.5)
+    assert deployment._deployment_config.autoscaling_config is None
+    assert deployment.num_replicas == 1
+    assert deployment.ray_actor_options["num_gpus"] == 0.5
+
+
 # Passes
 
 
@@ -149,6 +172,14 @@ def encoder(folder: Path) -> Encoder:
 
 def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
+
+
+def test_vectors_are_those_of_sentence_transformers(encoder: Encoder, folder: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    texts = ["the capital of france is paris", "one", "paris is the capital", "one one one one"]
+    ours = encoder.encode(encoder.tokenize(texts, truncate=False))
+    assert ours == pytest.approx(SentenceTransformer(str(folder), device="cpu").encode(texts), abs=1e-6)
 
 
 def test_what_the_model_is_like_is_found_in_its_folder(encoder: Encoder) -> None:
@@ -204,6 +235,19 @@ def test_tokens_are_the_text_that_they_stand_for(encoder: Encoder) -> None:
     (words,) = encoder.tokenize(["the capital of france is paris"], truncate=False)
     assert encoder.tokenize([words], truncate=False) == [words]
     assert encoder.tokenize([words[1:-1]], truncate=False) == [words]
+
+
+def test_the_models_own_default_prompt_comes_before_each_text(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(
+        str(folder), device="cpu", prompts={"query": "the capital of "}, default_prompt_name="query"
+    )
+    model.save_pretrained(str(tmp_path), create_model_card=False)
+    with_prompt = Encoder(EmbeddingModel(id="tiny", path=str(tmp_path)))
+    tokens = with_prompt.tokenize(["france"], truncate=False)
+    assert tokens == encoder.tokenize(["the capital of france"], truncate=False)
+    assert with_prompt.encode(tokens) == pytest.approx(model.encode(["france"]), abs=1e-6)
 
 
 @pytest.mark.parametrize(
