@@ -83,7 +83,7 @@ async def resolve(context: Context, model: str, messages: list[dict[str, Any]]) 
     ]
     if not wanted:
         return messages
-    await _require_images_are_taken(context, model, wanted)
+    await _require_taken(context, model, wanted)
     had = iter(await _get_all(wanted))
     return [_with(message, had) for message in messages]
 
@@ -131,10 +131,13 @@ class _Wanted:
         return MAX_IMAGE_BYTES if self.is_image else MAX_TEXT_BYTES
 
 
-async def _require_images_are_taken(context: Context, model: str, wanted: list[_Wanted]) -> None:
+async def _require_taken(context: Context, model: str, wanted: list[_Wanted]) -> None:
+    """Raises what can be told before anything is fetched: that there is no such model, or that it takes no images."""
+    takes_images = (await context.models.find(model)).base.images
     images = [one for one in wanted if one.is_image]
-    if images and not (await context.models.find(model)).base.images:
-        taking = [one.id for one in context.config.models if one.images]
+    if images and not takes_images:
+        models = await asyncio.to_thread(context.models.language_models)
+        taking = [one.id for one in models if one.base.images]
         others = f"those that take images: {', '.join(taking)}" if taking else "no model here takes images"
         raise BadInput(f"the model {model!r} takes text only, and no images; {others}", param=images[0].place)
 

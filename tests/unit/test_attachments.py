@@ -295,9 +295,12 @@ async def test_where_no_model_takes_images_it_is_said(context: Context) -> None:
         await resolve(context, "small", picture(data_url(image())))
 
 
-async def test_an_unknown_model_is_not_found(context: Context) -> None:
-    with pytest.raises(NotFound, match="there is no model 'big'"):
-        await resolve(context, "big", picture(data_url(image())))
+async def test_an_unknown_model_is_not_found_before_anything_is_fetched(context: Context, at_host: Any) -> None:
+    url = at_host(sends(content=image()))
+    for messages in (picture(f"{url}/a.png"), user(attachment(f"{url}/a.txt"))):
+        with pytest.raises(NotFound, match="there is no model 'big'"):
+            await resolve(context, "big", messages)
+    assert at_host.requests == []
 
 
 @pytest.mark.parametrize(("role", "is_allowed"), [("user", True), ("tool", True), ("system", False)])
