@@ -97,6 +97,11 @@ class ScriptedEngine:
         self.asked_to_embed.append(AskedToEmbed(model, list(texts), truncate))
         if isinstance(self.fault, BaseException):
             raise self.fault
+        if self.fault == "hang":
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.closed_early.set()
         words = [text.split() if isinstance(text, str) else [str(token) for token in text] for text in texts]
         for index, one in enumerate(words):
             if len(one) > MAX_WORDS and not truncate:

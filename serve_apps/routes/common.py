@@ -46,15 +46,20 @@ JobUuid = Annotated[str, Query(max_length=100)]
 logger = logging.getLogger("ray.serve")
 
 
-async def answer_to(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
-    """What the work gives, as JSON. A client that leaves before takes it along: the work is cancelled."""
+async def answer_to(request: Request, work: Coroutine[Any, Any, BaseModel | bytes]) -> Response:
+    """What the work gives, as JSON, which bytes are already.
+
+    A client that leaves before takes it along: the work is cancelled.
+    """
     tasks = working, leaving = asyncio.create_task(work), asyncio.create_task(_leaves(request))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             leaving.result()
             return Response(status_code=499)  # which nobody reads
-        return Response(working.result().model_dump_json(exclude_none=True), media_type="application/json")
+        answer = working.result()
+        content = answer if isinstance(answer, bytes) else answer.model_dump_json(exclude_none=True)
+        return Response(content, media_type="application/json")
     finally:
         working.cancel()
         leaving.cancel()

@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, as_events, event_stream, needs
+from serve_apps.routes.common import ContextOf, answer_to, as_events, event_stream, needs
 from stack import embeddings, inference
 from stack.api.embeddings import EmbeddingsRequest, EmbeddingsResponse
 from stack.api.inference import (
@@ -37,6 +37,6 @@ async def completion(request: Request, context: ContextOf, body: CompletionReque
 
 
 @router.post("/embeddings", response_model=EmbeddingsResponse)
-async def embed(context: ContextOf, body: EmbeddingsRequest) -> Response:
+async def embed(request: Request, context: ContextOf, body: EmbeddingsRequest) -> Response:
     """The vectors of texts by an embedding model."""
-    return Response(await embeddings.embeddings(context, body), media_type="application/json")
+    return await answer_to(request, embeddings.embeddings(context, body))

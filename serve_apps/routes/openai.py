@@ -6,7 +6,7 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, event_stream, needs
+from serve_apps.routes.common import ContextOf, answer_to, event_stream, needs
 from stack import embeddings, openai_chats
 from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
@@ -41,9 +41,9 @@ async def completions(request: Request, context: ContextOf, body: OpenAICompleti
 
 
 @router.post("/embeddings", response_model=OpenAIEmbeddingsResponse)
-async def embed(context: ContextOf, body: OpenAIEmbeddingsRequest) -> Response:
+async def embed(request: Request, context: ContextOf, body: OpenAIEmbeddingsRequest) -> Response:
     """The vectors of texts by an embedding model."""
-    return Response(await embeddings.openai_embeddings(context, body), media_type="application/json")
+    return await answer_to(request, embeddings.openai_embeddings(context, body))
 
 
 @router.get("/models")

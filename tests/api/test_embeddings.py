@@ -1,18 +1,25 @@
 """Embeddings at both doors."""
 
+import asyncio
 import base64
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from llama_stack import LlamaStack
 
 from stack.api.embeddings import EmbeddingsResponse, OpenAIEmbeddingsResponse
 from stack.config import Config
 from stack.context import Context
 from stack.errors import EngineFailed, StackError, Unavailable
+from tests.api.conftest import HERE, URL
 from tests.api.envelope import error_of
 from tests.conftest import CONFIG
 from tests.scripted_engine import DIMENSIONS, MAX_WORDS, ScriptedEngine, vector_of
@@ -105,6 +112,36 @@ def test_it_is_cut_where_that_is_asked_for(client: TestClient, engine: ScriptedE
     assert reply.status_code == 200, reply.text
     (asked,) = engine.asked_to_embed
     assert (asked.model.id, asked.texts, asked.truncate) == ("embedder", ["short", LONG], True)
+
+
+@pytest.fixture
+def http(client: TestClient) -> Iterator[httpx.Client]:
+    """What other clients take to reach the gateway."""
+
+    def to_gateway(request: httpx.Request) -> httpx.Response:
+        reply = client.post(request.url.path, content=request.content, headers=dict(request.headers))
+        return httpx.Response(reply.status_code, content=reply.content, headers=dict(reply.headers))
+
+    with httpx.Client(base_url=URL, transport=httpx.MockTransport(to_gateway)) as http:
+        yield http
+
+
+def test_the_specifications_client_reads_the_vectors(http: httpx.Client) -> None:
+    stack = LlamaStack(base_url=URL, http_client=http)
+    answer = stack.inference.embeddings.create(model="embedder", contents=["one", ["in ", "parts"]])
+    assert close(answer.embeddings[0], "one")
+    assert close(answer.embeddings[1], "in parts")
+
+
+def test_openais_client_reads_the_vectors(http: httpx.Client) -> None:
+    api = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", http_client=http, max_retries=0)
+    encodings: list[Any] = [{}, {"encoding_format": "float"}]  # the client's own default is base64, which it decodes
+    for encoding in encodings:
+        answer = api.embeddings.create(model="embedder", input=["one", "two"], **encoding)
+        assert all(close(one.embedding, text) for one, text in zip(answer.data, ("one", "two"), strict=True))
+        assert answer.usage.total_tokens == 2
+    with pytest.raises(openai.BadRequestError, match="cannot be shortened"):
+        api.embeddings.create(model="embedder", input="one", dimensions=3)
 
 
 # Dimensions
@@ -317,3 +354,35 @@ def test_a_fault_of_the_model_has_its_status(
     reply = client.post(path, json=body)
     assert error_of(reply, status)["message"] == fault.message
     assert reply.headers.get("retry-after") == retry_after
+
+
+@pytest.mark.parametrize(("path", "body"), [STACK, OPENAI], ids=["stack", "openai"])
+async def test_a_client_that_leaves_ends_the_work(
+    app: FastAPI, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    engine.fail("hang")
+    embed, asked = engine.embed, asyncio.Event()
+
+    async def watched(*args: Any) -> Any:
+        asked.set()
+        return await embed(*args)
+
+    monkeypatch.setattr(engine, "embed", watched)
+    arrived: list[Any] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        if arrived:
+            return arrived.pop(0)
+        await asked.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")], "client": HERE, "server": HERE,
+        "scheme": "http", "root_path": "", "http_version": "1.1", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    await asyncio.wait_for(app(scope, receive, send), timeout=30)
+    assert engine.closed_early.is_set()

@@ -91,7 +91,7 @@ def test_models_of_the_wrong_kind_are_400_and_the_right_ones_are_named(client: h
 def test_the_rfc_client(stack: Stack, client: httpx.Client) -> None:
     with httpx.Client(base_url=stack.url, timeout=120) as http:
         rfc = LlamaStack(base_url=stack.url, http_client=http)
-        answer = rfc.inference.embeddings(model=EMBEDDER, contents=[FRANCE, PARIS])
+        answer = rfc.inference.embeddings.create(model=EMBEDDER, contents=[FRANCE, PARIS])
     assert np.array(answer.embeddings) == pytest.approx(embed(client, [FRANCE, PARIS]), abs=1e-5)
 
 
