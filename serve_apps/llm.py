@@ -159,6 +159,7 @@ class LLM(LLMServer):
 
     async def _items(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes | Failure]:
         try:
+            self._require_no_logprobs_of_prompts(body)
             await self._guard.check_body(body)
             request = _REQUESTS[endpoint].validate_python(body)
             answers = await (self.chat(request) if endpoint == "chat" else self.completions(request))
@@ -175,6 +176,15 @@ class LLM(LLMServer):
             async for answer in answers:
                 for item in _as_items(answer):
                     yield item
+
+    def _require_no_logprobs_of_prompts(self, body: dict[str, Any]) -> None:
+        """Raises BadInput for logprobs of a prompt where adapters are served: vLLM's engine dies of them there."""
+        if body.get("echo") and body.get("logprobs") is not None and self._llm_config.lora_config is not None:
+            raise BadInput(
+                "the logprobs of a prompt (echo with logprobs) cannot be had of a model that serves adapters; leave "
+                "out one of the two, or serve the model with adapters: 0",
+                param="echo",
+            )
 
 
 _REQUESTS: dict[Endpoint, TypeAdapter[Any]] = {
