@@ -96,6 +96,12 @@ async def _guarded(request: Request, events: AsyncGenerator[bytes]) -> AsyncGene
             yield sse(envelope(request.scope, StackError("the request failed for a reason of the server's own")))
 
 
+def streams(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Documents that a route may answer with server-sent events of a type that is also one of its `response_model`."""
+    schema = {"$ref": f"#/components/schemas/{event.__name__}"}
+    return {200: {"content": {"text/event-stream": {"schema": schema}}}}
+
+
 async def as_events(items: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:
     """Wire types as server-sent events."""
     async with aclosing(items):

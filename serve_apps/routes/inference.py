@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, answer_to, as_events, event_stream, needs
+from serve_apps.routes.common import ContextOf, answer_to, as_events, event_stream, needs, streams
 from stack import embeddings, inference
 from stack.api.embeddings import EmbeddingsRequest, EmbeddingsResponse
 from stack.api.inference import (
@@ -18,7 +18,11 @@ from stack.api.inference import (
 router = APIRouter(prefix="/inference", tags=["inference"], dependencies=[needs("inference")])
 
 
-@router.post("/chat_completion", response_model=ChatCompletionResponse | ChatCompletionResponseStreamChunk)
+@router.post(
+    "/chat_completion",
+    response_model=ChatCompletionResponse | ChatCompletionResponseStreamChunk,
+    responses=streams(ChatCompletionResponseStreamChunk),
+)
 async def chat_completion(request: Request, context: ContextOf, body: ChatCompletionRequest) -> Response:
     """A model's answer to a conversation; with `stream`, as server-sent events."""
     if body.stream:
@@ -27,7 +31,11 @@ async def chat_completion(request: Request, context: ContextOf, body: ChatComple
     return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
 
 
-@router.post("/completion", response_model=CompletionResponse | CompletionResponseStreamChunk)
+@router.post(
+    "/completion",
+    response_model=CompletionResponse | CompletionResponseStreamChunk,
+    responses=streams(CompletionResponseStreamChunk),
+)
 async def completion(request: Request, context: ContextOf, body: CompletionRequest) -> Response:
     """The continuation of a text; with `stream`, as server-sent events."""
     if body.stream:

@@ -6,11 +6,14 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, answer_to, event_stream, needs
+from serve_apps.routes.common import ContextOf, answer_to, event_stream, needs, streams
 from stack import embeddings, openai_chats
 from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
+    OpenAIChatCompletion,
+    OpenAIChatCompletionChunk,
     OpenAIChatCompletionRequest,
+    OpenAICompletion,
     OpenAICompletionRequest,
     OpenAIModel,
     OpenAIModelList,
@@ -22,7 +25,11 @@ router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[needs("inference
 STARTED = int(time.time())
 
 
-@router.post("/chat/completions")
+@router.post(
+    "/chat/completions",
+    response_model=OpenAIChatCompletion | OpenAIChatCompletionChunk,
+    responses=streams(OpenAIChatCompletionChunk),
+)
 async def chat_completions(request: Request, context: ContextOf, body: OpenAIChatCompletionRequest) -> Response:
     """A model's answer to a conversation."""
     asked = body.model_dump(exclude_unset=True)
@@ -31,7 +38,7 @@ async def chat_completions(request: Request, context: ContextOf, body: OpenAICha
     return Response(await openai_chats.answer(context, asked), media_type="application/json")
 
 
-@router.post("/completions")
+@router.post("/completions", response_model=OpenAICompletion, responses=streams(OpenAICompletion))
 async def completions(request: Request, context: ContextOf, body: OpenAICompletionRequest) -> Response:
     """The continuation of a text."""
     asked = body.model_dump(exclude_unset=True)
