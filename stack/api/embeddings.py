@@ -95,6 +95,18 @@ def _require_whole_characters(index: int, text: str) -> None:
         raise ValueError(f"text {index} holds half of a character") from None
 
 
+# The four kinds of input, as our OpenAPI document has them; _input checks them.
+_Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_LENGTH)]
+_Token = Annotated[int, Field(ge=0, le=MAX_TOKEN)]
+_Tokens = Annotated[list[_Token], Field(min_length=1, max_length=MAX_TEXT_LENGTH)]
+_Input = (
+    _Text
+    | Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)]
+    | _Tokens
+    | Annotated[list[_Tokens], Field(min_length=1, max_length=MAX_TEXTS)]
+)
+
+
 class OpenAIEmbeddingsRequest(Wire):
     """`input` is a text, several, the tokens of one, or those of several, in the model's own vocabulary.
 
@@ -105,7 +117,7 @@ class OpenAIEmbeddingsRequest(Wire):
     model: ModelId
     input: Annotated[
         list[str] | list[list[int]],
-        PlainValidator(_input, json_schema_input_type=str | list[str] | list[int] | list[list[int]]),
+        PlainValidator(_input, json_schema_input_type=_Input),
     ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)] | None = None
