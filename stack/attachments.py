@@ -114,8 +114,9 @@ class _Wanted:
             wanted = cls(image["url"], True, None, place, image.get("detail"))
         else:
             content, mime_type = part["attachment"]["content"], _mime_type(part["attachment"]["mime_type"], place)
-            is_address = isinstance(content, str) and _is_address(content)
-            wanted = cls(content if isinstance(content, str) else "".join(content), is_address, mime_type, place)
+            address = _address(content) if isinstance(content, str) else None
+            text = content if isinstance(content, str) else "".join(content)
+            wanted = cls(address or text, address is not None, mime_type, place)
         if wanted.is_image and message["role"] not in _ROLES_WITH_IMAGES:
             raise BadInput(f"a message of the role {message['role']!r} cannot hold an image", param=place)
         if wanted.is_image and not wanted.is_address:
@@ -266,10 +267,13 @@ def _mime_type(given: str, place: str) -> str:
     return mime_type
 
 
-def _is_address(content: str) -> bool:
-    """Whether a content is an address and not a text that begins like one."""
-    begins_so = content.startswith(("data:", "https://", "http://", "file://"))
-    return begins_so and not any(character.isspace() for character in content[:4_000])
+def _address(content: str) -> str | None:
+    """The address that a content is, with its scheme in lower case; None for a text that at most begins like one."""
+    scheme, _, rest = content.partition(":")
+    known = scheme.lower() == "data" or (scheme.lower() in ("https", "http", "file") and rest.startswith("//"))
+    if not known or any(character.isspace() for character in content[:4_000]):
+        return None
+    return f"{scheme.lower()}:{rest}"
 
 
 def _name_in(url: str) -> str:

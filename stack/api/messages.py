@@ -19,7 +19,7 @@ Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 class Attachment(Wire):
     """A text or an image that comes with a message: by value, as a data: address, or at an https address.
 
-    A single line that begins with a scheme, such as https:, is an address. A list is one text in parts.
+    A text without blanks that begins with data: or https:// is an address. A list is one text in parts.
     """
 
     content: Annotated[str, Field(max_length=MAX_ATTACHMENT_CHARACTERS)] | Annotated[list[Text], at_most(MAX_PARTS)]
