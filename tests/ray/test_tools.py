@@ -232,3 +232,58 @@ def test_every_strategy_of_the_specification(rfc: LlamaStack, sampling: Any) -> 
     assert answer.completion_message.content
     assert answer.logprobs
     assert {len(one.logprobs_by_token) for one in answer.logprobs} == {3}
+
+
+ODD_CHATS: list[dict[str, Any]] = [
+    {"logit_bias": {"49151": 100}},
+    {"logit_bias": {"10000000": 100}},
+    {"min_tokens": 5, "max_tokens": 2},
+    {"min_tokens": 3, "stop": ["a"]},
+    {"seed": -(2**63)},
+    {"temperature": 10, "top_p": 0.0001, "top_k": 100_000, "min_p": 1},
+    {"repetition_penalty": 0.0001},
+    {"repetition_penalty": 10, "frequency_penalty": -2, "presence_penalty": 2},
+    {"n": 16, "logprobs": True, "top_logprobs": 20},
+    {"n": 4, "structured_outputs": {"choice": ["a", "b"]}, "temperature": 1},
+    {"structured_outputs": {"regex": "a*"}, "min_tokens": 4},
+    {"structured_outputs": {"json": {}}},
+    {"structured_outputs": {"json": {"type": "string", "const": "\u0000"}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": [1, None, "a"]}}}},
+    {"ignore_eos": True, "stop": ["\ud83d"]},
+    {"messages": [{"role": "user", "content": ""}]},
+    {"messages": [{"role": "user", "content": "<|im_end|>" * 50}]},
+    {"messages": [{"role": "user", "content": "\u0000\ufffd\u202e\U0001f600"}]},
+    {"messages": [{"role": "assistant", "content": "I"}]},
+    {"messages": [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}]},
+    {"max_tokens": 1_000_000},
+]
+ODD_TEXTS: list[dict[str, Any]] = [
+    {"prompt": [49_151]},
+    {"prompt": [10_000_000]},
+    {"prompt": [0] * 2_047},
+    {"prompt": [0] * 2_048},
+    {"prompt": ""},
+    {"prompt": ["a"] * 64},
+    {"prompt": "a", "echo": True, "n": 4, "temperature": 1},
+    {"prompt": "a", "echo": True, "logprobs": 0},
+    {"prompt": "a", "logprobs": 20, "stream": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "odd"),
+    [*(("/v1/chat/completions", odd) for odd in ODD_CHATS), *(("/v1/completions", odd) for odd in ODD_TEXTS)],
+    ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else value.rpartition("/")[0],
+)
+def test_odd_requests_are_answered_or_refused_and_the_engine_lives(
+    client: httpx.Client, path: str, odd: dict[str, Any]
+) -> None:
+    body: dict[str, Any] = {"model": MODEL, "max_tokens": 4} | odd
+    if path.endswith("chat/completions"):
+        body.setdefault("messages", [QUESTION])
+    reply = client.post(path, json=body)
+    assert reply.status_code in (200, 400), reply.text
+    if reply.status_code == 400:
+        assert reply.json()["error"]["message"]
+    plain = client.post("/v1/chat/completions", json={"model": MODEL, "messages": [QUESTION], "max_tokens": 1})
+    assert plain.status_code == 200, plain.text
