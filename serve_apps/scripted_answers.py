@@ -134,7 +134,7 @@ def _wants_usage(body: Mapping[str, Any]) -> bool:
     options = body.get("stream_options")
     if options is None:
         return False
-    return bool(options["include_usage"] if isinstance(options, dict) else options.include_usage)
+    return bool(options.get("include_usage") if isinstance(options, dict) else options.include_usage)
 
 
 def _event(value: dict[str, Any]) -> str:

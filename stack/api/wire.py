@@ -99,7 +99,10 @@ def explain(error: ErrorDetails) -> tuple[str, str]:
     description = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return place, "is required"
-    if error["type"] not in ("value_error", "json_invalid", "union_tag_invalid"):
+    if error["type"] == "union_tag_invalid":
+        union = error["ctx"]
+        return place, f"{union['discriminator']} is {_shown(union['tag'])}; allowed: {union['expected_tags']}"
+    if error["type"] not in ("value_error", "json_invalid"):
         description += f", not {_shown(error['input'])}"
     return place, description
 

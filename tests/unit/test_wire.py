@@ -1,6 +1,6 @@
 """Wire types refuse what they do not know, and say in words what is allowed."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import Field, TypeAdapter, ValidationError
@@ -139,3 +139,33 @@ def test_places_are_those_of_the_request_and_nothing_else(value: object, places:
     with pytest.raises(ValidationError) as caught:
         Choice.model_validate(value)
     assert {explain(error)[0] for error in caught.value.errors()} == places
+
+
+class Cat(Wire):
+    kind: Literal["cat"]
+
+
+class Dog(Wire):
+    kind: Literal["dog"]
+
+
+class Home(Wire):
+    pet: Annotated[Cat | Dog, Field(discriminator="kind")]
+
+
+@pytest.mark.parametrize(("kind", "shown"), [("cow", "'cow'"), ("x" * 5_000, "'" + "x" * 76 + "...")], ids=["", "long"])
+def test_an_unknown_kind_is_shown_with_the_allowed_ones(kind: str, shown: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Home.model_validate({"pet": {"kind": kind}})
+    assert describe(caught.value) == f"pet: 'kind' is {shown}; allowed: 'cat', 'dog'"
+
+
+class Renamed(Wire):
+    schema_: int = Field(alias="schema")
+
+
+def test_known_keys_are_called_as_they_are_sent() -> None:
+    assert Renamed.model_validate({"schema": 1}).schema_ == 1
+    with pytest.raises(ValidationError) as caught:
+        Renamed.model_validate({"schema_": 1})
+    assert describe(caught.value) == "unknown key 'schema_'; allowed: schema"
