@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import FailFast, Field, ValidationError, WrapValidator, model_validator
+from pydantic import BeforeValidator, FailFast, Field, ValidationError, WrapValidator, model_validator
 
 from stack.api.inference import (
     MAX_MESSAGES,
@@ -23,6 +23,7 @@ from stack.api.wire import ModelId, Request, Wire, at_most, explain
 
 MAX_ROWS = 256
 # Of all rows together.
+MAX_BATCH_MESSAGES = 10_000
 MAX_BATCH_CHARACTERS = 16_000_000
 MAX_BATCH_ATTACHMENTS = 32
 
@@ -48,6 +49,14 @@ ChatRow = Annotated[Annotated[list[Message], FailFast(), Field(min_length=1), at
 TextRow = Annotated[Content, _Row]
 
 
+def _at_most_messages(rows: Any) -> Any:
+    """Refuses rows with too many messages together before any of them is looked at."""
+    count = sum(len(row) for row in rows if isinstance(row, list)) if isinstance(rows, list) else 0
+    if count > MAX_BATCH_MESSAGES:
+        raise ValueError(f"has {count} messages; allowed: at most {MAX_BATCH_MESSAGES}")
+    return rows
+
+
 def _require_size(contents: Iterable[Any]) -> None:
     """Raises ValueError for contents that are too great together. Those of refused rows do not count."""
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
@@ -64,7 +73,7 @@ class BatchChatCompletionRequest(Request):
     """Conversations, each with its own answer; all else is the same for all of them."""
 
     model: ModelId
-    messages_batch: Annotated[list[ChatRow], Field(min_length=1), at_most(MAX_ROWS)]
+    messages_batch: Annotated[list[ChatRow], Field(min_length=1), BeforeValidator(_at_most_messages), at_most(MAX_ROWS)]
     sampling_params: SamplingParams = SamplingParams()
     tools: Annotated[list[ToolDefinition], at_most(128)] = []
     tool_choice: ToolChoice = ToolChoice.auto

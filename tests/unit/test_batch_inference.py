@@ -13,6 +13,7 @@ from stack import batch_inference
 from stack.api.batch_inference import (
     MAX_BATCH_ATTACHMENTS,
     MAX_BATCH_CHARACTERS,
+    MAX_BATCH_MESSAGES,
     MAX_ROWS,
     BatchChatCompletionRequest,
     BatchCompletionRequest,
@@ -273,6 +274,11 @@ async def test_sampling_that_cannot_be_is_raised(context: Context, engine: Engin
         (lambda: chats(), "messages_batch: List should have at least 1 item"),
         (lambda: texts(*["a"] * (MAX_ROWS + 1)), "content_batch: has 257 entries; allowed: at most 256"),
         (lambda: chats(*[question()] * (MAX_ROWS + 1)), "messages_batch: has 257 entries; allowed: at most 256"),
+        (
+            lambda: chats(*[question() * 1_000] * 10, question()),
+            f"messages_batch: has 10001 messages; allowed: at most {MAX_BATCH_MESSAGES}",
+        ),
+        (lambda: chats(messages_batch="a"), "messages_batch: Input should be a valid list"),
         (lambda: texts("a", content_batch="a"), "content_batch: Input should be a valid list"),
         (lambda: texts("a", stream=True), "unknown key 'stream'"),
         (lambda: texts(*["x" * 1_000_000] * 17), f"17000000 characters; allowed: at most {MAX_BATCH_CHARACTERS}"),
