@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
@@ -44,6 +44,10 @@ def needs(scope: str) -> Any:
 
 JobUuid = Annotated[str, Query(max_length=100)]
 logger = logging.getLogger("ray.serve")
+T = TypeVar("T")
+
+
+LEFT = 499  # a status that nobody reads
 
 
 async def answer_to(request: Request, work: Coroutine[Any, Any, BaseModel | bytes]) -> Response:
@@ -51,15 +55,28 @@ async def answer_to(request: Request, work: Coroutine[Any, Any, BaseModel | byte
 
     A client that leaves before takes it along: the work is cancelled.
     """
+    answer = await _unless_left(request, work)
+    if answer is None:
+        return Response(status_code=LEFT)
+    content = answer if isinstance(answer, bytes) else answer.model_dump_json(exclude_none=True)
+    return Response(content, media_type="application/json")
+
+
+async def stream_to(request: Request, work: Coroutine[Any, Any, AsyncGenerator[bytes]]) -> Response:
+    """The stream that the work opens. A client that leaves takes it along, before it is open and after."""
+    events = await _unless_left(request, work)
+    return Response(status_code=LEFT) if events is None else event_stream(request, events)
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """What the work gives; None if the client left before, and the work is cancelled."""
     tasks = working, leaving = asyncio.create_task(work), asyncio.create_task(_leaves(request))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             leaving.result()
-            return Response(status_code=499)  # which nobody reads
-        answer = working.result()
-        content = answer if isinstance(answer, bytes) else answer.model_dump_json(exclude_none=True)
-        return Response(content, media_type="application/json")
+            return None
+        return working.result()
     finally:
         working.cancel()
         leaving.cancel()
@@ -102,8 +119,12 @@ def streams(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     return {200: {"content": {"text/event-stream": {"schema": schema}}}}
 
 
-async def as_events(items: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:
-    """Wire types as server-sent events."""
+async def as_events(opening: Coroutine[Any, Any, AsyncGenerator[BaseModel]]) -> AsyncGenerator[bytes]:
+    """A stream of wire types that is being opened, as server-sent events."""
+    return _as_events(await opening)
+
+
+async def _as_events(items: AsyncGenerator[BaseModel]) -> AsyncGenerator[bytes]:
     async with aclosing(items):
         async for item in items:
             yield b"data: " + item.model_dump_json(exclude_none=True).encode() + b"\n\n"

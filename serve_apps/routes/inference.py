@@ -3,7 +3,7 @@
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, answer_to, as_events, event_stream, needs, streams
+from serve_apps.routes.common import ContextOf, answer_to, as_events, needs, stream_to, streams
 from stack import embeddings, inference
 from stack.api.embeddings import EmbeddingsRequest, EmbeddingsResponse
 from stack.api.inference import (
@@ -26,9 +26,8 @@ router = APIRouter(prefix="/inference", tags=["inference"], dependencies=[needs(
 async def chat_completion(request: Request, context: ContextOf, body: ChatCompletionRequest) -> Response:
     """A model's answer to a conversation; with `stream`, as server-sent events."""
     if body.stream:
-        return event_stream(request, as_events(await inference.stream_chat_completion(context, body)))
-    answer = await inference.chat_completion(context, body)
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+        return await stream_to(request, as_events(inference.stream_chat_completion(context, body)))
+    return await answer_to(request, inference.chat_completion(context, body))
 
 
 @router.post(
@@ -39,9 +38,8 @@ async def chat_completion(request: Request, context: ContextOf, body: ChatComple
 async def completion(request: Request, context: ContextOf, body: CompletionRequest) -> Response:
     """The continuation of a text; with `stream`, as server-sent events."""
     if body.stream:
-        return event_stream(request, as_events(await inference.stream_completion(context, body)))
-    answer = await inference.completion(context, body)
-    return Response(answer.model_dump_json(exclude_none=True), media_type="application/json")
+        return await stream_to(request, as_events(inference.stream_completion(context, body)))
+    return await answer_to(request, inference.completion(context, body))
 
 
 @router.post("/embeddings", response_model=EmbeddingsResponse)

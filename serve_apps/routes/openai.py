@@ -6,7 +6,7 @@ import time
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from serve_apps.routes.common import ContextOf, answer_to, event_stream, needs, streams
+from serve_apps.routes.common import ContextOf, answer_to, needs, stream_to, streams
 from stack import embeddings, openai_chats
 from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
@@ -34,8 +34,8 @@ async def chat_completions(request: Request, context: ContextOf, body: OpenAICha
     """A model's answer to a conversation."""
     asked = body.model_dump(exclude_unset=True)
     if body.stream:
-        return event_stream(request, await openai_chats.stream(context, asked))
-    return Response(await openai_chats.answer(context, asked), media_type="application/json")
+        return await stream_to(request, openai_chats.stream(context, asked))
+    return await answer_to(request, openai_chats.answer(context, asked))
 
 
 @router.post("/completions", response_model=OpenAICompletion, responses=streams(OpenAICompletion))
@@ -43,8 +43,8 @@ async def completions(request: Request, context: ContextOf, body: OpenAICompleti
     """The continuation of a text."""
     asked = body.model_dump(exclude_unset=True)
     if body.stream:
-        return event_stream(request, await context.models.stream("completions", asked))
-    return Response(await context.models.answer("completions", asked), media_type="application/json")
+        return await stream_to(request, context.models.stream("completions", asked))
+    return await answer_to(request, context.models.answer("completions", asked))
 
 
 @router.post("/embeddings", response_model=OpenAIEmbeddingsResponse)

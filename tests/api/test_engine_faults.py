@@ -1,5 +1,6 @@
 """What clients see of an engine's faults, and what an engine sees of clients that leave."""
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from fastapi.testclient import TestClient
 from stack.errors import BadInput, EngineFailed, StackError, Unavailable
 from tests.api.envelope import checked, error_of, events_of
 from tests.api.test_inference import OPENAI_CHAT, STACK_CHAT, every_route, whole_and_streamed
+from tests.running_stack import wait_for
 from tests.scripted_engine import ScriptedEngine
 
 SECONDS = 5.0
@@ -148,5 +150,20 @@ def test_leaving_a_stream_closes_the_generation(
     ):
         lines = reply.iter_lines()
         assert any("Paris" in line for line in lines)
+        assert not engine.closed_early.is_set()
+    assert engine.closed_early.wait(SECONDS), "the engine goes on generating for nobody"
+
+
+@every_route
+@whole_and_streamed
+def test_leaving_before_the_answer_closes_the_generation(
+    server: int, engine: ScriptedEngine, path: str, body: dict[str, Any], stream: bool
+) -> None:
+    engine.fail("hang")
+    content = json.dumps(body | {"stream": stream}).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        wait_for(lambda: engine.asked, SECONDS)
         assert not engine.closed_early.is_set()
     assert engine.closed_early.wait(SECONDS), "the engine goes on generating for nobody"
