@@ -5,6 +5,7 @@ additions. Fields that OpenAI keeps for itself and that change nothing here are 
 `store` (false), `service_tier` (auto or default), `safety_identifier` and `prompt_cache_key`.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,8 @@ Token = Annotated[int, Field(ge=0, le=10_000_000)]
 ShortText = Annotated[str, Field(max_length=200)]
 Description = Annotated[str, Field(max_length=10_000)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+# Left out where it is null, which vLLM does not take.
+Name = Annotated[ShortText | None, Field(exclude_if=operator.not_)]
 # The key of what OpenAI's client sends back of an earlier answer, where it is empty; it tells an engine nothing.
 Empty = Annotated[None, Field(exclude=True)]
 
@@ -85,12 +88,13 @@ class StreamOptions(Wire):
     include_usage: bool = False
 
 
+_REQUIRED = ("model", "messages", "prompt")
 # vLLM's names of constraints in earlier releases, and what they are called now.
 _GUIDED = {f"guided_{kind}": kind for kind in ("json", "regex", "choice", "grammar")}
 
 
 class Sampled(Wire):
-    """What both kinds of completion have in common. `top_k` and below are vLLM's additions.
+    """What both kinds of completion have in common. `top_k` and below are vLLM's additions. null is as if not given.
 
     `guided_json`, `guided_regex`, `guided_choice` and `guided_grammar` are taken as those of `structured_outputs`.
     """
@@ -125,6 +129,13 @@ class Sampled(Wire):
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
     structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or None not in value.values():
+            return value
+        return {key: one for key, one in value.items() if one is not None or key in _REQUIRED}
 
     @model_validator(mode="before")
     @classmethod
@@ -206,13 +217,13 @@ UserContent = Annotated[
 class OpenAISystemMessage(Wire):
     role: Literal["developer", "system"]
     content: TextContent
-    name: ShortText | None = None
+    name: Name = None
 
 
 class OpenAIUserMessage(Wire):
     role: Literal["user"]
     content: UserContent
-    name: ShortText | None = None
+    name: Name = None
 
 
 class OpenAIFunctionCall(Wire):
@@ -233,8 +244,8 @@ class OpenAIAssistantMessage(Wire):
 
     role: Literal["assistant"]
     content: TextContent | None = None
-    name: ShortText | None = None
-    tool_calls: Annotated[list[OpenAIToolCall], at_most(MAX_TOOLS)] | None = None
+    name: Name = None
+    tool_calls: Annotated[list[OpenAIToolCall] | None, at_most(MAX_TOOLS), Field(exclude_if=operator.not_)] = None
     refusal: Empty = None
     annotations: Annotated[list[Any] | None, Field(max_length=0, exclude=True)] = None
     audio: Empty = None
@@ -255,7 +266,7 @@ class OpenAIToolMessage(Wire):
     role: Literal["tool"]
     content: TextContent
     tool_call_id: ShortText
-    name: ShortText | None = None
+    name: Name = None
 
 
 _ROLES = {

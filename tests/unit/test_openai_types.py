@@ -60,7 +60,6 @@ TAKEN: list[dict[str, Any]] = [
     {"tools": [tool(), tool("other", description="d", strict=True)], "parallel_tool_calls": False},
     *({"tools": [tool()], "tool_choice": choice} for choice in ("none", "auto", "required", named("get_weather"))),
     {"tool_choice": "none"},
-    {"tools": None, "tool_choice": None},
     *({"response_format": {"type": kind}} for kind in ("text", "json_object")),
     {
         "response_format": {
@@ -113,9 +112,18 @@ def test_what_is_taken_and_changes_nothing_does_not_reach_the_engine(fields: dic
     assert engine_body(CHAT | fields) == CHAT
 
 
+@pytest.mark.parametrize("kind", [OpenAIChatCompletionRequest, OpenAICompletionRequest])
+def test_null_is_as_if_not_given(kind: type[OpenAIChatCompletionRequest | OpenAICompletionRequest]) -> None:
+    body = CHAT if kind is OpenAIChatCompletionRequest else TEXT
+    nulls = {name: None for name, field in kind.model_fields.items() if not field.is_required()}
+    assert len(nulls) > 20
+    assert kind.model_validate(nulls | body).model_dump(exclude_unset=True) == body
+
+
 def test_an_answer_can_be_sent_back_as_it_came() -> None:
     answer = {"role": "assistant", "content": "Paris."}
-    empty = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "reasoning"))
+    empty = dict.fromkeys(("name", "refusal", "annotations", "audio", "function_call", "reasoning"))
+    empty |= {"tool_calls": []}
     assert engine_body(CHAT | {"messages": [QUESTION, answer | empty, QUESTION]})["messages"] == [
         QUESTION,
         answer,
@@ -174,6 +182,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "system", "content": [IMAGE]}]}, "messages.0.content.0: unknown key 'image_url'"),
     (said(), "messages.0: has neither content nor tool_calls"),
     (said(content=None, tool_calls=[]), "messages.0: has neither content nor tool_calls"),
+    ({"model": None}, "model: Input should be a valid string, not None"),
+    ({"messages": None}, "messages: Input should be a valid list, not None"),
     (said(content="a", refusal="no"), "messages.0.refusal: Input should be None, not 'no'"),
     (said(content="a", annotations=["x"]), "messages.0.annotations: "),
     (said(tool_calls=[CALL] * 129), "messages.0.tool_calls: has 129 entries; allowed: at most 128"),
