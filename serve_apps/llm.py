@@ -26,6 +26,7 @@ from vllm.exceptions import VLLMClientError
 
 from serve_apps.grammar_guard import GrammarGuard
 from serve_apps.prefix_router import PrefixRouter
+from stack.api.openai import MAX_STOPS
 from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
 from stack.channel import Sender, Target
@@ -61,7 +62,7 @@ class ModelApplication(Wire):
 
 def engine_config(model: LanguageModel) -> LLMConfig:
     """How ray.serve.llm sets up the engines of a model. Nothing of the model is read yet."""
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS)}
     if not model.gpus:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.kv_cache_gb)
     bundle: dict[str, float] = {"GPU": 1} if model.gpus else {"CPU": model.cpus}
@@ -166,7 +167,7 @@ class LLM(LLMServer):
         except ValidationError as error:
             yield Failure(400, describe(error))
             return
-        except VLLMClientError as error:
+        except (VLLMClientError, ValueError) as error:  # the latter for a picture that cannot be decoded, for one
             yield Failure(400, str(error))
             return
         except StackError as error:

@@ -33,7 +33,7 @@ from stack.api.messages import (
     UserMessage,
     text_of,
 )
-from stack.attachments import openai_content
+from stack.attachments import openai_content, resolve_text
 from stack.chats import Chat
 from stack.context import Context
 from stack.errors import BadInput
@@ -88,7 +88,7 @@ async def stream_chat_completion(
 
 async def completion(context: Context, request: CompletionRequest) -> CompletionResponse:
     """The continuation of a text, whole. Raises as `chat_completion` does."""
-    answer = json.loads(await context.models.answer("completions", completion_body(request)))
+    answer = json.loads(await context.models.answer("completions", completion_body(await _as_text(request))))
     choice = answer["choices"][0]
     message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice))
     return CompletionResponse(completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None)
@@ -98,7 +98,7 @@ async def stream_completion(
     context: Context, request: CompletionRequest
 ) -> AsyncGenerator[CompletionResponseStreamChunk]:
     """The continuation of a text in chunks, of which the last one has the stop reason."""
-    items = await context.models.stream("completions", completion_body(request))
+    items = await context.models.stream("completions", completion_body(await _as_text(request)))
     return _text_chunks(items, wants_logprobs=request.logprobs is not None)
 
 
@@ -175,6 +175,13 @@ def sampling_body(params: SamplingParams) -> dict[str, Any]:
     if params.repetition_penalty:
         body["repetition_penalty"] = params.repetition_penalty
     return body
+
+
+async def _as_text(request: CompletionRequest) -> CompletionRequest:
+    """The request with its attachments in place, as text."""
+    if isinstance(request.content, str):
+        return request
+    return request.model_copy(update={"content": await resolve_text(request.content)})
 
 
 async def _prepared(context: Context, request: ChatCompletionRequest) -> Chat:

@@ -192,6 +192,20 @@ def test_an_attachment_may_be_context_or_the_answer_of_a_tool(client: TestClient
     assert "Attachment (text/csv):\na,b" in str(asked(engine)[-1]["content"])
 
 
+@streamed_and_not
+def test_a_text_with_an_attachment_is_continued(client: TestClient, engine: ScriptedEngine, stream: bool) -> None:
+    content = ["The sum of", {"content": "https://example.org/a.csv", "mime_type": "text/csv"}]
+    ask(client, "/inference/completion", {"model": "small", "content": content}, stream)
+    (one,) = engine.asked
+    assert one.body["prompt"] == "The sum of\n\nAttachment a.csv (text/csv):\na,b\n1,2"
+
+
+def test_an_image_is_not_continued_as_a_text(client: TestClient) -> None:
+    body = {"model": "seeing", "content": {"content": PNG, "mime_type": "image/png"}}
+    error = error_of(client.post("/inference/completion", json=body), 400)
+    assert (error["param"], "image" in error["message"]) == ("content", True)
+
+
 @pytest.mark.parametrize(
     ("content", "param", "words"),
     [
