@@ -35,7 +35,7 @@ class _Verdict:
 
 
 class GrammarGuard:
-    """Tries what constrains an answer in a process of its own, which is started for the first one.
+    """Tries what constrains an answer in a process of its own, which is started for the first one, or by `start`.
 
     At most PLACES are tried at once, others wait for at most WAIT_S. What is known is not tried again.
     """
@@ -47,6 +47,10 @@ class GrammarGuard:
         self._places = asyncio.Semaphore(PLACES)
         self._known: OrderedDict[bytes, _Verdict] = OrderedDict()
         self._trying: dict[bytes, asyncio.Task[_Verdict]] = {}
+
+    async def start(self) -> None:
+        """Starts the process, which takes seconds, so that the first request need not wait. Raises Unavailable."""
+        await self._running()
 
     async def check_body(self, body: dict[str, Any]) -> None:
         """`check` of what constrains the answer of a request in OpenAI's shape, if something does."""
@@ -91,7 +95,13 @@ class GrammarGuard:
 
     async def _try(self, kind: str, text: str) -> _Verdict:
         async with self._place():
-            problem = await (await self._running()).problem_of(kind, text)
+            compiler = await self._running()
+            try:
+                problem = await compiler.problem_of(kind, text)
+            except Unavailable:
+                if not compiler.has_ended:
+                    raise
+                problem = await (await self._running()).problem_of(kind, text)
         slow = problem == grammar_compiler.TOO_SLOW
         return _Verdict(problem, time.monotonic() + REMEMBER_SLOW_S if slow else float("inf"))
 
@@ -145,12 +155,9 @@ class _Compiler:
         self._loop = asyncio.get_running_loop()
         self._writing = threading.Lock()
         self._last_id = 0
+        self.has_ended = False
         self._waiting: dict[int, asyncio.Future[str | None]] = {0: self._loop.create_future()}
         threading.Thread(target=self._read, name="grammar-guard", daemon=True).start()
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
 
     async def ready(self) -> None:
         await self._answer(0, START_S)
@@ -164,10 +171,12 @@ class _Compiler:
             await asyncio.to_thread(self._write, line)
         except OSError as error:
             self._waiting.pop(number).cancel()
+            self.close()
             raise Unavailable("the process that compiles grammars has ended") from error
         return await self._answer(number, ANSWER_S)
 
     def close(self) -> None:
+        self.has_ended = True
         self._process.kill()
 
     async def _answer(self, id: int, seconds: float) -> str | None:
@@ -209,6 +218,7 @@ class _Compiler:
             waiting.set_result(problem)
 
     def _end(self) -> None:
+        self.has_ended = True
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(Unavailable("the process that compiles grammars has ended"))

@@ -16,8 +16,9 @@ import pytest
 import pytest_asyncio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from serve_apps.grammar_guard import GrammarGuard
-from stack.errors import BadInput
+from serve_apps import grammar_guard
+from serve_apps.grammar_guard import PLACES, GrammarGuard
+from stack.errors import BadInput, Unavailable
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -76,7 +77,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def guard(model: Path) -> AsyncIterator[GrammarGuard]:
     guard = GrammarGuard(model)
-    await guard.check({"regex": "a"})
+    await guard.start()
     yield guard
     guard.close()
 
@@ -147,6 +148,18 @@ async def test_costly_ones_at_once_do_not_keep_a_good_one_out(guard: GrammarGuar
     assert time.monotonic() - begin < 3.5
 
 
+async def test_where_all_places_are_taken_one_is_told_to_try_again(
+    guard: GrammarGuard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking = [asyncio.create_task(refusal(guard, {"regex": f"(.{{1,9{n}}}){{1,95}}"})) for n in range(PLACES)]
+    await asyncio.sleep(0)
+    monkeypatch.setattr(grammar_guard, "WAIT_S", 0.1)
+    with pytest.raises(Unavailable, match="too many grammars are compiled"):
+        await guard.check({"regex": "one more"})
+    await asyncio.gather(*checking)
+    await guard.check({"regex": "one more"})
+
+
 async def test_whoever_leaves_does_not_take_the_answer_from_another(guard: GrammarGuard) -> None:
     first, second = (asyncio.create_task(guard.check({"regex": "shared[0-9]{1,50}"})) for _ in range(2))
     await asyncio.sleep(0)
@@ -171,7 +184,7 @@ async def test_what_is_known_is_not_tried_again(guard: GrammarGuard) -> None:
 async def test_a_process_that_has_died_is_replaced(model: Path) -> None:
     others = compilers()
     guard = GrammarGuard(model)
-    await guard.check({"regex": "a"})
+    await guard.start()
     (compiler,) = (one for one in compilers() if one not in others)
     compiler.kill()
     await asyncio.to_thread(compiler.wait, 10)
