@@ -3,6 +3,7 @@
 Applications that were started so are no part of a Serve config file: `serve deploy` leaves them alone.
 """
 
+import re
 from typing import Any
 
 import ray
@@ -19,6 +20,8 @@ from stack.errors import BadInput, StackError, Unavailable
 # An application is built in a process of its own, which has to import vLLM.
 BUILD_S = 300.0
 MAX_REASON = 1_000
+# How the last line of a traceback begins.
+_ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception)\b", re.MULTILINE)
 _STATES = {
     ApplicationStatus.NOT_STARTED: ModelState.starting,
     ApplicationStatus.DEPLOYING: ModelState.starting,
@@ -46,9 +49,9 @@ class ServeDeployer:
         except RayTaskError as error:
             if isinstance(error.cause, StackError):
                 raise error.cause from error
-            raise BadInput(f"the model {model.id!r} cannot be built: {_last_line(str(error.cause))}") from error
+            raise BadInput(f"the model {model.id!r} cannot be built: {reason_in(str(error.cause))}") from error
         except RayError as error:
-            raise Unavailable(f"the model {model.id!r} could not be built: {_last_line(str(error))}") from error
+            raise Unavailable(f"the model {model.id!r} could not be built: {reason_in(str(error))}") from error
 
     def delete(self, id: str) -> None:
         try:
@@ -67,14 +70,18 @@ def _deploy(name: str, args: dict[str, Any]) -> None:
 
 
 def application_of(overview: ApplicationStatusOverview) -> Application:
-    """The state of an application in Serve's own words, with the last line of why, if something is wrong."""
+    """The state of an application in Serve's own words, with the error for which it does not run, if there is one."""
     deployments = overview.deployments.values()
     running = sum(count for one in deployments for state, count in one.replica_states.items() if state == "RUNNING")
     state = _STATES[overview.status]
-    messages = [message for message in (overview.message, *(one.message for one in deployments)) if message.strip()]
-    return Application(state, running, _last_line(messages[-1]) if messages else None)
+    if state not in (ModelState.starting, ModelState.failed):
+        return Application(state, running)  # of what is well, Serve says how it scales
+    messages = [message for message in (*(one.message for one in deployments), overview.message) if message.strip()]
+    return Application(state, running, reason_in(messages[0]) if messages else None)
 
 
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][-MAX_REASON:] if lines else "for no reason that was told"
+def reason_in(message: str) -> str:
+    """The error at the end of a message that may hold a traceback, in one line."""
+    errors = list(_ERROR.finditer(message))
+    words = " ".join(message[errors[-1].start() if errors else 0 :].split())
+    return words if len(words) <= MAX_REASON else words[: MAX_REASON - 1] + "…"

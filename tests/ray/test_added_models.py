@@ -99,6 +99,7 @@ def test_a_model_that_cannot_start_says_why_and_goes(client: httpx.Client, stack
     broken = listed(client, "broken")
     assert broken is not None
     assert broken["state"] in ("starting", "failed")
+    assert "tokenizer" in broken["reason"]
     assert client.get("/health").status_code == 200
     remove(client, "broken")
     wait_for(lambda: listed(client, "broken") is None, STOP_S, lambda: listed(client, "broken"))
