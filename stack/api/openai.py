@@ -81,6 +81,11 @@ class ResponseFormat(Wire):
         return self
 
 
+def _is_text(response_format: ResponseFormat | None) -> bool:
+    """Whether it asks for what an answer is anyway; then there is nothing that an engine has to heed."""
+    return response_format is None or response_format.type == "text"
+
+
 # What both kinds of completion have in common
 
 
@@ -117,7 +122,7 @@ class Sampled(Wire):
         ]
         | None
     ) = None
-    response_format: ResponseFormat | None = None
+    response_format: Annotated[ResponseFormat | None, Field(exclude_if=_is_text)] = None
     user: Annotated[str, Field(max_length=1_000)] | None = None
     top_k: Annotated[int, Field(ge=0, le=100_000)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -151,7 +156,7 @@ class Sampled(Wire):
     def _fits_together(self) -> "Sampled":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options need stream: true")
-        if self.structured_outputs is not None and self.response_format is not None:
+        if self.structured_outputs is not None and not _is_text(self.response_format):
             raise ValueError("holds both response_format and structured_outputs; allowed: one of them")
         return self
 

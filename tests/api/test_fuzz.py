@@ -146,6 +146,7 @@ PLAIN: dict[str, dict[str, Any]] = {
         "tool_choice": {"type": "function", "function": {"name": "f"}},
         "stop": ["a"],
         "logit_bias": {"1": 1},
+        "response_format": {"type": "text"},
         "stream": True,
         "stream_options": {"include_usage": True},
     },
