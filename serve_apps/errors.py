@@ -16,6 +16,24 @@ from stack.errors import BadInput, NotFound, StackError
 from stack.store import faults
 
 MAX_PROBLEMS = 5
+# `envelope`, as the OpenAPI document has it.
+ENVELOPE_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["code", "message", "type", "param", "request_id"],
+            "properties": {
+                "code": {"type": "string"},
+                "message": {"type": "string", "description": "Names the wrong value and what is allowed."},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"], "description": "The field at fault."},
+                "request_id": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
 logger = logging.getLogger("ray.serve")
 
 

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
-from serve_apps.errors import add_error_handlers
+from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
@@ -118,7 +118,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         app.add_middleware(Trace)
     app.add_middleware(Measure, metrics=app.state.metrics)
     app.add_middleware(RequestId)
-    _drop_422(app)
+    _document_errors(app)
     return app
 
 
@@ -130,8 +130,8 @@ def _larger_bodies(config: Config) -> dict[str, int]:
     }
 
 
-def _drop_422(app: FastAPI) -> None:
-    """FastAPI documents 422 for every route that takes input; here such input is answered with 400.
+def _document_errors(app: FastAPI) -> None:
+    """Puts the one shape of errors into the OpenAPI document, in the place of FastAPI's own, which is for 422 only.
 
     It does not know of the keys either.
     """
@@ -140,13 +140,19 @@ def _drop_422(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = original()
+            schema = {"$ref": "#/components/schemas/Error"}
             for methods in document["paths"].values():
                 for operation in methods.values():
                     operation["responses"].pop("422", None)
+                    error = {"description": "An error", "content": {"application/json": {"schema": schema}}}
+                    operation["responses"]["default"] = error
+            document["components"]["schemas"]["Error"] = ENVELOPE_SCHEMA
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             document["security"] = [{"key": []}]
             for path in Authenticate.OPEN & document["paths"].keys():
-                document["paths"][path]["get"]["security"] = []
+                operation = document["paths"][path]["get"]
+                operation["security"] = []
+                del operation["responses"]["default"]  # a stack that starts says so in its own words
             for name in ("HTTPValidationError", "ValidationError"):
                 document["components"]["schemas"].pop(name, None)
             app.openapi_schema = document

@@ -400,6 +400,7 @@ def test_the_openapi_document_has_every_route_and_no_422(client: TestClient) -> 
     for methods in document["paths"].values():
         for operation in methods.values():
             assert "422" not in operation["responses"]
+            assert ("default" in operation["responses"]) == (operation.get("security") != [])
             assert operation.get("description")
     assert "ValidationError" not in json.dumps(document)
     assert client.get("/openapi.json").json() == document
