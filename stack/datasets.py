@@ -410,7 +410,8 @@ def _plain(message: Message) -> dict[str, Any]:
     contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
     for content in contents:
         text_of(content)
-    return openai_message(message)
+    # Without the tool's name, which would stand, empty, in all messages of an Arrow column, and in what templates see.
+    return {key: value for key, value in openai_message(message).items() if key != "name"}
 
 
 def _example_problem(number: int, row: dict[str, Any], column: str | None) -> str | None:
