@@ -23,7 +23,7 @@ STEPS = 64  # tokens that are chosen on trial
 MAX_MASK_MS = 10  # to find out which tokens may follow, on average
 MAX_PROBLEM_CHARACTERS = 300
 
-TOO_SLOW = f"takes longer than {SECONDS} s to compile"
+TOO_SLOW = f"takes longer than {SECONDS} s to compile; bounds of repetitions (maxLength, {{1,100}}) cost the most"
 TOO_LARGE = f"needs more than {MEMORY_BYTES // 2**20} MB to be compiled"
 _EBNF_RULE = re.compile(r"^(?:(?!#|//).)*::=", re.MULTILINE)  # outside of a comment; Lark's rules have a colon
 _PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] |\S+\.(cc|h|py):\d+:? ?|^(Error|Warning): ")
@@ -110,13 +110,18 @@ def _try(tokens: Any, grammar: Any) -> str | None:
     for step in range(STEPS):
         mask.fill(-1)
         matcher.fill_next_token_bitmask(mask)
-        allowed = numpy.flatnonzero(numpy.unpackbits(mask.view(numpy.uint8), bitorder="little"))
-        going_on = numpy.setdiff1d(allowed, tokens.stop_token_ids)
-        choices = going_on if len(going_on) else allowed
-        if not len(choices):
+        allowed = numpy.unpackbits(mask.view(numpy.uint8), bitorder="little")[: tokens.vocab_size]
+        ends = allowed[tokens.stop_token_ids].any()
+        allowed[tokens.stop_token_ids] = 0
+        choices = numpy.flatnonzero(allowed)
+        if not len(choices) and not ends:
             return "is fit by no text"
-        if not matcher.accept_token(int(choices[(step * 7_919) % len(choices)])) or matcher.is_terminated():
-            break
+        if (
+            not len(choices)
+            or not matcher.accept_token(int(choices[(step * 7_919) % len(choices)]))
+            or matcher.is_terminated()
+        ):
+            break  # at the end of a text
     milliseconds = (time.thread_time() - begin) / (step + 1) * 1_000
     if milliseconds > MAX_MASK_MS:
         return f"takes {milliseconds:.0f} ms for each token; allowed: at most {MAX_MASK_MS}"
