@@ -249,13 +249,20 @@ def free_port() -> int:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """All processes whose STACK_HOME is this folder."""
-    found = []
+    """All processes whose STACK_HOME is this folder, and theirs: who sets a long title overwrites its environment."""
+    found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended, or is another user's
-            if process.environ().get("STACK_HOME") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+            if process.environ().get("STACK_HOME") == str(folder):
+                found |= {one.pid: one for one in (process, *process.children(recursive=True))}
+    return [process for process in found.values() if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def command_of(process: psutil.Process) -> str:
