@@ -24,17 +24,19 @@ from ray.serve.request_router import (
 BLOCK = 256
 MAX_BLOCKS = 128
 # How many beginnings are remembered: those that were used last.
-MAX_REMEMBERED = 100_000
+REMEMBERED = 100_000
 
 
 class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
     """Prefers the replica that has seen most of a prompt's beginning. Otherwise the less busy one of two at random.
 
-    A replica that works on more than `slack` requests more than the least busy one is not preferred.
+    A replica that works on more than `slack` requests more than the least busy one is not preferred. Ray Serve
+    hands this module on as a copy, so nothing here is to be changed from outside.
     """
 
-    def initialize_state(self, slack: int = 16) -> None:  # type: ignore[override]  # as Ray means it
+    def initialize_state(self, slack: int = 16, remembered: int = REMEMBERED) -> None:  # type: ignore[override]  # as Ray means it
         self._slack = slack
+        self._remembered = remembered
         self._homes: OrderedDict[int, ReplicaID] = OrderedDict()
         self._loads: dict[ReplicaID, int] = {}
 
@@ -55,7 +57,7 @@ class PrefixRouter(LocalityMixin, MultiplexMixin, RequestRouter):
         for beginning in beginnings(pending_request):
             self._homes[beginning] = replica_id
             self._homes.move_to_end(beginning)
-        while len(self._homes) > MAX_REMEMBERED:
+        while len(self._homes) > self._remembered:
             self._homes.popitem(last=False)
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:

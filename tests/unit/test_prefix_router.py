@@ -12,7 +12,6 @@ with warnings.catch_warnings():
     from ray.serve._private.common import DeploymentHandleSource, DeploymentID, RequestMetadata
     from ray.serve.request_router import PendingRequest, ReplicaID
 
-    from serve_apps import prefix_router
     from serve_apps.prefix_router import BLOCK, MAX_BLOCKS, PrefixRouter, beginnings, prompt_of
 
 DEPLOYMENT = DeploymentID(name="LLM:small", app_name="small")
@@ -153,8 +152,8 @@ async def test_one_replica_gets_everything(router: PrefixRouter) -> None:
     assert await chosen(router, request(SYSTEM)) == [["a"]]
 
 
-async def test_only_so_much_is_remembered(router: PrefixRouter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_router, "MAX_REMEMBERED", 2)
+async def test_only_so_much_is_remembered(router: PrefixRouter) -> None:
+    router.initialize_state(slack=4, remembered=2)
     for text in ("one", "two", "three"):
         routed(router, request(prompt=text), "a")
     assert len(await chosen(router, request(prompt="one"))) == 1
