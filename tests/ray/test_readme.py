@@ -1,5 +1,6 @@
 """The examples of the README and of docs/, run as they stand, in their order."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from tests.running_stack import Stack, ended
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "jobs-and-data.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "inference.md", ROOT / "docs" / "jobs-and-data.md"]
 EXAMPLES = [
     example
     for page in PAGES
@@ -32,7 +33,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 11
+    assert len(outputs) == 17
     for output in outputs[:4]:
         assert "Paris" in output
 
@@ -48,22 +49,34 @@ def test_the_jobs_by_file_are_completed(client: httpx.Client, outputs: list[str]
     assert ended(client, "post_training", "example-tune")["status"] == "completed"
 
 
+def test_answers_are_calls_shapes_vectors_batches_and_read_attachments(outputs: list[str]) -> None:
+    (call,) = json.loads(outputs[7])["completion_message"]["tool_calls"]
+    assert (call["tool_name"], type(call["arguments"]["celsius"])) == ("get_weather", bool)
+    assert set(json.loads(outputs[8])) == {"city", "inhabitants"}
+    assert outputs[9].startswith('{"embeddings":[[')
+    assert outputs[10].startswith("2 384 ")
+    batch = json.loads(outputs[11])
+    assert "Paris" in batch["completion_message_batch"][0]["content"]
+    assert [error["index"] for error in batch["errors"]] == [1]
+    assert "Fred" in outputs[12]
+
+
 def test_a_compressed_csv_file_becomes_a_data_set(outputs: list[str]) -> None:
-    assert '"rows":4' in outputs[7]
-    assert "Bonjour" in outputs[7]
+    assert '"rows":4' in outputs[13]
+    assert "Bonjour" in outputs[13]
 
 
 def test_a_job_is_followed_to_its_end(outputs: list[str]) -> None:
-    assert "step 6/6" in outputs[8]
-    assert '"status":"completed"' in outputs[8]
-    assert "tensorboard/" in outputs[8]
+    assert "step 6/6" in outputs[14]
+    assert '"status":"completed"' in outputs[14]
+    assert "tensorboard/" in outputs[14]
 
 
 def test_metrics_logs_and_files_are_kept_and_found(outputs: list[str]) -> None:
-    assert '"value":0.38' in outputs[9]
-    assert outputs[9].count("looked at 20 answers") == 1
-    assert outputs[9].endswith("looked")
+    assert '"value":0.38' in outputs[15]
+    assert outputs[15].count("looked at 20 answers") == 1
+    assert outputs[15].endswith("looked")
 
 
 def test_prometheus_is_served(outputs: list[str]) -> None:
-    assert "# TYPE" in outputs[10]
+    assert "# TYPE" in outputs[16]
