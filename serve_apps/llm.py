@@ -139,6 +139,8 @@ class LLM(LLMServer):
         self._sender = Sender()
         self._guard = GrammarGuard(Path(llm_config.model_loading_config.model_source))
         await super().__init__(llm_config, **options)
+        # It takes seconds, for which the first request with a constraint would have to wait.
+        await self._guard.start()
 
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes | Failure:
         """The whole answer to an OpenAI request, or why it is refused."""

@@ -6,7 +6,8 @@ tool must be called. What it answers is read by an AnswerParser.
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,29 @@ async def prepare(context: Context, body: dict[str, Any], style: ToolStyle = "js
         )
     prompt_format = (await context.models.find(body["model"])).base.prompt_format
     return Chat(rest | chat_body(prompt_format, messages, use), prompt_format, use)
+
+
+async def answer(context: Context, chat: Chat) -> bytes:
+    """The engine's answer, whole: JSON in OpenAI's shape. Raises as stack.models.Models.answer does."""
+    with _tools_named(chat):
+        return await context.models.answer("chat", chat.body)
+
+
+async def stream(context: Context, chat: Chat) -> AsyncGenerator[bytes]:
+    """The engine's answer as server-sent events. Raises as stack.models.Models.stream does."""
+    with _tools_named(chat):
+        return await context.models.stream("chat", chat.body)
+
+
+@contextmanager
+def _tools_named(chat: Chat) -> Iterator[None]:
+    """A constraint that nobody wrote but this module is refused by the name of what it was made of: the tools."""
+    try:
+        yield
+    except BadInput as error:
+        if error.param == "structured_outputs" and chat.use is not None and chat.use.is_forced:
+            raise BadInput(f"the tools' parameters: {error.message}", param="tools") from error
+        raise
 
 
 def _is_text_alone(message: Mapping[str, Any]) -> bool:

@@ -60,7 +60,7 @@ async def chat_completion(context: Context, request: ChatCompletionRequest) -> C
     in the message's content.
     """
     chat = await _prepared(context, request)
-    answer = json.loads(await context.models.answer("chat", chat.body))
+    answer = json.loads(await chats.answer(context, chat))
     choice = answer["choices"][0]
     pieces = _pieces(chat, choice["message"]["content"] or "")
     message = CompletionMessage(
@@ -82,7 +82,7 @@ async def stream_chat_completion(
     the iterator.
     """
     chat = await _prepared(context, request)
-    items = await context.models.stream("chat", chat.body)
+    items = await chats.stream(context, chat)
     return _chat_events(chat, items, wants_logprobs=request.logprobs is not None)
 
 

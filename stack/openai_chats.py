@@ -16,7 +16,7 @@ _DONE = b"data: [DONE]\n\n"
 async def answer(context: Context, body: dict[str, Any]) -> bytes:
     """The JSON of a chat completion. Raises NotFound for an unknown model, BadInput, TooManyRequests, Unavailable."""
     chat = await chats.prepare(context, body)
-    given = await context.models.answer("chat", chat.body)
+    given = await chats.answer(context, chat)
     if chat.use is None:
         return given
     completion = json.loads(given)
@@ -28,7 +28,7 @@ async def answer(context: Context, body: dict[str, Any]) -> bytes:
 async def stream(context: Context, body: dict[str, Any]) -> AsyncGenerator[bytes]:
     """The server-sent events of a chat completion. Raises as `answer` does before it returns."""
     chat = await chats.prepare(context, body)
-    given = await context.models.stream("chat", chat.body)
+    given = await chats.stream(context, chat)
     return given if chat.use is None else _with_calls(chat, given)
 
 

@@ -7,6 +7,7 @@ import pytest
 from stack import chats
 from stack.context import Context
 from stack.errors import BadInput, NotFound
+from tests.scripted_engine import ScriptedEngine
 
 QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 WEATHER = {
@@ -90,3 +91,15 @@ async def test_an_unknown_model_is_not_found(context: Context) -> None:
 
 def test_call_ids_differ() -> None:
     assert len({chats.new_call_id() for _ in range(1_000)}) == 1_000
+
+
+@pytest.mark.parametrize(("choice", "param"), [("required", "tools"), ("auto", "structured_outputs")])
+async def test_what_the_engine_refuses_of_required_tools_is_blamed_on_them(
+    context: Context, engine: ScriptedEngine, choice: str, param: str
+) -> None:
+    engine.fail(BadInput("the JSON schema takes too long", param="structured_outputs"))
+    for stream, ask in ((False, chats.answer), (True, chats.stream)):
+        chat = await chats.prepare(context, body(tools=[WEATHER], tool_choice=choice, stream=stream))
+        with pytest.raises(BadInput, match="too long") as caught:
+            await ask(context, chat)
+        assert caught.value.param == param
