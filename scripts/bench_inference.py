@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench_servers import (
+    ENGINE,
     INGRESS,
     MODEL,
     OTHER,
@@ -76,7 +77,7 @@ class Measured:
     """What a load found at a server.
 
     A gap is the time between two arrivals of text, which may be of several tokens. The CPU seconds are of the server
-    without its engine; `parts` tells whose they are. All times are in milliseconds.
+    without its engine; `parts` tells whose they are, and has the engine's beside them. All times are in milliseconds.
     """
 
     server: str
@@ -236,6 +237,7 @@ def measured(
     thousands = found.tokens / 1_000
     per_1000 = {part: parts.get(part, 0.0) / thousands for part in PARTS}
     per_1000[MODEL] = max(0.0, per_1000[MODEL] - engine_cpu_per_1000_tokens)
+    engine = parts.get(ENGINE, 0.0) / thousands + engine_cpu_per_1000_tokens
     first = [1_000 * one.first_s for one in found.requests if one.first_s is not None]
     gaps = [1_000 * gap for one in found.requests for gap in one.gaps_s]
     return Measured(
@@ -248,7 +250,7 @@ def measured(
         gap_p50=percentile(gaps, 50),
         gap_p99=percentile(gaps, 99),
         cpu_per_1000_tokens=sum(per_1000.values()),
-        parts_per_1000_tokens=per_1000,
+        parts_per_1000_tokens=per_1000 | {ENGINE: engine},
         peak_mb=peak_mb,
         generator_cpu_per_1000_tokens=found.cpu_seconds / thousands,
     )
@@ -332,9 +334,12 @@ def _row(peer: Measured, ours: Measured, name: str, unit: str, field: str, **tar
 
 def write_parts(measured: Sequence[Measured]) -> str:
     """A table in Markdown of whose the CPU seconds are."""
-    lines = [f"| | {' | '.join(PARTS)} | all | load generator |", f"| --- |{' ---: |' * (len(PARTS) + 2)}"]
+    lines = [f"| | {' | '.join(PARTS)} | all of these | engine | load generator |"]
+    lines.append(f"| --- |{' ---: |' * (len(PARTS) + 3)}")
     for one in measured:
-        seconds = [*one.parts_per_1000_tokens.values(), one.cpu_per_1000_tokens, one.generator_cpu_per_1000_tokens]
+        parts = one.parts_per_1000_tokens
+        seconds = [*(parts[part] for part in PARTS), one.cpu_per_1000_tokens]
+        seconds += [parts[ENGINE], one.generator_cpu_per_1000_tokens]
         lines.append(f"| {one.server}, {one.load.streams} | {' | '.join(f'{value:.3f}' for value in seconds)} |")
     return "\n".join(lines)
 

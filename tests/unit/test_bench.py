@@ -104,10 +104,12 @@ def test_an_answer_is_measured_and_the_engine_is_taken_off() -> None:
     one = measured_of(2_000, 0.5, {PROXY: 0.2, INGRESS: 0.4, MODEL: 0.6, OTHER: 0.1, bench_servers.ENGINE: 7.0})
     assert (one.tokens_per_second, one.requests_per_second) == (1_000, 1)
     assert (one.ttft_p50, one.gap_p50, one.gap_p99) == (500, 30, 40)
-    assert one.parts_per_1000_tokens == {PROXY: 0.1, INGRESS: 0.2, MODEL: pytest.approx(0.25), OTHER: 0.05}
+    assert one.parts_per_1000_tokens == {
+        PROXY: 0.1, INGRESS: 0.2, MODEL: pytest.approx(0.25), OTHER: 0.05, bench_servers.ENGINE: 3.55
+    }  # fmt: skip
     assert one.cpu_per_1000_tokens == pytest.approx(0.6)
     assert one.generator_cpu_per_1000_tokens == 0.25
-    assert "| one, 8 | 0.100 | 0.200 | 0.250 | 0.050 | 0.600 | 0.250 |" in bench_inference.write_parts([one])
+    assert "| one, 8 | 0.100 | 0.200 | 0.250 | 0.050 | 0.600 | 3.550 | 0.250 |" in bench_inference.write_parts([one])
 
 
 def test_what_is_found_is_one_text() -> None:
