@@ -189,6 +189,7 @@ def running(name: str, command: list[str], folder: Path, port: int, path: str, *
     """
     made = prepared_home(folder)
     environment = os.environ | settings | {"STACK_HOME": str(made), "HF_HUB_OFFLINE": "1"}
+    environment["RAY_worker_niceness"] = "0"  # Ray's workers would give way to whatever else runs, and others would not
     log = folder / "server.log"
     server = Server(name, f"http://127.0.0.1:{port}", made)
     with log.open("wb") as output:
