@@ -4,7 +4,8 @@ Starts what it compares one after the other, each on a Ray of its own, and puts 
 
 scripted   the stack and ray.serve.llm's OpenAI ingress, on an engine that costs next to nothing and gives each of 1, 8,
            64 and 256 streams 50 tokens a second: what is measured is the way from there to the client
-real       the stack and vLLM's server, with the model of serve_apps/local.yaml: 8 streams of 64 tokens
+real       the stack and vLLM's server, with the model of serve_apps/local.yaml but without adapters: 8 streams of 64
+           tokens
 idle       1,000 connections that keep still, on the stack: what they take, and whether they slow 8 streams
 
 The exit status is 1 if a target is missed. It needs a C compiler, and the machine for itself.
@@ -12,6 +13,7 @@ The exit status is 1 if a target is missed. It needs a C compiler, and the machi
 
 import argparse
 import asyncio
+import logging
 import math
 import sys
 import tempfile
@@ -49,7 +51,7 @@ REAL_SPEED = 0.95  # of vLLM's own server
 # Of ray.serve.llm: of its CPU from so many streams on, and of its tokens/s where more is asked for than it can give.
 MANY, MANY_CPU = 64, 2 / 3
 TOO_MANY, TOO_MANY_SPEED = 256, 1.5
-CONNECTION_KB, SLOWER = 100.0, 0.25  # times of some tens of ms differ by so much from run to run
+CONNECTION_KB, SLOWER = 100.0, 0.1
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Measured:
 
 def main() -> int:
     arguments = _arguments()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells each request once Ray Serve has been imported
     bench = Bench(arguments.requests, haproxy=arguments.proxy == "haproxy")
     try:
         with LoadGenerator.compiled() as generator, tempfile.TemporaryDirectory(prefix="stack-bench-") as folder:
@@ -176,7 +179,8 @@ class Bench:
         self._add(title, "ray.serve.llm", "the stack", rows, [*peers, *ours])
 
     def _real(self, generator: LoadGenerator, folder: Path) -> None:
-        model = local_model()
+        # As vLLM's server is started: places for adapters cost all requests, whether one is used or not.
+        model = local_model(adapters=0)
         load = Load(REAL_STREAMS, self._requests, REAL_TOKENS)
         say("starting vLLM's server")
         with vllm(folder / "vllm", model) as server:

@@ -38,7 +38,8 @@ def test_leaving_a_stream_ends_the_generation(
     assert client.post("/v1/chat/completions", json=short).status_code == 200
     wait_for(lambda: counters.ended_requests("length") > ended, 60)
     assert counters.running_requests() == 0
-    assert counters.generated_tokens() - before < TOKENS / 4
+    # What was read, and less than the engine makes of one stream in a few seconds.
+    assert counters.generated_tokens() - before < 100
 
 
 class Counters:
