@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
@@ -44,8 +44,12 @@ class ServeDeployer:
 
     def deploy(self, model: LanguageModel, artifacts: str) -> None:
         args = {"model": model.model_dump(mode="json", exclude_unset=True), "artifacts": artifacts}
+        build = _deploy.remote(model.id, args)
         try:
-            ray.get(_deploy.remote(model.id, args), timeout=BUILD_S)
+            ray.get(build, timeout=BUILD_S)
+        except GetTimeoutError as error:
+            ray.cancel(build, force=True)  # it would deploy what may have been removed since
+            raise Unavailable(f"the model {model.id!r} was not built within {BUILD_S:g} s") from error
         except RayTaskError as error:
             if isinstance(error.cause, StackError):
                 raise error.cause from error

@@ -43,7 +43,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = Config.parse(args, "args of the application 'gateway'")
     supervisor = JobSupervisor.bind(config)  # type: ignore[attr-defined]
     # More than are answered, so that those that are refused do not wait for it in front of the gateway.
-    gateway = Gateway.options(max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE)  # type: ignore[attr-defined]
+    gateway = Gateway.options(  # type: ignore[attr-defined]
+        max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE,
+        # One that is replaced ends the answers that it has begun.
+        graceful_shutdown_timeout_s=max(model.request_timeout_s for model in config.all_models),
+    )
     return gateway.bind(config, supervisor)  # type: ignore[no-any-return]
 
 

@@ -133,13 +133,15 @@ class GrammarGuard:
 
 
 _WORDS = {"json": "JSON schema", "regex": "regular expression", "choice": "list of choices"}
+_PASSED_ON = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "STACK_HOME")
 
 
 class _Compiler:
     """The process of serve_apps/grammar_compiler.py. A thread reads what it says."""
 
     def __init__(self, folder: Path) -> None:
-        environment = os.environ | {
+        # Nothing secret: it reads what users wrote.
+        environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

@@ -1,6 +1,6 @@
 """A language model as a Serve deployment: vLLM behind ray.serve.llm, with adapters loaded at their first request.
 
-This is the one file that uses modules which Ray does not document as public: adapters that are not in a cloud bucket
+This is the one file that imports modules which Ray does not document as public: adapters that are not in a cloud bucket
 need a LoraModelLoader of our own, and ray.serve.llm exports neither that class nor what it returns; and the engine's
 errors are of a class of which ray.serve.llm exports only a subclass.
 """
@@ -152,11 +152,12 @@ class LLM(LLMServer):
     async def stream(self, endpoint: Endpoint, body: dict[str, Any], target: Target) -> Ended:
         """Sends the events of an OpenAI request's answer to whoever asked, as the engine has them, until their end."""
         sent = 0
+        outlet = await self._sender.open(target)
         async with aclosing(self._items(endpoint, body)) as items:
             async for item in items:
                 if isinstance(item, Failure):
                     return Ended(sent, item)
-                await self._sender.send(target, item)
+                await outlet.send(item)
                 sent += len(item)
         return Ended(sent)
 

@@ -13,14 +13,19 @@ number of bytes, the bytes.
 import asyncio
 import secrets
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import cast
+
+from stack.errors import Unavailable
 
 KEY_BYTES = 32
 # What one stream may have waiting for a client that reads slowly, and a connection for a receiver that does.
 MAX_WAITING_BYTES = 8 * 2**20
 CONNECT_S = 10.0
+# What a connection has to say its key, and how many may be without one: others than replicas may reach the port.
+KEY_S = 5.0
+MAX_STRANGERS = 64
 # How long what a replica has sent may still be on its way after the replica has reported its end.
 LATE_S = 10.0
 _HEADER = struct.Struct("!QI")
@@ -37,40 +42,49 @@ class Target:
 
 
 class Stream:
-    """What arrives of one stream. It ends when `finish` has told how many bytes were sent and all of them are there."""
+    """What arrives of one stream. It ends when `finish` has told how many bytes were sent and all of them are there.
+
+    `when_failed` is called once, when nothing more is to be waited for.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target = target
+        self.when_failed: Callable[[], object] | None = None
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._arrived = 0
         self._sent: int | None = None
-        self._error: BaseException | None = None
+        self._broken_off_by: BaseException | None = None
+        self._failed_by: BaseException | None = None
         self._changed = asyncio.Event()
 
-    def finish(self, sent: int) -> None:
-        """The replica has sent so many bytes, all in all."""
+    def finish(self, sent: int, broken_off_by: BaseException | None = None) -> None:
+        """The replica has sent so many bytes, all in all. Then, `broken_off_by` is raised where there is one."""
         self._sent = sent
+        self._broken_off_by = broken_off_by
         self._changed.set()
 
     def fail(self, error: BaseException) -> None:
-        """Nothing more is coming; the iterator raises this after what has arrived."""
-        self._error = self._error or error
-        self._changed.set()
+        """Nothing more is waited for; the iterator raises this after what has arrived."""
+        if self._failed_by is None:
+            self._failed_by = error
+            self._changed.set()
+            if self.when_failed is not None:
+                self.when_failed()
 
     def put(self, data: bytes) -> None:
         self._arrived += len(data)
-        if self._error is not None:
+        if self._failed_by is not None:
             return
         self._waiting_bytes += len(data)
         if self._waiting_bytes > MAX_WAITING_BYTES:
-            self.fail(BufferError(f"more than {MAX_WAITING_BYTES} bytes wait for a client that does not read them"))
+            self.fail(Unavailable(f"{MAX_WAITING_BYTES} bytes wait for a client that does not read them"))
             return
         self._waiting.append(data)
         self._changed.set()
 
-    async def items(self, deadline: float) -> AsyncGenerator[bytes]:
-        """What has arrived, together, as soon as something has. Raises TimeoutError at `deadline` (the loop's time)."""
+    async def items(self) -> AsyncGenerator[bytes]:
+        """What has arrived, together, as soon as something has."""
         while True:
             if self._waiting:
                 item = self._waiting[0] if len(self._waiting) == 1 else b"".join(self._waiting)
@@ -78,17 +92,18 @@ class Stream:
                 self._waiting_bytes = 0
                 yield item
                 continue
-            if self._error is not None:
-                raise self._error
+            if self._failed_by is not None:
+                raise self._failed_by
             if self._sent is not None and self._arrived >= self._sent:
+                if self._broken_off_by is not None:
+                    raise self._broken_off_by
                 return
             self._changed.clear()
-            await self._wait(deadline)
+            await self._wait()
 
-    async def _wait(self, deadline: float) -> None:
+    async def _wait(self) -> None:
         if self._sent is None:
-            async with asyncio.timeout_at(deadline):
-                await self._changed.wait()
+            await self._changed.wait()
             return
         try:
             async with asyncio.timeout(LATE_S):
@@ -106,7 +121,7 @@ class Receiver:
         self._key = secrets.token_bytes(KEY_BYTES)
         self._streams: dict[int, Stream] = {}
         self._count = 0
-        self._connections: set[asyncio.Transport] = set()
+        self._connections: set[_Incoming] = set()
         self._server: asyncio.Server | None = None
         self._opening = asyncio.Lock()
 
@@ -145,7 +160,7 @@ class Receiver:
 class _Incoming(asyncio.Protocol):
     """One connection of a replica, as the receiver sees it."""
 
-    def __init__(self, key: bytes, streams: dict[int, Stream], connections: set[asyncio.Transport]) -> None:
+    def __init__(self, key: bytes, streams: dict[int, Stream], connections: "set[_Incoming]") -> None:
         self._key = key
         self._streams = streams
         self._connections = connections
@@ -155,10 +170,17 @@ class _Incoming(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports, which Serve's replicas have, are no subclass of asyncio's.
         self._transport = cast(asyncio.Transport, transport)
-        self._connections.add(self._transport)
+        self._connections.add(self)
+        if sum(not one._is_known for one in self._connections) > MAX_STRANGERS:
+            self.abort()
+        else:
+            asyncio.get_running_loop().call_later(KEY_S, self._require_key)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # asyncio's signature
-        self._connections.discard(self._transport)
+        self._connections.discard(self)
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         data = self._rest + data if self._rest else data
@@ -168,13 +190,16 @@ class _Incoming(asyncio.Protocol):
                 self._rest = data
                 return
             if not secrets.compare_digest(data[:KEY_BYTES], self._key):
-                self._transport.abort()
+                self.abort()
                 return
             self._is_known = True
             at = KEY_BYTES
         end = len(data)
         while end - at >= _HEADER.size:
             number, length = _HEADER.unpack_from(data, at)
+            if length > MAX_WAITING_BYTES:
+                self.abort()
+                return
             start = at + _HEADER.size
             if end - start < length:
                 break
@@ -182,6 +207,10 @@ class _Incoming(asyncio.Protocol):
             if stream := self._streams.get(number):
                 stream.put(data[start:at])
         self._rest = data[at:]
+
+    def _require_key(self) -> None:
+        if not self._is_known:
+            self.abort()
 
 
 class Sender:
@@ -191,14 +220,12 @@ class Sender:
         self._connections: dict[tuple[str, int, bytes], _Outgoing] = {}
         self._opening = asyncio.Lock()
 
-    async def send(self, target: Target, data: bytes) -> None:
-        """Returns once the data is on its way. Raises ConnectionError if the receiver is gone."""
+    async def open(self, target: Target) -> "Outlet":
+        """Where a stream is put in. Raises ConnectionError if the receiver cannot be reached."""
         connection = self._connections.get((target.host, target.port, target.key))
         if connection is None or connection.is_lost:
             connection = await self._connected(target)
-        if not connection.has_room.is_set():
-            await connection.has_room.wait()
-        connection.send(target.stream, data)
+        return Outlet(connection, target.stream)
 
     async def _connected(self, target: Target) -> "_Outgoing":
         address = (target.host, target.port, target.key)
@@ -218,6 +245,22 @@ class Sender:
     def stop(self) -> None:
         for connection in self._connections.values():
             connection.abort()
+
+
+class Outlet:
+    """One stream of a replica, all of which takes the same connection, so that nothing is missing in its middle."""
+
+    def __init__(self, connection: "_Outgoing", stream: int) -> None:
+        self._connection = connection
+        self._stream = stream
+
+    async def send(self, data: bytes) -> None:
+        """Returns once the data is on its way. Raises ConnectionError if the connection is lost, and ValueError."""
+        if len(data) > MAX_WAITING_BYTES:
+            raise ValueError(f"an event of {len(data)} bytes; allowed: at most {MAX_WAITING_BYTES}")
+        if not self._connection.has_room.is_set():
+            await self._connection.has_room.wait()
+        self._connection.send(self._stream, data)
 
 
 class _Outgoing(asyncio.Protocol):

@@ -5,7 +5,8 @@ from functools import cached_property
 
 from stack.artifacts import Artifacts
 from stack.config import Config, home
-from stack.models import Engine, Models, ServeEngine
+from stack.models import Engine, Models
+from stack.serve_engine import ServeEngine
 from stack.store import Store
 
 SCOPES = ("inference", "data", "training", "agents", "admin")

@@ -36,7 +36,7 @@ from stack.api.messages import (
 from stack.attachments import openai_content, resolve_text
 from stack.chats import Chat
 from stack.context import Context
-from stack.errors import BadInput
+from stack.errors import BadInput, EngineFailed
 from stack.prompt_formats import (
     BUILTIN,
     CallFailed,
@@ -88,7 +88,7 @@ async def stream_chat_completion(
 
 async def completion(context: Context, request: CompletionRequest) -> CompletionResponse:
     """The continuation of a text, whole. Raises as `chat_completion` does."""
-    answer = json.loads(await context.models.answer("completions", completion_body(await _as_text(request))))
+    answer = json.loads(await context.models.answer("completions", completion_body(await _as_text(context, request))))
     choice = answer["choices"][0]
     message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice))
     return CompletionResponse(completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None)
@@ -98,7 +98,7 @@ async def stream_completion(
     context: Context, request: CompletionRequest
 ) -> AsyncGenerator[CompletionResponseStreamChunk]:
     """The continuation of a text in chunks, of which the last one has the stop reason."""
-    items = await context.models.stream("completions", completion_body(await _as_text(request)))
+    items = await context.models.stream("completions", completion_body(await _as_text(context, request)))
     return _text_chunks(items, wants_logprobs=request.logprobs is not None)
 
 
@@ -177,10 +177,13 @@ def sampling_body(params: SamplingParams) -> dict[str, Any]:
     return body
 
 
-async def _as_text(request: CompletionRequest) -> CompletionRequest:
+async def _as_text(context: Context, request: CompletionRequest) -> CompletionRequest:
     """The request with its attachments in place, as text."""
     if isinstance(request.content, str):
         return request
+    # Nothing is fetched for what is refused anyway.
+    await context.models.find(request.model)
+    sampling_body(request.sampling_params)
     return request.model_copy(update={"content": await resolve_text(request.content)})
 
 
@@ -206,24 +209,36 @@ def _tool_call(piece: CallParsed) -> ToolCall:
 
 
 def _stop_reason(choice: dict[str, Any]) -> StopReason:
-    if choice["finish_reason"] == "length":
+    reason = choice["finish_reason"]
+    if reason == "length":
         return StopReason.out_of_tokens
+    if reason != "stop":  # abort, error: what is there is not the whole answer
+        raise EngineFailed(f"the model ended its answer by {reason!r}")
     # Which of the stop tokens it was is vLLM's addition to OpenAI's shape.
     return StopReason.end_of_message if choice.get("stop_reason") == END_OF_MESSAGE_TOKEN else StopReason.end_of_turn
 
 
 def _chat_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
     positions = (choice.get("logprobs") or {}).get("content") or []
-    likeliest = (position["top_logprobs"] or [position] for position in positions)
-    return [TokenLogProbs(logprobs_by_token={one["token"]: one["logprob"] for one in top}) for top in likeliest]
+    return [
+        _likeliest([(one["token"], one["logprob"]) for one in (position, *position["top_logprobs"])])
+        for position in positions
+    ]
 
 
 def _text_logprobs(choice: dict[str, Any]) -> list[TokenLogProbs]:
     logprobs = choice.get("logprobs") or {}
-    tokens = zip(logprobs.get("tokens") or [], logprobs.get("token_logprobs") or [], strict=True)
-    chosen = [{token: value} for token, value in tokens]
-    likeliest = logprobs.get("top_logprobs") or chosen
-    return [TokenLogProbs(logprobs_by_token=top or one) for top, one in zip(likeliest, chosen, strict=True)]
+    chosen = list(zip(logprobs.get("tokens") or [], logprobs.get("token_logprobs") or [], strict=True))
+    tops = logprobs.get("top_logprobs") or [None] * len(chosen)
+    return [_likeliest([one, *(top or {}).items()]) for one, top in zip(chosen, tops, strict=True)]
+
+
+def _likeliest(tokens: list[tuple[str, float]]) -> TokenLogProbs:
+    """Of tokens with the same text, such as parts of one character, the likeliest counts."""
+    by_token: dict[str, float] = {}
+    for token, logprob in tokens:
+        by_token[token] = max(logprob, by_token.get(token, logprob))
+    return TokenLogProbs(logprobs_by_token=by_token)
 
 
 async def _chat_events(

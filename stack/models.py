@@ -9,7 +9,7 @@ door does not parse it. Embedding models are models of the config too, which ans
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from stack import tracing
-from stack.channel import Receiver, Stream
 from stack.config import Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput, EngineFailed, NotFound, StackError, TooManyRequests, Unavailable
 from stack.store import AddedModel, Store
@@ -90,134 +89,6 @@ class Engine(Protocol):
     def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]: ...
 
     async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings: ...
-
-
-class ServeEngine:
-    """The engine behind Ray Serve: each model of the config is an application of its name (see serve_apps/llm.py)."""
-
-    def __init__(self) -> None:
-        self._handles: dict[str, Any] = {}
-        self._receiver: Receiver | None = None
-
-    async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
-        async with self._our_errors(model.id, model.base):
-            handle = await self._handle(model.base.id)
-            if model.is_adapter:
-                handle = handle.options(multiplexed_model_id=model.id)
-            answer = _streamed if body.get("stream") else _whole_answer
-            async with aclosing(answer(handle, self, model, endpoint, body)) as items:
-                async for item in items:
-                    yield item
-
-    async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
-        async with self._our_errors(model.id, model):
-            call = (await self._handle(model.id)).embed.remote(texts, truncate)
-            try:
-                async with asyncio.timeout(model.request_timeout_s):
-                    answer = await call
-            except (asyncio.CancelledError, TimeoutError):
-                call.cancel()
-                raise
-        if isinstance(answer, Failure):
-            raise answer.error()
-        assert isinstance(answer, Embeddings)
-        return answer
-
-    @asynccontextmanager
-    async def _our_errors(self, id: str, served: LanguageModel | EmbeddingModel) -> AsyncGenerator[None]:
-        """Turns Ray's errors of a model's application into StackErrors."""
-        from ray.exceptions import RayActorError, RayTaskError
-        from ray.serve.exceptions import BackPressureError, RayServeException
-
-        try:
-            yield
-        except BackPressureError as error:
-            raise TooManyRequests(f"too many requests wait for the model {id!r}", retry_after=1) from error
-        except TimeoutError as error:
-            raise await self._too_late(id, served) from error
-        except (RayActorError, RayServeException, ConnectionError) as error:
-            raise Unavailable(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
-        except RayTaskError as error:
-            raise EngineFailed(f"the model {id!r} failed: {_first_line(error.cause)}") from error
-
-    async def receiver(self) -> Receiver:
-        if self._receiver is None:
-            import ray
-
-            self._receiver = Receiver(await asyncio.to_thread(ray.util.get_node_ip_address))
-        return self._receiver
-
-    async def _too_late(self, id: str, served: LanguageModel | EmbeddingModel) -> Unavailable:
-        """Why a model has not answered in time: it has not started, or it takes too long."""
-        from ray import serve
-
-        application = (await asyncio.to_thread(serve.status)).applications.get(served.id)
-        deployments = application.deployments.values() if application else []
-        if not any(state == "RUNNING" for one in deployments for state in one.replica_states):
-            return Unavailable(f"the model {id!r} has no running replica yet; it is started", retry_after=30)
-        return Unavailable(f"the model {id!r} has not answered within {served.request_timeout_s:g} s")
-
-    async def _handle(self, application: str) -> Any:
-        if application not in self._handles:
-            from ray import serve
-
-            self._handles[application] = await asyncio.to_thread(serve.get_app_handle, application)
-        return self._handles[application]
-
-
-async def _whole_answer(
-    handle: Any,
-    engine: ServeEngine,  # noqa: ARG001  # as _streamed has it
-    model: Model,
-    endpoint: Endpoint,
-    body: dict[str, Any],
-) -> AsyncGenerator[bytes]:
-    """The one object that answers a request. Being closed or cancelled meanwhile cancels the request."""
-    call = handle.answer.remote(endpoint, body)
-    try:
-        async with asyncio.timeout(model.base.request_timeout_s):
-            answer = await call
-    except (asyncio.CancelledError, TimeoutError):
-        call.cancel()
-        raise
-    if isinstance(answer, Failure):
-        raise answer.error()
-    yield answer
-
-
-async def _streamed(
-    handle: Any, engine: ServeEngine, model: Model, endpoint: Endpoint, body: dict[str, Any]
-) -> AsyncGenerator[bytes]:
-    """The events of an answer, which come by the receiver's connection while Serve's call lasts."""
-    receiver = await engine.receiver()
-    stream = await receiver.open()
-    call = handle.stream.remote(endpoint, body, stream.target)
-    end = asyncio.ensure_future(_end(call, stream))
-    try:
-        deadline = asyncio.get_running_loop().time() + model.base.request_timeout_s
-        async with aclosing(stream.items(deadline)) as items:
-            async for item in items:
-                yield item
-    finally:
-        receiver.close(stream)
-        if not end.done():
-            call.cancel()
-            end.cancel()
-
-
-async def _end(call: Any, stream: Stream) -> None:
-    """Waits for a streamed request's end, which says how many bytes were sent or why no more will come."""
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    try:
-        ended = await call
-    except (RayError, RayServeException) as error:
-        stream.fail(error)
-        return
-    if ended.failure is not None:
-        stream.fail(ended.failure.error())
-    stream.finish(ended.sent)
 
 
 class Models:
@@ -367,13 +238,12 @@ async def _whole(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[by
                 raise EngineFailed(json.loads(item[item.index(_ERROR) + 6 :].split(b"\n\n")[0])["error"]["message"])
             yield item
             if item.endswith(_DONE):
+                # What is left is the request's own end: broken off here, it would cost a cancelling.
+                with suppress(StackError):
+                    async for _ in rest:
+                        pass
                 return
             try:
                 item = await anext(rest)
             except StopAsyncIteration:
                 raise EngineFailed("the model's answer broke off") from None
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -61,7 +61,15 @@ def _rewritten(chat: Chat, choices: dict[int, "_StreamedChoice"], event: bytes) 
     for choice in chunk["choices"]:
         known = choices.setdefault(choice["index"], _StreamedChoice(chat.parser()))
         known.rewrite(choice)
-    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+    said = [choice for choice in chunk["choices"] if _says_something(choice)]
+    if chunk["choices"] and not said:
+        return b""
+    return b"data: " + json.dumps(chunk | {"choices": said}).encode() + b"\n\n"
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    """Whether a chunk is worth sending: while a call is read, there is nothing to say."""
+    return bool(choice["delta"] or choice.get("finish_reason") or choice.get("logprobs"))
 
 
 class _StreamedChoice:

@@ -80,7 +80,10 @@ class CompletionRequest(Request):
 
 
 class TokenLogProbs(Wire):
-    """The natural logarithms of the probabilities of the likeliest tokens at one position."""
+    """The natural logarithms of the probabilities of the chosen token and the likeliest ones, at one position.
+
+    Tokens are told by their texts: of several with the same one, the likeliest counts.
+    """
 
     logprobs_by_token: dict[str, float]
 

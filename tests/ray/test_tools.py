@@ -231,7 +231,8 @@ def test_every_strategy_of_the_specification(rfc: LlamaStack, sampling: Any) -> 
     )
     assert answer.completion_message.content
     assert answer.logprobs
-    assert {len(one.logprobs_by_token) for one in answer.logprobs} == {3}
+    # The chosen token is told too, where it is none of the three likeliest.
+    assert {len(one.logprobs_by_token) for one in answer.logprobs} <= {3, 4}
 
 
 ODD_CHATS: list[dict[str, Any]] = [

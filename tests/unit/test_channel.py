@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,6 +9,7 @@ import uvloop
 
 from stack import channel
 from stack.channel import Receiver, Sender, Stream, Target
+from stack.errors import Unavailable
 
 SOON_S = 5.0
 
@@ -28,12 +28,9 @@ async def sender() -> AsyncIterator[Sender]:
     sender.stop()
 
 
-def deadline(seconds: float = SOON_S) -> float:
-    return asyncio.get_running_loop().time() + seconds
-
-
 async def text(stream: Stream) -> str:
-    return b"".join([item async for item in stream.items(deadline())]).decode()
+    async with asyncio.timeout(SOON_S):
+        return b"".join([item async for item in stream.items()]).decode()
 
 
 async def test_streams_side_by_side_arrive_whole_and_apart(receiver: Receiver, sender: Sender) -> None:
@@ -41,7 +38,7 @@ async def test_streams_side_by_side_arrive_whole_and_apart(receiver: Receiver, s
         stream = await receiver.open()
         parts = [f"{name}{number} ".encode() for number in range(200)]
         for part in parts:
-            await sender.send(stream.target, part)
+            await (await sender.open(stream.target)).send(part)
         stream.finish(sum(map(len, parts)))
         return await text(stream)
 
@@ -53,9 +50,9 @@ async def test_streams_side_by_side_arrive_whole_and_apart(receiver: Receiver, s
 async def test_what_is_ready_together_arrives_together(receiver: Receiver, sender: Sender) -> None:
     stream = await receiver.open()
     for _ in range(100):
-        await sender.send(stream.target, b"x")
+        await (await sender.open(stream.target)).send(b"x")
     stream.finish(100)
-    items = [item async for item in stream.items(deadline())]
+    items = [item async for item in stream.items()]
     assert b"".join(items) == b"x" * 100
     assert len(items) < 10
 
@@ -63,25 +60,43 @@ async def test_what_is_ready_together_arrives_together(receiver: Receiver, sende
 async def test_an_item_may_be_greater_than_what_a_read_takes(receiver: Receiver, sender: Sender) -> None:
     stream = await receiver.open()
     large = bytes(range(256)) * 10_000
-    await sender.send(stream.target, large)
+    await (await sender.open(stream.target)).send(large)
     stream.finish(len(large))
-    assert b"".join([item async for item in stream.items(deadline())]) == large
+    assert b"".join([item async for item in stream.items()]) == large
 
 
 async def test_an_error_comes_after_what_had_arrived(receiver: Receiver, sender: Sender) -> None:
     stream = await receiver.open()
-    await sender.send(stream.target, b"before")
-    items = stream.items(deadline())
+    await (await sender.open(stream.target)).send(b"before")
+    items = stream.items()
     assert await anext(items) == b"before"
     stream.fail(ValueError("the replica died"))
     with pytest.raises(ValueError, match="the replica died"):
         await anext(items)
 
 
-async def test_waiting_ends_at_the_deadline(receiver: Receiver) -> None:
+async def test_a_failure_ends_the_waiting_and_is_told_once(receiver: Receiver) -> None:
     stream = await receiver.open()
+    told: list[str] = []
+    stream.when_failed = lambda: told.append("failed")
+    waiting = asyncio.create_task(anext(stream.items()))
+    await asyncio.sleep(0)
+    stream.fail(TimeoutError())
+    stream.fail(ValueError())
     with pytest.raises(TimeoutError):
-        await anext(stream.items(deadline(0.05)))
+        await waiting
+    assert told == ["failed"]
+
+
+async def test_what_was_sent_before_the_end_comes_before_the_reason_for_it(receiver: Receiver, sender: Sender) -> None:
+    stream = await receiver.open()
+    stream.finish(6, ValueError("the engine died"))
+    items = stream.items()
+    outlet = await sender.open(stream.target)
+    await outlet.send(b"before")
+    assert await anext(items) == b"before"
+    with pytest.raises(ValueError, match="the engine died"):
+        await anext(items)
 
 
 async def test_bytes_that_never_arrive_are_missed(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +104,7 @@ async def test_bytes_that_never_arrive_are_missed(receiver: Receiver, monkeypatc
     stream = await receiver.open()
     stream.finish(7)
     with pytest.raises(ConnectionError, match="7 bytes"):
-        await anext(stream.items(deadline()))
+        await anext(stream.items())
 
 
 async def test_a_wrong_key_is_cut_off(receiver: Receiver, sender: Sender) -> None:
@@ -100,7 +115,7 @@ async def test_a_wrong_key_is_cut_off(receiver: Receiver, sender: Sender) -> Non
     with contextlib.suppress(ConnectionResetError):
         assert await reader.read() == b""
     writer.close()
-    await sender.send(stream.target, b"good")
+    await (await sender.open(stream.target)).send(b"good")
     stream.finish(4)
     assert await text(stream) == "good"
 
@@ -112,8 +127,8 @@ async def test_a_key_is_never_shown(receiver: Receiver) -> None:
 async def test_a_closed_stream_drops_what_still_comes_and_harms_no_other(receiver: Receiver, sender: Sender) -> None:
     left, stays = await receiver.open(), await receiver.open()
     receiver.close(left)
-    await sender.send(left.target, b"late")
-    await sender.send(stays.target, b"here")
+    await (await sender.open(left.target)).send(b"late")
+    await (await sender.open(stays.target)).send(b"here")
     stays.finish(4)
     assert await text(stays) == "here"
     assert left._arrived == 0
@@ -124,28 +139,77 @@ async def test_who_does_not_read_has_a_bound(receiver: Receiver, monkeypatch: py
     stream = await receiver.open()
     for _ in range(3):
         stream.put(b"12345")
-    items = stream.items(deadline())
+    items = stream.items()
     assert await anext(items) == b"1234512345"
-    with pytest.raises(BufferError, match="10 bytes"):
+    with pytest.raises(Unavailable, match="10 bytes"):
         await anext(items)
+
+
+async def test_a_stream_whose_connection_is_lost_does_not_go_on_by_another_one(
+    receiver: Receiver, sender: Sender
+) -> None:
+    stream = await receiver.open()
+    outlet = await sender.open(stream.target)
+    await outlet.send(b"one")
+    assert await anext(stream.items()) == b"one"
+    (incoming,) = receiver._connections
+    incoming.abort()
+
+    async def send_until_refused() -> None:
+        while True:
+            await outlet.send(b"y")
+            await asyncio.sleep(0)
+
+    with pytest.raises(ConnectionError):
+        await asyncio.wait_for(send_until_refused(), SOON_S)
+    other = await receiver.open()
+    await (await sender.open(other.target)).send(b"new")
+    other.finish(3)
+    assert await text(other) == "new"
+
+
+async def test_an_event_that_no_receiver_takes_is_not_sent(receiver: Receiver, sender: Sender) -> None:
+    outlet = await sender.open((await receiver.open()).target)
+    with pytest.raises(ValueError, match="at most"):
+        await outlet.send(b"x" * (channel.MAX_WAITING_BYTES + 1))
+
+
+async def test_a_stranger_is_cut_off_in_time(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "KEY_S", 0.05)
+    stream = await receiver.open()
+    reader, writer = await asyncio.open_connection(stream.target.host, stream.target.port)
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(reader.read(), SOON_S) == b""
+    writer.close()
+
+
+async def test_only_so_many_strangers_are_let_in(receiver: Receiver, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel, "MAX_STRANGERS", 2)
+    target = (await receiver.open()).target
+    opened = [await asyncio.open_connection(target.host, target.port) for _ in range(3)]
+    with contextlib.suppress(ConnectionResetError):
+        assert await asyncio.wait_for(opened[2][0].read(), SOON_S) == b""
+    assert len(receiver._connections) == 2
+    for _, writer in opened:
+        writer.close()
 
 
 async def test_a_receiver_that_is_gone_is_an_error_and_another_one_is_reached(sender: Sender) -> None:
     first = Receiver("127.0.0.1")
     target = (await first.open()).target
-    await sender.send(target, b"x")
+    outlet = await sender.open(target)
     await first.stop()
 
     async def send_until_refused() -> None:
         while True:
-            await sender.send(target, b"y")
+            await outlet.send(b"y")
             await asyncio.sleep(0)
 
     with pytest.raises(ConnectionError):
         await asyncio.wait_for(send_until_refused(), SOON_S)
     second = Receiver("127.0.0.1")
     stream = await second.open()
-    await sender.send(stream.target, b"there")
+    await (await sender.open(stream.target)).send(b"there")
     stream.finish(5)
     assert await text(stream) == "there"
     await second.stop()
@@ -155,14 +219,14 @@ async def test_nobody_there_is_a_connection_error(sender: Sender, receiver: Rece
     target = (await receiver.open()).target
     await receiver.stop()
     with pytest.raises(ConnectionError, match="cannot be reached"):
-        await sender.send(dataclasses.replace(target, host="127.0.0.1"), b"x")
+        await sender.open(target)
 
 
 def test_it_works_on_the_event_loop_of_serves_replicas() -> None:
     async def through() -> str:
         receiver, sender = Receiver("127.0.0.1"), Sender()
         stream = await receiver.open()
-        await sender.send(stream.target, b"all of it")
+        await (await sender.open(stream.target)).send(b"all of it")
         stream.finish(9)
         there = await text(stream)
         sender.stop()

@@ -412,3 +412,22 @@ async def test_llama_3s_end_of_message_is_told_from_its_end_of_turn(context: Con
     assert (await inference.chat_completion(context, request)).completion_message.stop_reason == "end_of_message"
     events = await listed(await inference.stream_chat_completion(context, chat(stream=True)))
     assert events[-1]["event"]["stop_reason"] == "end_of_message"
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+async def test_an_answer_that_was_cut_is_not_taken_for_a_whole_one(
+    context: Context, engine: ScriptedEngine, reason: str
+) -> None:
+    engine.finish_reason = reason
+    with pytest.raises(EngineFailed, match=reason):
+        await inference.chat_completion(context, chat())
+    with pytest.raises(EngineFailed, match=reason):
+        await listed(await inference.stream_chat_completion(context, chat(stream=True)))
+
+
+async def test_nothing_is_fetched_for_a_text_that_is_refused_anyway(context: Context) -> None:
+    elsewhere = [{"content": "https://example.invalid/a.txt", "mime_type": "text/plain"}]
+    with pytest.raises(NotFound):
+        await inference.completion(context, text(content=elsewhere, model="large"))
+    with pytest.raises(BadInput, match="top_k"):
+        await inference.completion(context, text(content=elsewhere, sampling_params={"strategy": "top_k"}))

@@ -1,0 +1,146 @@
+"""The engine behind Ray Serve: each model of the config is an application of its name (serve_apps/llm.py)."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from stack.channel import Receiver, Stream
+from stack.config import EmbeddingModel, LanguageModel
+from stack.errors import EngineFailed, StackError, TooManyRequests, Unavailable
+from stack.models import Embeddable, Embeddings, Endpoint, Failure, Model
+
+
+class ServeEngine:
+    """Implements stack.models.Engine."""
+
+    def __init__(self) -> None:
+        self._handles: dict[str, Any] = {}
+        self._receiver: Receiver | None = None
+
+    async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        async with self._our_errors(model.id, model.base):
+            handle = await self._handle(model.base.id)
+            if model.is_adapter:
+                handle = handle.options(multiplexed_model_id=model.id)
+            seconds = model.base.request_timeout_s
+            if not body.get("stream"):
+                yield await _answer(handle.answer.remote(endpoint, body), seconds)
+                return
+            async with aclosing(self._streamed(handle, endpoint, body, seconds)) as items:
+                async for item in items:
+                    yield item
+
+    async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
+        async with self._our_errors(model.id, model):
+            call = (await self._handle(model.id)).embed.remote(texts, truncate)
+            answer = await _answer(call, model.request_timeout_s)
+        assert isinstance(answer, Embeddings)
+        return answer
+
+    async def _streamed(
+        self, handle: Any, endpoint: Endpoint, body: dict[str, Any], seconds: float
+    ) -> AsyncGenerator[bytes]:
+        """The events of an answer, which come by the receiver's connection while Serve's call lasts."""
+        receiver = await self._open_receiver()
+        stream = await receiver.open()
+        call = handle.stream.remote(endpoint, body, stream.target)
+        end = asyncio.ensure_future(_end(call, stream))
+        end.add_done_callback(lambda done: _tell(done, stream))
+        # Whatever fails it, a client that does not read too, the engine need not go on.
+        stream.when_failed = call.cancel
+        timer = asyncio.get_running_loop().call_later(seconds, stream.fail, TimeoutError())
+        try:
+            async with aclosing(stream.items()) as items:
+                async for item in items:
+                    yield item
+        finally:
+            timer.cancel()
+            receiver.close(stream)
+            if not end.done():
+                call.cancel()
+                end.cancel()
+
+    async def _open_receiver(self) -> Receiver:
+        if self._receiver is None:
+            import ray
+
+            self._receiver = Receiver(await asyncio.to_thread(ray.util.get_node_ip_address))
+        return self._receiver
+
+    @asynccontextmanager
+    async def _our_errors(self, id: str, served: LanguageModel | EmbeddingModel) -> AsyncGenerator[None]:
+        """Turns Ray's errors of a model's application into StackErrors."""
+        from ray.exceptions import RayError, RayTaskError
+        from ray.serve.exceptions import BackPressureError, RayServeException
+
+        try:
+            yield
+        except BackPressureError as error:
+            raise TooManyRequests(f"too many requests wait for the model {id!r}", retry_after=1) from error
+        except (
+            RayTaskError
+        ) as error:  # before TimeoutError and others, which it may be too, where the replica raised it
+            raise EngineFailed(f"the model {id!r} failed: {_first_line(error.cause)}") from error
+        except TimeoutError as error:
+            raise await self._too_late(id, served) from error
+        except (RayError, RayServeException, ConnectionError) as error:
+            raise Unavailable(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
+
+    async def _too_late(self, id: str, served: LanguageModel | EmbeddingModel) -> Unavailable:
+        """Why a model has not answered in time: it has no replica, or it takes too long."""
+        from ray import serve
+
+        application = (await asyncio.to_thread(serve.status)).applications.get(served.id)
+        if application is None:
+            return Unavailable(f"the model {id!r} is not deployed", retry_after=30)
+        deployments = application.deployments.values()
+        if any(state == "RUNNING" for one in deployments for state in one.replica_states):
+            return Unavailable(f"the model {id!r} has not answered within {served.request_timeout_s:g} s")
+        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            return Unavailable(f"the model {id!r} cannot start: {_last_line(application.message)}", retry_after=30)
+        return Unavailable(f"the model {id!r} has no running replica yet; it is being started", retry_after=30)
+
+    async def _handle(self, application: str) -> Any:
+        if application not in self._handles:
+            from ray import serve
+
+            self._handles[application] = await asyncio.to_thread(serve.get_app_handle, application)
+        return self._handles[application]
+
+
+async def _answer(call: Any, seconds: float) -> Any:
+    """The one object that answers a request. Being cancelled meanwhile cancels the request."""
+    try:
+        async with asyncio.timeout(seconds):
+            answer = await call
+    except (asyncio.CancelledError, TimeoutError):
+        call.cancel()
+        raise
+    if isinstance(answer, Failure):
+        raise answer.error()
+    return answer
+
+
+async def _end(call: Any, stream: Stream) -> None:
+    """Waits for a streamed request's end, which says how many bytes were sent, and what broke it off."""
+    ended = await call
+    stream.finish(ended.sent, ended.failure.error() if ended.failure is not None else None)
+
+
+def _tell(end: asyncio.Future[None], stream: Stream) -> None:
+    """Fails a stream of whose end nothing more will be heard."""
+    if end.cancelled():
+        stream.fail(StackError("the request was cancelled within Ray Serve"))
+    elif (error := end.exception()) is not None:
+        stream.fail(error)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else "no reason is known"
