@@ -101,7 +101,8 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
     app.state.metrics = Metrics(context.store)
     for router in (
         health,
-        inference,
+        inference,  # routes are tried in this order, and these two are asked most
+        openai,
         batch_inference,
         models,
         metrics,
@@ -110,7 +111,6 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         evaluations,
         experiments,
         telemetry,
-        openai,
     ):
         app.include_router(router.router)
     add_error_handlers(app)

@@ -16,8 +16,8 @@ from stack.context import Context, Principal
 from stack.errors import Forbidden, StackError
 
 
-def _context(request: Request) -> Context:
-    """The context in the name of whoever asks."""
+async def _context(request: Request) -> Context:
+    """The context in the name of whoever asks. (A plain function would be sent to a thread for each request.)"""
     context, principal = request.app.state.context, request.scope["state"]["principal"]
     assert isinstance(context, Context)
     assert isinstance(principal, Principal)
