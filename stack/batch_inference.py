@@ -6,7 +6,9 @@ answer but will pass, such as an engine that does not answer: asking again may h
 
 import asyncio
 from asyncio import sleep as pause
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from stack import inference
@@ -23,6 +25,7 @@ from stack.api.inference import ChatCompletionRequest, ChatCompletionResponse, C
 from stack.api.messages import CompletionMessage, StopReason
 from stack.context import Context
 from stack.errors import BadInput, StackError, TooManyRequests
+from stack.models import Endpoint, Engine, Model
 
 # How many rows of a batch are with the engine at once, so that there is room for others in its queue.
 AT_ONCE = 64
@@ -40,8 +43,10 @@ async def chat_completion(context: Context, request: BatchChatCompletionRequest)
     """
     shared = {name: getattr(request, name) for name in type(request).model_fields if name != "messages_batch"}
 
+    patient = replace(context, engine=_PatientEngine(context.engine))
+
     async def ask(row: Any) -> ChatCompletionResponse:
-        return await inference.chat_completion(context, ChatCompletionRequest(messages=row, **shared))
+        return await inference.chat_completion(patient, ChatCompletionRequest(messages=row, **shared))
 
     await context.models.find(request.model)
     outcomes = await _ask_all(request.messages_batch, ask, "messages", request)
@@ -52,8 +57,10 @@ async def completion(context: Context, request: BatchCompletionRequest) -> Batch
     """The continuations of texts, in their order. Raises as `chat_completion` does."""
     shared = {name: getattr(request, name) for name in type(request).model_fields if name != "content_batch"}
 
+    patient = replace(context, engine=_PatientEngine(context.engine))
+
     async def ask(row: Any) -> CompletionResponse:
-        return await inference.completion(context, CompletionRequest(content=row, **shared))
+        return await inference.completion(patient, CompletionRequest(content=row, **shared))
 
     await context.models.find(request.model)
     outcomes = await _ask_all(request.content_batch, ask, "content", request)
@@ -71,7 +78,7 @@ async def _ask_all(
             return BadInput(row.problem, param=_place(field, index, row.place))
         try:
             async with slots:
-                return await _patiently(ask, row)
+                return await ask(row)
         except StackError as error:
             first, _, rest = (error.param or "").partition(".")
             if first in type(request).model_fields:  # it is wrong in all rows alike
@@ -90,17 +97,26 @@ async def _ask_all(
     return outcomes
 
 
-async def _patiently(ask: Ask, row: Any) -> Answer:
-    """An answer, asked for again while the engine's queue is full."""
-    waited = 0
-    while True:
-        try:
-            return await ask(row)
-        except TooManyRequests as error:
-            seconds = error.retry_after or 1
-            waited += seconds
-            if waited > PATIENCE_S:
-                raise
+class _PatientEngine:
+    """An engine that is asked again while its queue is full: the engine alone, as what a row holds was fetched once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.embed = engine.embed
+
+    async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        waited = 0
+        while True:
+            try:
+                async with aclosing(self._engine.generate(model, endpoint, body)) as items:
+                    async for item in items:
+                        yield item
+                return
+            except TooManyRequests as error:
+                seconds = error.retry_after or 1
+                waited += seconds
+                if waited > PATIENCE_S:
+                    raise
             await pause(seconds)
 
 

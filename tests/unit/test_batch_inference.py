@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stack import batch_inference
+from stack import batch_inference, inference
 from stack.api.batch_inference import (
     MAX_BATCH_ATTACHMENTS,
     MAX_BATCH_CHARACTERS,
@@ -321,6 +321,26 @@ async def test_a_row_that_meets_a_full_queue_asks_again(
     answer = await told(context, texts("a", "b"))
     assert [one["content"] for one in answer["completion_message_batch"]] == ["a!", "b!"]
     assert naps == [7, 9]
+
+
+async def test_what_a_row_holds_is_had_once_however_often_the_engine_is_asked(
+    context: Context, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    had: list[Any] = []
+    resolve_text = inference.resolve_text
+
+    async def counted(content: Any) -> str:
+        had.append(content)
+        return await resolve_text(content)
+
+    refusals = [TooManyRequests("full", retry_after=1) for _ in range(3)]
+    engine.faults = lambda asked: refusals.pop(0) if refusals else None
+    monkeypatch.setattr(batch_inference, "pause", napping([]))
+    monkeypatch.setattr(inference, "resolve_text", counted)
+    row = [{"content": "b", "mime_type": "text/plain"}]
+    answer = await told(context, texts(row))
+    assert answer["errors"] == []
+    assert (len(had), refusals) == (1, [])
 
 
 async def test_a_row_that_meets_a_full_queue_for_too_long_fails(
