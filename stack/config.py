@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
@@ -76,8 +76,53 @@ _FIELDS_OF_ENGINE = {
 }
 
 
-class LanguageModel(Wire):
-    """A language model that is served: its id, its weights, how its engine is set up, and how many engines there are.
+class ServedModel(Wire):
+    """A model that is served: its id, the folder of its files, and how its replicas follow the load.
+
+    There are `min_replicas` to `max_replicas` (as many, if it is not set), such that each has about
+    `target_ongoing_requests`: a load that lasts `upscale_delay_s` makes them more, one that lasts `downscale_delay_s`
+    fewer. With a minimum of 0 none runs while nobody asks.
+
+    A replica works on `max_ongoing_requests`. `max_queued_requests` more may wait in each gateway, and what comes
+    beyond them is refused. A request has `request_timeout_s` for everything.
+    """
+
+    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    path: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)]
+    min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
+    target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    upscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 600
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
+    cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
+
+    @model_validator(mode="after")
+    def _replicas_fit(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas is {self.max_replicas}; allowed: at least min_replicas, {self.min_replicas}"
+            )
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests is {self.target_ongoing_requests}; allowed: at most max_ongoing_requests, "
+                f"{self.max_ongoing_requests}"
+            )
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or max(1, self.min_replicas)
+
+    @property
+    def folder(self) -> Path:
+        return home() / Path(self.path).expanduser()
+
+
+class LanguageModel(ServedModel):
+    """A language model that is served: its id, its weights, how its engine is set up, and what it takes.
 
     `context` is the greatest number of prompt and answer tokens together. `adapters` is how many LoRA adapters each
     replica keeps loaded at once, each of at most rank `adapter_rank`. `quantization` names what the weights are or are
@@ -87,18 +132,10 @@ class LanguageModel(Wire):
     Messages for a model with `images` may hold some; it must be one that was trained for them.
 
     A replica is one engine. It takes `tensor_parallel` times `pipeline_parallel` workers, each with a GPU (`gpus` is
-    their number, or 0 on CPU) of `accelerator_type`, in Ray's names, or with `cpus` and `kv_cache_gb` (CPU only). The
-    number of replicas follows the load between `min_replicas` and `max_replicas` (as many, if it is not set), such that
-    each has about `target_ongoing_requests`: a load that lasts `upscale_delay_s` makes them more, one that lasts
-    `downscale_delay_s` fewer. With a minimum of 0 none runs while nobody asks.
-
-    A replica works on `max_ongoing_requests`. `max_queued_requests` more may wait in each gateway, and what comes
-    beyond them is refused. A request has `request_timeout_s` for everything. With `prefix_routing` requests that begin
-    alike go to the same replica, which still holds what it computed of it.
+    their number, or 0 on CPU) of `accelerator_type`, in Ray's names, or with `cpus` and `kv_cache_gb` (CPU only). With
+    `prefix_routing` requests that begin alike go to the same replica, which still holds what it computed of it.
     """
 
-    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    path: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Quantization | None = None
     context: Annotated[int, Field(ge=16, le=10_000_000)] = 2_048
@@ -106,16 +143,7 @@ class LanguageModel(Wire):
     images: bool = False
     adapters: Annotated[int, Field(ge=0, le=256)] = 4
     adapter_rank: Annotated[int, Field(ge=1, le=512)] = 32
-    min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
-    max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
-    target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
-    upscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 10
-    downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 600
-    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
-    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
-    request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
     prefix_routing: bool = False
-    cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
     gpus: Annotated[int, Field(ge=0, le=1_024)] = 0
     accelerator_type: Accelerator | None = None
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = 1
@@ -134,7 +162,7 @@ class LanguageModel(Wire):
         return engine
 
     @model_validator(mode="after")
-    def _numbers_fit(self) -> "LanguageModel":
+    def _accelerators_fit(self) -> "LanguageModel":
         if self.gpus not in (0, self.workers):
             raise ValueError(
                 f"gpus is {self.gpus}; allowed: tensor_parallel × pipeline_parallel, here "
@@ -142,15 +170,6 @@ class LanguageModel(Wire):
             )
         if self.accelerator_type and not self.gpus:
             raise ValueError(f"accelerator_type is {self.accelerator_type!r}; allowed with gpus alone, which are 0")
-        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}; allowed: at least min_replicas, {self.min_replicas}"
-            )
-        if self.target_ongoing_requests > self.max_ongoing_requests:
-            raise ValueError(
-                f"target_ongoing_requests is {self.target_ongoing_requests}; allowed: at most max_ongoing_requests, "
-                f"{self.max_ongoing_requests}"
-            )
         return self
 
     @property
@@ -158,16 +177,8 @@ class LanguageModel(Wire):
         """How many processes, each with its share of the weights, one replica consists of."""
         return self.tensor_parallel * self.pipeline_parallel
 
-    @property
-    def most_replicas(self) -> int:
-        return self.max_replicas or max(1, self.min_replicas)
 
-    @property
-    def folder(self) -> Path:
-        return home() / Path(self.path).expanduser()
-
-
-class EmbeddingModel(Wire):
+class EmbeddingModel(ServedModel):
     """An embedding model that is served: its id, its folder in the format of sentence-transformers, how it is run.
 
     `dimensions` is the length of its vectors, that of the model where it is not given; where it is another than the
@@ -175,47 +186,16 @@ class EmbeddingModel(Wire):
     were trained such that the beginnings of their vectors are vectors too. A replica encodes up to `max_batch` texts at
     once, of one or of several requests, and waits up to `batch_wait_s` seconds for so many.
 
-    A replica takes `cpus`, which is also its number of threads, and `gpus`. How many there are, how many requests each
-    works on, how many wait and how long, is as in LanguageModel.
+    A replica takes `cpus`, which is also its number of threads, and `gpus`.
     """
 
-    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    path: Annotated[str, Field(min_length=1)]
     dimensions: Annotated[int, Field(ge=1, le=100_000)] | None = None
     matryoshka: bool = False
     max_batch: Annotated[int, Field(ge=1, le=4_096)] = 32
     batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.005
-    min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
-    max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
     target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
-    upscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 10
-    downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 600
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
-    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
-    request_timeout_s: Annotated[float, Field(ge=1, le=86_400)] = 600
-    cpus: Annotated[float, Field(gt=0, le=1_024)] = 1
     gpus: Annotated[float, Field(ge=0, le=1)] = 0
-
-    @model_validator(mode="after")
-    def _numbers_fit(self) -> "EmbeddingModel":
-        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas is {self.max_replicas}; allowed: at least min_replicas, {self.min_replicas}"
-            )
-        if self.target_ongoing_requests > self.max_ongoing_requests:
-            raise ValueError(
-                f"target_ongoing_requests is {self.target_ongoing_requests}; allowed: at most max_ongoing_requests, "
-                f"{self.max_ongoing_requests}"
-            )
-        return self
-
-    @property
-    def most_replicas(self) -> int:
-        return self.max_replicas or max(1, self.min_replicas)
-
-    @property
-    def folder(self) -> Path:
-        return home() / Path(self.path).expanduser()
 
 
 class Config(Wire):
