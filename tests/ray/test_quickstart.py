@@ -26,9 +26,16 @@ def test_nothing_is_left_running(tmp_path: Path, number: signal.Signals, exit_st
             stderr=subprocess.STDOUT,
             env=os.environ | {"STACK_HOME": str(home)},
             cwd=local_stack.ROOT,
+            # Where the tests run in the background, SIGINT is ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    wait_for(lambda: "waiting for the gateway" in log.read_text() or quickstart.poll() is not None, 120, log.read_text)
-    assert len(processes_of(home)) > 3
-    quickstart.send_signal(number)
-    assert quickstart.wait(timeout=60) == exit_status, log.read_text()
-    wait_for(lambda: not processes_of(home), 60, lambda: processes_of(home))
+    try:
+        wait_for(
+            lambda: "waiting for the gateway" in log.read_text() or quickstart.poll() is not None, 120, log.read_text
+        )
+        assert len(processes_of(home)) > 3
+        quickstart.send_signal(number)
+        assert quickstart.wait(timeout=60) == exit_status, log.read_text()
+        wait_for(lambda: not processes_of(home), 60, lambda: processes_of(home))
+    finally:
+        quickstart.kill()  # one that goes on would have the machine of all tests after this one
