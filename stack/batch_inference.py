@@ -42,7 +42,6 @@ async def chat_completion(context: Context, request: BatchChatCompletionRequest)
     Raises as `inference.chat_completion` does for what is wrong with all rows.
     """
     shared = {name: getattr(request, name) for name in type(request).model_fields if name != "messages_batch"}
-
     patient = replace(context, engine=_PatientEngine(context.engine))
 
     async def ask(row: Any) -> ChatCompletionResponse:
@@ -56,7 +55,6 @@ async def chat_completion(context: Context, request: BatchChatCompletionRequest)
 async def completion(context: Context, request: BatchCompletionRequest) -> BatchCompletionResponse:
     """The continuations of texts, in their order. Raises as `chat_completion` does."""
     shared = {name: getattr(request, name) for name in type(request).model_fields if name != "content_batch"}
-
     patient = replace(context, engine=_PatientEngine(context.engine))
 
     async def ask(row: Any) -> CompletionResponse:

@@ -44,28 +44,21 @@ class ServeEngine:
         """The events of an answer, which come by the receiver's connection while Serve's call lasts."""
         receiver = await self._open_receiver()
         stream = await receiver.open()
-        call = handle.stream.remote(endpoint, body, stream.target)
-        end = asyncio.ensure_future(_end(call, stream))
-        end.add_done_callback(lambda done: _tell(done, stream))
-        # Whatever fails it, a client that does not read too, the engine need not go on.
-        stream.when_failed = call.cancel
-        timer = asyncio.get_running_loop().call_later(seconds, stream.fail, TimeoutError())
         try:
-            async with aclosing(stream.items()) as items:
+            call = handle.stream.remote(endpoint, body, stream.target)
+            async with aclosing(_while_it_lasts(call, stream, seconds)) as items:
                 async for item in items:
                     yield item
         finally:
-            timer.cancel()
             receiver.close(stream)
-            if not end.done():
-                call.cancel()
-                end.cancel()
 
     async def _open_receiver(self) -> Receiver:
         if self._receiver is None:
             import ray
 
-            self._receiver = Receiver(await asyncio.to_thread(ray.util.get_node_ip_address))
+            host = await asyncio.to_thread(ray.util.get_node_ip_address)
+            # Another first request may have made one meanwhile.
+            self._receiver = self._receiver or Receiver(host)
         return self._receiver
 
     @asynccontextmanager
@@ -120,6 +113,24 @@ async def _answer(call: Any, seconds: float) -> Any:
     if isinstance(answer, Failure):
         raise answer.error()
     return answer
+
+
+async def _while_it_lasts(call: Any, stream: Stream, seconds: float) -> AsyncGenerator[bytes]:
+    """What comes of a stream until its call ends, or its time. Being closed before cancels the call."""
+    end = asyncio.ensure_future(_end(call, stream))
+    end.add_done_callback(lambda done: _tell(done, stream))
+    # Whatever fails it, a client that does not read too, the engine need not go on.
+    stream.when_failed = call.cancel
+    timer = asyncio.get_running_loop().call_later(seconds, stream.fail, TimeoutError())
+    try:
+        async with aclosing(stream.items()) as items:
+            async for item in items:
+                yield item
+    finally:
+        timer.cancel()
+        if not end.done():
+            call.cancel()
+            end.cancel()
 
 
 async def _end(call: Any, stream: Stream) -> None:

@@ -210,3 +210,17 @@ async def test_a_client_that_does_not_read_does_not_hold_the_engine(engine: Serv
     # Nobody asks for more, and yet the call ends with the model's time.
     await asyncio.wait_for(handle.calls[0].cancelled.wait(), SOON_S)
     await items.aclose()
+
+
+async def test_a_call_that_cannot_be_made_leaves_no_stream(engine: ServeEngine) -> None:
+    with pytest.raises(KeyError):
+        await everything(asked(engine, Handle(), STREAMED))
+    assert engine._receiver is not None
+    assert engine._receiver._streams == {}
+
+
+async def test_first_requests_at_once_have_one_receiver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    engine = ServeEngine()
+    receivers = await asyncio.gather(*(engine._open_receiver() for _ in range(5)))
+    assert len(set(map(id, receivers))) == 1
