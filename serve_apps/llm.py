@@ -1,11 +1,13 @@
 """A language model as a Serve deployment: vLLM behind ray.serve.llm, with adapters loaded at their first request.
 
 This is the one file that imports modules which Ray does not document as public: adapters that are not in a cloud bucket
-need a LoraModelLoader of our own, and ray.serve.llm exports neither that class nor what it returns; and the engine's
-errors are of a class of which ray.serve.llm exports only a subclass.
+need a LoraModelLoader of our own, and ray.serve.llm exports neither that class nor what it returns; the engine's errors
+are of a class of which ray.serve.llm exports only a subclass; and on CPU its engine takes no executor but that of
+several processes.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -16,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from ray.llm._internal.common.models import global_id_manager
 from ray.llm._internal.serve.core.configs.llm_config import DiskMultiplexConfig
 from ray.llm._internal.serve.core.configs.openai_api_models import ErrorResponse
+from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
 from ray.llm._internal.serve.utils.lora_serve_utils import LoraModelLoader
 from ray.serve import Application
 from ray.serve.config import RequestRouterConfig
@@ -38,7 +41,7 @@ from stack.post_training import adapter_of_model
 
 def build(args: dict[str, Any]) -> Application:
     """The application of one model: its entry in the config, and where its adapters lie."""
-    return application_of(args, LLM)
+    return application_of(args, LLM, engine_cls=LocalEngine)
 
 
 def application_of(args: dict[str, Any], server: type["LLM"], **options: Any) -> Application:
@@ -189,6 +192,21 @@ class LLM(LLMServer):
                 "out one of the two, or serve the model with adapters: 0",
                 param="echo",
             )
+
+
+class LocalEngine(VLLMEngine):  # type: ignore[misc]  # Ray does not type it
+    """vLLM's engine. On CPU a worker that is alone works in the engine's own process.
+
+    As a process of its own it would keep a second core busy, on which the engine does nothing but look whether the
+    worker is done; and there is more to do on a machine that serves and trains.
+    """
+
+    def _start_async_llm_engine(self, arguments: Any, config: Any, placement_group: Any) -> Any:
+        if config.device_config.device_type == "cpu" and config.parallel_config.world_size == 1:
+            config.parallel_config.distributed_executor_backend = "uni"
+            # Ray gives its workers as many threads as they reserve CPUs. One core is left for everything else.
+            os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) - 1))
+        return super()._start_async_llm_engine(arguments, config, placement_group)
 
 
 _REQUESTS: dict[Endpoint, TypeAdapter[Any]] = {
