@@ -167,7 +167,10 @@ class Reporter:
             self.metrics.flush()
         except Unavailable:
             return False
-        return self._write_lines()
+        written = self._write_lines()
+        # No heartbeat from here on: it would find the attempt ended, and take that for being given up.
+        self._ended.set()
+        return written
 
     def _live(self) -> None:
         while not self._ended.wait(WRITE_S):

@@ -177,6 +177,21 @@ def test_what_came_before_the_end_is_written_before_the_end(store: Store, job: J
     assert messages(store, job) == ["the last line"]
 
 
+def test_a_driver_that_writes_its_end_does_not_take_that_for_being_given_up(
+    store: Store, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporter, "WRITE_S", 0.001)
+    monkeypatch.setattr(reporter, "BEAT_S", 0.0)
+    lost: list[str] = []
+    with Reporter(store, job, attempt(store, job), lost=lost.append) as reporting:
+        assert reporting.finish()
+        assert store.jobs.complete(job.id, 1, {})
+        for thread in reporting._threads:
+            thread.join(timeout=10)
+            assert not thread.is_alive()
+    assert lost == []
+
+
 def test_a_step_is_taken_again_until_the_database_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reporter, "WRITE_S", 0.01)
     answers = iter([away(), away(), "done"])
