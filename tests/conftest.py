@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stack.config import Config
 from stack.context import Context
@@ -22,6 +24,15 @@ CONFIG: dict[str, Any] = {
     "max_dataset_bytes": 64 * 1024,
     "models": [{"id": "small", "path": "models/small", "context": 256, "adapter_rank": 16}],
 }
+# The model's weights: of the names that those of Llama have, and small.
+_LAYERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+WEIGHTS = {
+    "model.embed_tokens.weight": np.zeros((8, 4), np.float16),
+    **{f"model.layers.{n}.{name}.weight": np.zeros((4, 4), np.float16) for n in (0, 1) for name in (*_LAYERS, *_MLP)},
+    **{f"model.layers.{n}.input_layernorm.weight": np.zeros(4, np.float16) for n in (0, 1)},
+    "lm_head.weight": np.zeros((8, 4), np.float16),
+}
 WITH_BOTH_DATABASES = {
     f"tests.api.test_{name}"
     for name in ("datasets", "experiments", "keys", "life_cycle", "metrics", "telemetry", "tenants")
@@ -30,12 +41,13 @@ WITH_BOTH_DATABASES = {
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """STACK_HOME, in a temporary folder, with a data folder."""
+    """STACK_HOME, in a temporary folder, with a data folder and the files of a model."""
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
     (home / "models" / "small").mkdir(parents=True)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     (home / "models" / "small" / "config.json").write_text(json.dumps(shape))
+    save_file(WEIGHTS, home / "models" / "small" / "model.safetensors")
     monkeypatch.setenv("STACK_HOME", str(home))
     monkeypatch.delenv("STACK_CONFIG", raising=False)
     return home

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from stack.store import Adapter, Job, Store, now
+from stack.store import Adapter, AddedModel, Job, Store, now
 from stack.store.jobs import NewJob
 
 DIALOG: list[dict[str, Any]] = [
@@ -14,9 +14,18 @@ DIALOG: list[dict[str, Any]] = [
 ]
 
 
+# The columns of preferences, for `dataset`.
+PREFERENCES = {"prompt": "text", "chosen": "text", "rejected": "text"}
+
+
 def dialogs(count: int) -> list[dict[str, Any]]:
     """Rows with one column, `dialog`."""
     return [{"dialog": DIALOG} for _ in range(count)]
+
+
+def preferences(count: int) -> list[dict[str, Any]]:
+    """Rows with the columns PREFERENCES."""
+    return [{"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "5"} for _ in range(count)]
 
 
 def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -76,18 +85,50 @@ def add_adapter(store: Store, model_id: str, base: str, job_uuid: str) -> None:
     complete(store, job_uuid, {"checkpoints": []}, adapter)
 
 
+def trained(id: str, tenant: str = "default", **entry: Any) -> AddedModel:
+    """A model of its tenant alone."""
+    entry = {"id": id, "path": "models/small"} | entry
+    return AddedModel(id, tenant, entry, created_at=now(), removed_at=None, problem=None, private=True)
+
+
+def add_trained(store: Store, id: str, tenant: str = "default", job_uuid: str = "whole-1") -> None:
+    """Registers a model as the fine-tuning job that trained all its weights does."""
+    add_job(store, job_uuid, "supervised_fine_tune", tenant, model="small")
+    job = start(store, job_uuid, tenant)
+    checkpoint = {"model": id, "path": f"file:///models/{job_uuid}", "iters": 2, "files": []}
+    assert store.jobs.complete(job.id, 1, {"checkpoints": [checkpoint]}, model=trained(id, tenant))
+
+
 def fine_tuning(data: Any, **changes: Any) -> dict[str, Any]:
     """The body of POST /post_training/supervised_fine_tune."""
-    lora = {"lora_attn_modules": ["q_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": False}
+    return _training(data) | {"model": "small", "algorithm": "lora", "algorithm_config": lora()} | changes
+
+
+def preference_optimization(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /post_training/preference_optimize."""
+    settings = {"reward_scale": 1.0, "reward_clip": 0.0, "epsilon": 0.0, "gamma": 0.0, "beta": 0.1}
+    model = {"finetuned_model": "small", "algorithm": "dpo", "algorithm_config": settings, "lora_config": lora()}
+    return _training(data) | model | {"job_uuid": "prefer-1"} | changes
+
+
+def reward_training(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /post_training/train_reward_model."""
+    return fine_tuning(data) | {"job_uuid": "reward-1"} | changes
+
+
+def lora(**changes: Any) -> dict[str, Any]:
+    """What is trained where it is an adapter."""
+    layers = {"lora_attn_modules": ["q_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": False}
+    return layers | {"rank": 8, "alpha": 16} | changes
+
+
+def _training(data: Any) -> dict[str, Any]:
     return {
         "job_uuid": "tune-1",
-        "model": "small",
         "dataset": data,
-        "algorithm": "lora",
-        "algorithm_config": lora | {"rank": 8, "alpha": 16},
         "optimizer_config": {"optimizer_type": "adamw", "lr": 0.001, "lr_min": 0.0, "weight_decay": 0.1},
         "training_config": {"n_epochs": 1, "n_iters": 0, "batch_size": 8, "shuffle": True},
-    } | changes
+    }
 
 
 def evaluation(data: Any, **changes: Any) -> dict[str, Any]:

@@ -295,9 +295,11 @@ def test_a_job_that_cannot_fit_is_507_before_it_has_a_row(
     app: FastAPI, context: Context, home: Path, monkeypatch: pytest.MonkeyPatch, is_registered: bool, is_full: bool
 ) -> None:
     described = dataset(samples.write_rows(home / "data" / "a.jsonl", samples.dialogs(20)))
-    reference = "a" if is_registered else described
+    pairs = dataset(samples.write_rows(home / "data" / "b.jsonl", samples.preferences(20)), **samples.PREFERENCES)
+    reference, preferences = ("a", "b") if is_registered else (described, pairs)
     with TestClient(app, client=LOCAL, base_url=URL) as client:
         assert create(client, "a", described["content_url"], described["columns"]).status_code == 200
+        assert create(client, "b", pairs["content_url"], pairs["columns"]).status_code == 200
         if is_full:
             monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4_000))
         else:
@@ -306,6 +308,10 @@ def test_a_job_that_cannot_fit_is_507_before_it_has_a_row(
         bodies = {
             "/evaluate/question_answering/": evaluation(reference),
             "/post_training/supervised_fine_tune": samples.fine_tuning(reference),
+            "/post_training/preference_optimize": samples.preference_optimization(preferences),
+            "/post_training/train_reward_model": samples.reward_training(
+                preferences, algorithm="full", algorithm_config={}
+            ),
         }
         for path, body in bodies.items():
             error = error_of(client.post(path, json=body), 507)

@@ -35,6 +35,8 @@ POSTS = [
     "/datasets/delete",
     "/datasets/uploads/delete",
     "/post_training/supervised_fine_tune",
+    "/post_training/preference_optimize",
+    "/post_training/train_reward_model",
     "/post_training/job/cancel",
     "/evaluate/question_answering/",
     "/evaluate/job/cancel",

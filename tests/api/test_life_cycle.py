@@ -11,9 +11,20 @@ from stack.context import Context
 from stack.store import Adapter, now
 from tests import samples
 from tests.api.envelope import error_of
-from tests.samples import dataset, dialogs, evaluation, fine_tuning, write_rows
+from tests.samples import (
+    PREFERENCES,
+    dataset,
+    dialogs,
+    evaluation,
+    fine_tuning,
+    preference_optimization,
+    preferences,
+    reward_training,
+    write_rows,
+)
 
 FINE_TUNE = "/post_training/supervised_fine_tune"
+PREFER, REWARD = "/post_training/preference_optimize", "/post_training/train_reward_model"
 EVALUATE = "/evaluate/question_answering/"
 FILE = {"name": "a.safetensors", "bytes": 9, "sha256": "0" * 64}
 flat_and_wrapped = pytest.mark.parametrize("wrapped", [False, True], ids=["flat", "wrapped"])
@@ -105,6 +116,71 @@ def jobs(data: Any) -> list[tuple[str, str, dict[str, Any]]]:
     return [(FINE_TUNE, "post_training", fine_tuning(data)), (EVALUATE, "evaluate", evaluation(data))]
 
 
+@pytest.fixture
+def pairs(home: Path) -> dict[str, Any]:
+    """The description of a data set of 4 preferences."""
+    return dataset(write_rows(home / "data" / "pairs.jsonl", preferences(4)), **PREFERENCES)
+
+
+@flat_and_wrapped
+def test_trainings_on_preferences_are_accepted_and_listed_by_kind(
+    client: TestClient, context: Context, pairs: dict[str, Any], wrapped: bool
+) -> None:
+    trainings = [(PREFER, preference_optimization(pairs)), (REWARD, reward_training(pairs))]
+    for path, body in trainings:
+        kind, uuid = path.rsplit("/", 1)[-1], body["job_uuid"]
+        for _ in range(2):
+            reply = post(client, path, body, wrapped)
+            assert (reply.status_code, reply.json()) == (200, {"job_uuid": uuid})
+        status = status_of(client, "post_training", uuid)
+        assert (status["kind"], status["status"], status["checkpoints"]) == (kind, "scheduled", [])
+        listed = client.get("/post_training/jobs", params={"kind": kind}).json()
+        assert [(job["job_uuid"], job["kind"]) for job in listed] == [(uuid, kind)]
+        error = error_of(post(client, path, body | {"priority": 1}), 409)
+        assert (error["code"], error["param"]) == ("conflict", "job_uuid")
+        artifacts = client.get("/post_training/job/artifacts", params={"job_uuid": uuid}).json()
+        assert artifacts == {"job_uuid": uuid, "checkpoints": [], "metrics": []}
+        cancelled = client.post("/post_training/job/cancel", json={"job_uuid": uuid})
+        assert cancelled.json()["status"] == "cancelled"
+    assert len(client.get("/post_training/jobs").json()) == 2
+    error = error_of(client.get("/post_training/jobs", params={"kind": "evaluate"}), 400)
+    for word in ("supervised_fine_tune", "preference_optimize", "train_reward_model"):
+        assert word in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "status", "param", "words"),
+    [
+        (PREFER, {"algorithm_config": {"reward_clip": 5}}, 400, "algorithm_config.reward_clip", ["5"]),
+        (PREFER, {"algorithm_config": {"beta": 0}}, 400, "algorithm_config.beta", ["0"]),
+        (PREFER, {"algorithm": "ppo"}, 400, "algorithm", ["'dpo'", "'ppo'"]),
+        (PREFER, {"finetuned_model": "big"}, 404, "finetuned_model", ["there are: small"]),
+        (PREFER, {"finetuned_model": "a\0b"}, 400, "finetuned_model", ["NUL"]),
+        (PREFER, {"model": "small"}, 400, None, ["unknown key 'model'", "finetuned_model"]),
+        (PREFER, {"dataset": "none"}, 404, "dataset", ["'none'"]),
+        (REWARD, {"model": "big"}, 404, "model", ["there are: small"]),
+        (REWARD, {"algorithm": "qlora"}, 400, "algorithm", ["GPU", "allowed: lora"]),
+        (REWARD, {"algorithm": "full"}, 400, "algorithm_config", ["{}"]),
+        (REWARD, {"validation_dataset": "none"}, 404, "validation_dataset", ["'none'"]),
+    ],
+)
+def test_a_wrong_training_on_preferences_is_refused(
+    client: TestClient,
+    pairs: dict[str, Any],
+    path: str,
+    change: dict[str, Any],
+    status: int,
+    param: str | None,
+    words: list[str],
+) -> None:
+    body = preference_optimization(pairs) if path == PREFER else reward_training(pairs)
+    error = error_of(post(client, path, body | change), status)
+    for word in words:
+        assert word in error["message"]
+    assert error["param"] == param
+    assert client.get("/post_training/jobs").json() == []
+
+
 @flat_and_wrapped
 def test_a_job_is_accepted_and_scheduled(client: TestClient, data: dict[str, Any], wrapped: bool) -> None:
     for path, api, body in jobs(data):
@@ -149,6 +225,8 @@ def test_another_job_of_the_same_uuid_is_409(client: TestClient, data: dict[str,
     ("change", "param", "words"),
     [
         ({"algorithm": "qlora"}, "algorithm", ["qlora", "allowed: lora"]),
+        ({"algorithm": "full"}, "algorithm_config", ["full", "{}"]),
+        ({"hyperparam_search_config": {"parameters": {}}}, "hyperparam_search_config.parameters", ["at least 1"]),
         ({"algorithm": "magic"}, "algorithm", ["'full', 'lora', 'qlora' or 'dora'", "'magic'"]),
         ({"job_uuid": "../x"}, "job_uuid", ["'../x'"]),
         ({"training_config": {}}, "training_config.n_epochs", ["n_epochs: is required", "batch_size: is required"]),

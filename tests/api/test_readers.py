@@ -96,9 +96,9 @@ async def test_submissions_that_read_data_hold_up_no_other_request(
 ) -> None:
     gate, check = Gate(), datasets.check
 
-    def slow(context: Context, dataset: Any) -> datasets.Checked:
+    def slow(context: Context, dataset: Any, shape: Any) -> datasets.Checked:
         gate(context)
-        return check(context, dataset)
+        return check(context, dataset, shape)
 
     monkeypatch.setattr(datasets, "check", slow)
     transport = httpx.ASGITransport(app, client=HERE)

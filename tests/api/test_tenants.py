@@ -6,6 +6,7 @@ A new route goes into one of the tables below; a test says so when it is in none
 import base64
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,17 @@ from stack.context import Context, Principal
 from stack.store import Adapter, now
 from tests import samples
 from tests.api.envelope import error_of
-from tests.samples import dataset, dialogs, evaluation, fine_tuning, write_rows
+from tests.samples import (
+    PREFERENCES,
+    dataset,
+    dialogs,
+    evaluation,
+    fine_tuning,
+    preference_optimization,
+    preferences,
+    reward_training,
+    write_rows,
+)
 
 OWNER = "acme"
 LOG = {"message": "hello", "level": "info", "timestamp": "2030-01-01T00:00:00.000Z"}
@@ -27,6 +38,12 @@ EVENT = {
 }  # fmt: skip
 CHAT = {"model": "small:tune-1", "messages": [{"role": "user", "content": "a"}]}
 UPLOADED = {"columns": {"dialog": "dialog"}, "content_url": "UPLOAD_URL"}
+
+
+def on_model(named: str) -> dict[str, Any]:
+    """A preference optimization of one's own data, which starts from a model."""
+    return preference_optimization("PAIRS", job_uuid="new", finetuned_model=named, lora_config={})
+
 
 # Requests that name something of acme's: a method, a path with its query, a body. Words in capitals stand for ids.
 NAMING: list[tuple[str, str, Any]] = [
@@ -38,6 +55,14 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/datasets/delete", {"dataset_uuid": "train"}),
     ("POST", "/datasets/uploads/delete", {"upload_id": "UPLOAD"}),
     ("POST", "/post_training/supervised_fine_tune", fine_tuning("train", job_uuid="new")),
+    ("POST", "/post_training/supervised_fine_tune", fine_tuning("MINE", job_uuid="new", model="small-whole-1")),
+    ("POST", "/post_training/preference_optimize", preference_optimization("pairs", job_uuid="new")),
+    ("POST", "/post_training/preference_optimize", on_model("small:tune-1")),
+    ("POST", "/post_training/preference_optimize", on_model("tune-1")),
+    ("POST", "/post_training/preference_optimize", on_model("small-whole-1")),
+    ("POST", "/post_training/preference_optimize", on_model("whole-1")),
+    ("POST", "/post_training/train_reward_model", reward_training("pairs", job_uuid="new")),
+    ("POST", "/post_training/train_reward_model", reward_training("PAIRS", job_uuid="new", model="small-whole-1")),
     ("GET", "/post_training/job/status?job_uuid=tune-1", None),
     ("GET", "/post_training/job/logs?job_uuid=tune-1", None),
     ("GET", "/post_training/job/artifacts?job_uuid=tune-1", None),
@@ -57,7 +82,11 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/batch_inference/completion", {"model": "small:tune-1", "content_batch": ["a"]}),
     ("POST", "/v1/chat/completions", CHAT),
     ("POST", "/v1/completions", {"model": "small:tune-1", "prompt": "a"}),
+    ("POST", "/v1/chat/completions", CHAT | {"model": "small-whole-1"}),
+    ("POST", "/inference/chat_completion", CHAT | {"model": "small-whole-1"}),
+    ("POST", "/evaluate/question_answering/", evaluation("MINE", job_uuid="new", checkpoint="small-whole-1")),
     ("GET", "/v1/models/small:tune-1", None),
+    ("GET", "/v1/models/small-whole-1", None),
     ("GET", "/experiments/get?experiment_id=EXPERIMENT", None),
     ("GET", "/experiments/list?after=EXPERIMENT", None),
     ("GET", "/experiments/runs?experiment_id=EXPERIMENT", None),
@@ -94,7 +123,7 @@ LISTING: list[tuple[str, str, Any]] = [
 # Routes that name nothing and list nothing of a tenant's, or have a test of their own below.
 APART = {
     ("GET", "/health"),
-    ("GET", "/models/list"),  # the administrator's, who adds models for all
+    ("GET", "/models/list"),  # the administrator's, who adds models for all; private ones have a test below
     ("POST", "/models/add"),
     ("POST", "/models/remove"),
     ("GET", "/metrics"),  # the administrator's, of all tenants
@@ -127,13 +156,13 @@ class Tenants:
         return value
 
 
-def of_tenant(app: FastAPI, context: Context, tenant: str) -> TestClient:
-    key = keys.create(context.store, tenant, "test", ["inference", "data", "training", "agents"])[1]
+def of_tenant(app: FastAPI, context: Context, tenant: str, *more_scopes: str) -> TestClient:
+    key = keys.create(context.store, tenant, "test", ["inference", "data", "training", "agents", *more_scopes])[1]
     return TestClient(app, raise_server_exceptions=False, headers={"authorization": f"Bearer {key}"})
 
 
 @pytest.fixture
-def tenants(app: FastAPI, context: Context, data: dict[str, Any]) -> Tenants:
+def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) -> Tenants:
     owner, other = of_tenant(app, context, OWNER), of_tenant(app, context, "other")
 
     def made(client: TestClient, path: str, **body: Any) -> Any:
@@ -144,6 +173,10 @@ def tenants(app: FastAPI, context: Context, data: dict[str, Any]) -> Tenants:
     made(owner, "/datasets/create", uuid="train", dataset=data)
     made(other, "/datasets/create", uuid="mine", dataset=data)
     made(owner, "/datasets/create", uuid="mine", dataset=data)
+    pairs = dataset(write_rows(home / "data" / "pairs.jsonl", preferences(4)), **PREFERENCES)
+    made(owner, "/datasets/create", uuid="pairs", dataset=pairs)
+    for client in (owner, other):
+        made(client, "/datasets/create", uuid="my-pairs", dataset=pairs)
     rows = b'{"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
     upload = owner.post("/datasets/upload", files={"file": ("rows.jsonl", rows)}).json()
     made(owner, "/evaluate/question_answering/", **evaluation(data))
@@ -155,9 +188,11 @@ def tenants(app: FastAPI, context: Context, data: dict[str, Any]) -> Tenants:
     made(owner, "/logging/log_messages", run_id=run, logs=[LOG])
     made(owner, "/telemetry/log_event", event=EVENT)
     tune(context, OWNER, "tune-1")
+    context.artifacts.publish(f"tenants/{OWNER}/adapters/tune-1", home / "data")
+    samples.add_trained(context.store, "small-whole-1", OWNER)
     # The longer words first: UPLOAD_URL is not UPLOAD.
     ids = {"UPLOAD_URL": upload["content_url"], "UPLOAD": upload["id"], "EXPERIMENT": experiment, "RUN": run}
-    return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine"})
+    return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine", "PAIRS": "my-pairs"})
 
 
 def tune(context: Context, tenant: str, uuid: str) -> None:
@@ -191,11 +226,26 @@ def test_lists_show_ones_own_alone(tenants: Tenants, case: tuple[str, str, Any])
         assert others.json() == []
 
 
-def test_models_are_the_configs_and_ones_own_adapters(tenants: Tenants) -> None:
+def test_models_are_the_configs_and_ones_own(tenants: Tenants) -> None:
     def models(client: TestClient) -> list[str]:
         return [model["id"] for model in client.get("/v1/models").json()["data"]]
 
-    assert (models(tenants.owner), models(tenants.other)) == (["small", "small:tune-1"], ["small"])
+    assert models(tenants.owner) == ["small", "small-whole-1", "small:tune-1"]
+    assert models(tenants.other) == ["small"]
+
+
+def test_an_administrator_does_not_see_anothers_models_either(tenants: Tenants, app: FastAPI, context: Context) -> None:
+    owner, other = of_tenant(app, context, OWNER, "admin"), of_tenant(app, context, "other", "admin")
+    model = {"id": "small-whole-1", "path": "models/small"}
+    for _ in range(2):  # also of one that is being removed
+        listed = [client.get("/models/list").json()["data"] for client in (owner, other)]
+        assert [[one["id"] for one in models] for models in listed] == [["small", model["id"]], ["small"]]
+        for refused in (
+            error_of(other.post("/models/remove", json={"model_id": model["id"]}), 404),
+            error_of(other.post("/models/add", json=model), 409),
+        ):
+            assert "whole" not in refused["message"].replace(repr(model["id"]), "")
+        assert owner.post("/models/remove", json={"model_id": model["id"]}).status_code == 200
 
 
 def test_both_may_have_the_same_names(tenants: Tenants, context: Context, home: Any) -> None:
@@ -204,6 +254,8 @@ def test_both_may_have_the_same_names(tenants: Tenants, context: Context, home: 
         ("/datasets/create", {"uuid": "train", "dataset": other}),
         ("/evaluate/question_answering/", evaluation(other)),
         ("/post_training/supervised_fine_tune", fine_tuning(other)),
+        ("/post_training/preference_optimize", preference_optimization("my-pairs")),
+        ("/post_training/train_reward_model", reward_training("my-pairs")),
         ("/experiments/create", {"name": "mine", "metadata": {"a": 1}}),
         ("/telemetry/log_event", {"event": EVENT | {"message": "mine"}}),
     ]:
@@ -237,5 +289,5 @@ def test_every_route_is_in_a_table(app: FastAPI) -> None:
     served = {(method.upper(), path) for path, methods in app.openapi()["paths"].items() for method in methods}
     tabled = {(method, path.split("?")[0]) for method, path, _ in [*NAMING, *LISTING]}
     tabled.add(("GET", "/v1/models/{model}"))
-    tabled.remove(("GET", "/v1/models/small:tune-1"))
+    tabled -= {("GET", "/v1/models/small:tune-1"), ("GET", "/v1/models/small-whole-1")}
     assert served == tabled | APART

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,12 @@ def test_the_state_of_a_failed_job_has_the_reason(context: Context) -> None:
 def test_every_kind_of_job_has_a_driver() -> None:
     assert jobs.DRIVERS == {
         jobs.SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune",
+        jobs.PREFERENCE_OPTIMIZE: "jobs.preference_optimize",
+        jobs.TRAIN_REWARD_MODEL: "jobs.train_reward_model",
         jobs.EVALUATE: "jobs.evaluate",
     }
+    for module in jobs.DRIVERS.values():
+        assert importlib.util.find_spec(module) is not None, module
 
 
 def test_too_many_waiting_jobs_are_refused_until_some_run(context: Context) -> None:
@@ -208,7 +213,7 @@ def test_what_was_published_for_a_job_that_came_to_nothing_is_swept(
     names = {}
     for number, uuid in enumerate(["waits", "runs", "failed", "cancelled", "completed", "kept"]):
         submit(mine, uuid=uuid)
-        names[uuid] = jobs.artifact_name(tenant, (jobs.ADAPTERS, jobs.RESULTS)[number % 2], uuid)
+        names[uuid] = jobs.artifact_name(tenant, (jobs.ADAPTERS, jobs.WHOLE_MODELS, jobs.RESULTS)[number % 3], uuid)
         context.artifacts.publish(names[uuid], tmp_path / "files")
     for uuid in ("runs", "completed"):
         samples.start(context.store, uuid, tenant)
