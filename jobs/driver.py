@@ -41,7 +41,7 @@ from stack.artifacts import File
 from stack.config import Config
 from stack.context import DEFAULT_TENANT, Context
 from stack.errors import BadInput, StackError, Unavailable
-from stack.store import Adapter, Artifact, Attempt, Job, faults, now
+from stack.store import Adapter, AddedModel, Artifact, Attempt, Job, faults, now
 
 R = TypeVar("R", bound=Request)
 # How a driver exits that could not write down how it ended: the supervisor takes it for lost.
@@ -53,11 +53,13 @@ LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, RaySy
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job has come to: what its row keeps, the artifact it has published, and the adapter that is now served."""
+    """What a job has come to: what its row keeps, the artifact it has published, and the adapter or the model that is
+    served from now on."""
 
     result: dict[str, Any]
     artifact: Artifact
     adapter: Adapter | None = None
+    model: AddedModel | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
             print(f"failed: {error.message}", file=sys.stderr)
             return 1
         raise
-    made = (outcome.result, outcome.adapter, outcome.artifact)
+    made = (outcome.result, outcome.adapter, outcome.artifact, outcome.model)
     mine = steadily(given.reporter.finish) and steadily(lambda: store.jobs.complete(job.id, number, *made))
     if not mine:
         now = steadily(lambda: store.jobs.get(job.tenant, job.uuid))

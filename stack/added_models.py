@@ -1,7 +1,8 @@
 """Adding and removing models while the stack runs.
 
 Models that the config lists come and go with it. Others are kept in the database, in the same shape, and everybody may
-ask them as well. The routes only write what shall be: the job supervisor, of which there is one, brings Ray Serve's
+ask them as well, but for private ones, which a tenant's job has trained: for other tenants, their administrators too,
+these do not exist. The routes only write what shall be: the job supervisor, of which there is one, brings Ray Serve's
 applications in line with it, also after a restart. A model that is removed is not asked any more at once; the requests
 that are under way end, and then its application goes.
 """
@@ -83,13 +84,18 @@ def add(context: Context, model: LanguageModel, deployer: Deployer) -> ServedMod
     row = next((row for row in context.store.models.list() if row.id == model.id), None)
     if model.id in _configured(context.config):
         raise Conflict(f"the config lists a model {model.id!r} already", param="id")
-    if row is None and (model.id == GATEWAY or model.id in applications):
-        raise Conflict(f"there is another application {model.id!r} already; give the model another id", param="id")
+    # Of another tenant's private model no more is told than of an application of something else.
+    taken = Conflict(f"there is another application {model.id!r} already; give the model another id", param="id")
+    is_free = row.is_seen_by(context.tenant) if row else model.id != GATEWAY and model.id not in applications
+    if not is_free:
+        raise taken
     _require_model(model)
     entry = model.model_dump(mode="json", exclude_unset=True)
     row = context.store.models.add(model.id, context.tenant, entry, MAX_ADDED)
     if row is None:
         raise Conflict(f"{MAX_ADDED} models are added already; remove one first", param="id", code="too_many_models")
+    if not row.is_seen_by(context.tenant):  # its job was completed meanwhile
+        raise taken
     if row.removed_at is not None:
         raise Conflict(f"the model {model.id!r} is being removed; add it when it is gone", param="id")
     if row.entry != entry:
@@ -104,15 +110,19 @@ def remove(context: Context, id: str, deployer: Deployer) -> ServedModel:
             f"the config lists the model {id!r}; take it and its application out of the config file and deploy that",
             param="model_id",
         )
-    row = context.store.models.remove(id)
+    row = context.store.models.remove(id, context.tenant)
     if row is None:
-        known = ", ".join(context.store.models.recent()) or "none"
+        seen = (row.id for row in context.store.models.recent().values() if row.is_seen_by(context.tenant))
+        known = ", ".join(seen) or "none"
         raise NotFound(f"there is no added model {id!r}; there are: {known}", param="model_id")
     return _added(row, deployer.applications().get(id))
 
 
 def list_models(context: Context, deployer: Deployer) -> list[ServedModel]:
-    """The models of the config, then the added ones, the oldest first, each with the state of its application."""
+    """The models of the config, then the added ones, the oldest first, each with the state of its application.
+
+    Without other tenants' private ones.
+    """
     applications = deployer.applications()
     configured = [
         ServedModel(
@@ -123,7 +133,8 @@ def list_models(context: Context, deployer: Deployer) -> list[ServedModel]:
         )
         for model in _configured(context.config).values()
     ]
-    return [*configured, *(_added(row, applications.get(row.id)) for row in context.store.models.list())]
+    rows = (row for row in context.store.models.list() if row.is_seen_by(context.tenant))
+    return [*configured, *(_added(row, applications.get(row.id)) for row in rows)]
 
 
 class Reconciler:
@@ -223,9 +234,8 @@ def _added(row: AddedModel, application: Application | None) -> ServedModel:
         state["state"] = ModelState.stopping
     elif application is None:
         state = dict(state=ModelState.failed if row.problem else ModelState.starting, reason=row.problem)
-    return ServedModel(
-        id=row.id, source=ModelSource.added, created_at=row.created_at, model={"id": row.id} | row.entry, **state
-    )
+    source = ModelSource.trained if row.private else ModelSource.added
+    return ServedModel(id=row.id, source=source, created_at=row.created_at, model={"id": row.id} | row.entry, **state)
 
 
 def _state(application: Application | None) -> dict[str, Any]:

@@ -92,7 +92,8 @@ class Engine(Protocol):
 
 
 class Models:
-    """The models that a tenant can ask: those of the config, which are everybody's, and its own adapters.
+    """The models that a tenant can ask: those of the config and the added ones, which are everybody's, and its own: the
+    private ones among the added, and adapters.
 
     Where language models are meant, an embedding model is BadInput, and the other way round.
     """
@@ -195,8 +196,9 @@ class Models:
         return self._of_added(row) if row is not None else None
 
     def _of_added(self, row: AddedModel) -> Model | None:
-        """One that has come into the config, or that this version of the stack does not take, is not an added one."""
-        if row.id in self._configured or row.id in self._embedding_models:
+        """None for another tenant's private one, one that has come into the config, and one that this version of the
+        stack does not take."""
+        if not row.is_seen_by(self._tenant) or row.id in self._configured or row.id in self._embedding_models:
             return None
         try:
             return Model(row.id, LanguageModel.model_validate(row.entry), is_adapter=False, created_at=row.created_at)

@@ -23,7 +23,7 @@ DeployerOf = Annotated[Deployer, Depends(_deployer)]
 
 @router.get("/list")
 def list_models(context: ContextOf, deployer: DeployerOf) -> ServedModelList:
-    """All models, those of the config and the added ones, with the state of their applications."""
+    """All models, those of the config, the added ones and the tenant's own, with the state of their applications."""
     return ServedModelList(data=added_models.list_models(context, deployer))
 
 
@@ -35,5 +35,5 @@ def add(context: ContextOf, deployer: DeployerOf, body: LanguageModel) -> Served
 
 @router.post("/remove")
 def remove(context: ContextOf, deployer: DeployerOf, body: RemoveModelRequest) -> ServedModel:
-    """Removes an added model. New requests for it are 404 at once, those that are under way end."""
+    """Removes an added or a trained model. New requests for it are 404 at once, those that are under way end."""
     return added_models.remove(context, body.model_id, deployer)

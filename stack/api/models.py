@@ -18,10 +18,14 @@ class ModelState(StrEnum):
 
 
 class ModelSource(StrEnum):
-    """Where a model is listed, which is also where it is taken out."""
+    """Where a model comes from: the config file, an administrator, or a job of the tenant, who alone may ask it then.
+
+    One of the config is taken out there, the others are removed here.
+    """
 
     config = "config"
     added = "added"
+    trained = "trained"
 
 
 class ServedModel(Wire):

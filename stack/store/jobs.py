@@ -21,6 +21,7 @@ from stack.api.jobs import JobStatus
 from stack.store.adapters import Adapter
 from stack.store.artifacts import Artifact
 from stack.store.connection import hold, now, writing
+from stack.store.models import AddedModel, add_if_free
 from stack.store.schema import adapters, artifacts, attempts, experiments, jobs, runs
 
 UNFINISHED = (JobStatus.scheduled, JobStatus.running)
@@ -311,11 +312,12 @@ class Jobs:
 
     def complete(
         self, job_id: int, number: int, result: dict[str, Any],
-        adapter: Adapter | None = None, artifact: Artifact | None = None,
+        adapter: Adapter | None = None, artifact: Artifact | None = None, model: AddedModel | None = None,
     ) -> bool:  # fmt: skip
         """running -> completed, and registers what the job has made; False if the attempt has been given up.
 
-        What is done is done: a job that was to be cancelled is completed all the same.
+        What is done is done: a job that was to be cancelled is completed all the same. So is one whose model has an id
+        that was taken meanwhile: the row that is there stays, and the job's is left out.
         """
         with self._taken(job_id) as connection:
             if not _close_attempt(connection, job_id, number, "completed", retryable=False):
@@ -325,6 +327,8 @@ class Jobs:
                 connection.execute(insert(adapters).values(**asdict(adapter)))
             if artifact is not None:
                 connection.execute(insert(artifacts).values(**asdict(artifact)))
+            if model is not None:
+                add_if_free(connection, model)
         return True
 
     def fail(self, job_id: int, number: int, reason: str) -> bool:

@@ -1,17 +1,23 @@
-"""The rows of models that were added while the stack ran. They are everybody's, as those of the config are."""
+"""The rows of models that were added while the stack ran.
+
+Those that an administrator has added are everybody's, as those of the config are; a private one is its tenant's alone.
+What is read here are the rows of all tenants, as each has an application, whosever it is.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy import Connection, Engine, delete, insert, select, update
 
 from stack.store.connection import hold, now, writing
 from stack.store.schema import models
 
 # How long what was read counts: so long other processes may take to see a model that was added or removed.
 RECENT_S = 1.0
+# Who adds a row holds it, so that no other one of its id comes in between.
+_ADDING = "llama-stack-ray: models"
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class AddedModel:
     """A model that `tenant` has added, by its entry in the config's shape.
 
     From `removed_at` on it is not asked any more; the row goes when its application has. `problem` is why it cannot be
-    deployed, if it cannot.
+    deployed, if it cannot. A `private` one, which a job of the tenant has trained, does not exist for other tenants.
     """
 
     id: str
@@ -28,6 +34,10 @@ class AddedModel:
     created_at: str
     removed_at: str | None
     problem: str | None
+    private: bool = False
+
+    def is_seen_by(self, tenant: str) -> bool:
+        return not self.private or self.tenant == tenant
 
 
 class AddedModels:
@@ -56,24 +66,30 @@ class AddedModels:
         return read[1] if read is not None and monotonic() - read[0] < RECENT_S else None
 
     def add(self, id: str, tenant: str, entry: dict[str, Any], most: int) -> AddedModel | None:
-        """Adds a model, and gives what stands under its id, which may be another one; None if there are `most`."""
+        """Adds a model, and gives what stands under its id, which may be another one; None if there are `most`.
+
+        Private ones do not count: no tenant's keep an administrator from adding one.
+        """
         with writing(self._engine) as connection:
-            hold(connection, "llama-stack-ray: models")
+            hold(connection, _ADDING)
             rows = [AddedModel(**row) for row in connection.execute(select(models)).mappings()]
             found = next((row for row in rows if row.id == id), None)
-            if found is None and len(rows) < most:
+            if found is None and sum(not row.private for row in rows) < most:
                 found = AddedModel(id, tenant, entry, created_at=now(), removed_at=None, problem=None)
                 connection.execute(insert(models).values(**vars(found)))
         self._read = None
         return found
 
-    def remove(self, id: str) -> AddedModel | None:
-        """Marks a model as one that is being removed, if there is such a one. Doing it again changes nothing."""
-        query = select(models).where(models.c.id == id)
+    def remove(self, id: str, tenant: str) -> AddedModel | None:
+        """Marks a model that `tenant` sees as one that is being removed, if there is such a one.
+
+        Doing it again changes nothing.
+        """
+        seen = (models.c.id == id) & (~models.c.private | (models.c.tenant == tenant))
         with self._engine.begin() as connection:
-            live = (models.c.id == id) & models.c.removed_at.is_(None)
+            live = seen & models.c.removed_at.is_(None)
             connection.execute(update(models).where(live).values(removed_at=now()))
-            found = connection.execute(query).mappings().first()
+            found = connection.execute(select(models).where(seen)).mappings().first()
         self._read = None
         return AddedModel(**found) if found else None
 
@@ -86,3 +102,10 @@ class AddedModels:
         with self._engine.begin() as connection:
             connection.execute(delete(models).where(models.c.id == id))
         self._read = None
+
+
+def add_if_free(connection: Connection, model: AddedModel) -> None:
+    """Adds a row within a `writing` transaction, and leaves it out where there is one of its id."""
+    hold(connection, _ADDING)
+    if connection.execute(select(models.c.id).where(models.c.id == model.id)).first() is None:
+        connection.execute(insert(models).values(**vars(model)))

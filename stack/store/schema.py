@@ -17,6 +17,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
     text,
 )
 
@@ -159,7 +160,8 @@ adapters = Table(
     Column("created_at", _Time, nullable=False),
 )
 
-# Models that were added while the stack ran, which all tenants may ask; `tenant` is whose administrator it was.
+# Models that were added while the stack ran; `tenant` is whose administrator it was, or whose job. A private one may be
+# asked by no other tenant.
 models = Table(
     "models",
     schema,
@@ -169,6 +171,7 @@ models = Table(
     Column("created_at", _Time, nullable=False),
     Column("removed_at", _Time),
     Column("problem", Text),
+    Column("private", Boolean, nullable=False, server_default=false()),
 )
 
 # What `name` among the files of stack/artifacts.py is, and where it came from.

@@ -269,6 +269,85 @@ def test_a_model_that_is_not_there_is_not_removed(context: Context, deployer: Sc
         added_models.remove(context, id, deployer)
 
 
+def test_a_private_model_is_started_and_listed_for_its_tenant(
+    context: Context, deployer: ScriptedDeployer, reconciler: Reconciler
+) -> None:
+    samples.add_trained(context.store, "extra", "acme")
+    reconciler.reconcile()
+    assert deployer.deployed == [(entry(), "artifacts")]
+    found = state_of(context.of_tenant("acme"), deployer)
+    assert found is not None
+    assert (found.source, found.state, found.model) == ("trained", "starting", {"id": "extra", "path": "models/small"})
+    assert [model.id for model in added_models.list_models(context, deployer)] == ["small"]
+
+
+def test_a_private_model_is_removed_by_its_tenant_alone(
+    context: Context, deployer: ScriptedDeployer, reconciler: Reconciler
+) -> None:
+    added_models.add(context, entry("everybodys"), deployer)
+    samples.add_trained(context.store, "extra", "acme")
+    with pytest.raises(NotFound) as unknown:
+        added_models.remove(context, "extrx", deployer)
+    with pytest.raises(NotFound) as private:
+        added_models.remove(context, "extra", deployer)
+    assert private.value.message == unknown.value.message.replace("extrx", "extra")
+    assert private.value.message == "there is no added model 'extra'; there are: everybodys"
+    assert (private.value.param, private.value.code) == (unknown.value.param, unknown.value.code)
+    acme = context.of_tenant("acme")
+    with pytest.raises(NotFound, match=r"there are: everybodys, extra$"):
+        added_models.remove(acme, "extrx", deployer)
+    assert acme.models.get("extra").id == "extra"
+    assert added_models.remove(acme, "extra", deployer).source == "trained"
+    with pytest.raises(NotFound):
+        acme.models.get("extra")
+    with pytest.raises(NotFound, match=r"there are: everybodys$"):
+        added_models.remove(context, "extra", deployer)
+    reconciler.reconcile()
+    assert [row.id for row in context.store.models.list()] == ["everybodys"]
+
+
+@pytest.mark.parametrize("state", ["waiting", "running", "removed"])
+def test_of_anothers_private_model_it_is_told_that_the_id_is_taken(
+    context: Context, deployer: ScriptedDeployer, state: str
+) -> None:
+    deployer.running["theirs"] = RUNNING
+    with pytest.raises(Conflict) as theirs:
+        added_models.add(context, entry("theirs"), deployer)
+    samples.add_trained(context.store, "extra", "acme")
+    if state == "running":
+        deployer.running["extra"] = RUNNING
+    elif state == "removed":
+        added_models.remove(context.of_tenant("acme"), "extra", deployer)
+    before = context.store.models.list()
+    for path in ("models/small", "models/none"):
+        with pytest.raises(Conflict) as private:
+            added_models.add(context, entry(path=path), deployer)
+        assert private.value.message == theirs.value.message.replace("theirs", "extra")
+        assert (private.value.param, private.value.code) == (theirs.value.param, theirs.value.code)
+    assert context.store.models.list() == before
+
+
+def test_a_private_model_that_comes_while_one_is_added_is_not_told_of_either(
+    context: Context, deployer: ScriptedDeployer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(model: LanguageModel) -> None:
+        samples.add_trained(context.store, model.id, "acme")
+
+    monkeypatch.setattr(added_models, "_require_model", check)
+    with pytest.raises(Conflict, match="there is another application 'extra' already"):
+        added_models.add(context, entry(), deployer)
+
+
+def test_private_models_keep_nobody_from_adding_one(
+    context: Context, deployer: ScriptedDeployer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(added_models, "MAX_ADDED", 1)
+    samples.add_trained(context.store, "trained", "acme")
+    assert added_models.add(context, entry(), deployer).id == "extra"
+    with pytest.raises(Conflict, match="1 models are added"):
+        added_models.add(context, entry("more"), deployer)
+
+
 def test_after_a_restart_models_are_started_again_by_themselves(context: Context, deployer: ScriptedDeployer) -> None:
     added_models.add(context, entry(), deployer)
     Reconciler(context.config, context.store, deployer).reconcile()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from subprocess import TimeoutExpired
 from types import SimpleNamespace
@@ -180,6 +181,20 @@ def test_a_file_may_be_json_and_wrapped(
     file.write_text(json.dumps({"request": evaluation(data)}))
     assert run("--config", file) == 0
     assert job(context).status == "completed"
+
+
+def test_a_model_that_the_work_has_made_is_added(
+    context: Context, run: Callable[..., int], data: dict[str, Any]
+) -> None:
+    accepted(context, data)
+    model = samples.trained("small-evaluation-1")
+
+    def work(given: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
+        return replace(outcome(given, {"files": [], "path": "file:///a"}), model=model)
+
+    assert run(*ATTEMPT, work=work) == 0
+    assert job(context).status == "completed"
+    assert context.store.models.list() == [model]
 
 
 def test_a_job_that_the_gateway_has_accepted_is_found_by_its_uuid(

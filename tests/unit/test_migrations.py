@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
@@ -19,7 +20,7 @@ from sqlalchemy import Connection, Engine, MetaData, insert, inspect, select, te
 from sqlalchemy import Table as AnyTable
 
 from stack.errors import BadInput
-from stack.store import Store
+from stack.store import AddedModel, Store
 from stack.store.connection import connect
 from stack.store.migrate import HEAD, MIGRATIONS, migrate, revision
 from stack.store.schema import artifacts, jobs, schema
@@ -268,6 +269,23 @@ def test_data_sets_adapters_and_files_of_the_first_release_are_found(
         ("tuned", "checkpoint", "adapters/tuned", 70, "tuned"),
         ("evaluated", "metric", "evaluations/evaluated", 30, "evaluated"),
     ]
+    store.close()
+
+
+def test_models_that_were_added_before_any_was_private_are_everybodys(url: str, engine: Engine) -> None:
+    row: dict[str, Any] = dict(
+        id="extra", tenant="acme", entry={"id": "extra", "path": "models/small"},
+        created_at="2026-01-01T00:00:00.000Z", removed_at=None, problem="why",
+    )  # fmt: skip
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0003")
+        connection.execute(insert(reflected(connection)["models"]), row)
+    store = Store(url)
+    assert store.models.list() == [AddedModel(**row, private=False)]
+    assert store.models.list()[0].is_seen_by("other")
     store.close()
 
 

@@ -9,6 +9,7 @@ import pytest
 from stack.context import Context
 from stack.errors import BadInput, EngineFailed, NotFound, StackError
 from stack.models import Failure
+from stack.store import models as store_models
 from tests import samples
 from tests.scripted_engine import ScriptedEngine
 
@@ -30,6 +31,37 @@ def test_an_adapter_is_known_as_soon_as_it_is_registered(context: Context) -> No
         context.models.get("small:tune-1")
     samples.add_adapter(context.store, "small:tune-1", "small", "tune-1")
     assert context.models.get("small:tune-1").is_adapter
+
+
+def test_a_private_model_and_its_adapters_are_its_tenants(context: Context) -> None:
+    samples.add_trained(context.store, "small-whole-1")
+    samples.add_adapter(context.store, "small-whole-1:tune-1", "small-whole-1", "tune-1")
+    ids = ["small", "small-whole-1", "small-whole-1:tune-1"]
+    assert [model.id for model in context.models.all()] == ids
+    assert [context.models.get(one).id for one in ids] == ids
+    other = context.of_tenant("other")
+    assert [model.id for model in other.models.all()] == ["small"]
+    for one in ids[1:]:
+        with pytest.raises(NotFound) as caught:
+            other.models.get(one)
+        assert caught.value.message == f"there is no model {one!r}; there are: small"
+        assert (caught.value.param, caught.value.code) == ("model", "model_not_found")
+
+
+async def test_a_private_model_that_was_read_already_is_still_its_tenants(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_models, "RECENT_S", 3_600.0)
+    samples.add_trained(context.store, "small-whole-1")
+    context.store.models.recent()
+    other = context.of_tenant("other")
+    for _ in range(2):
+        assert (await context.models.find("small-whole-1")).id == "small-whole-1"
+        with pytest.raises(NotFound, match=r"there are: small$"):
+            await other.models.find("small-whole-1")
+    assert b"Paris" in await context.models.answer("chat", BODY | {"model": "small-whole-1"})
+    monkeypatch.setattr(context.models, "get", lambda _: pytest.fail("a thread is taken"))
+    assert (await context.models.find("small-whole-1")).id == "small-whole-1"
 
 
 @pytest.mark.parametrize("id", ["big", "", "small:", "small:tune-9", "gone:tune-2", "Small"])

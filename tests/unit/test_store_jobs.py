@@ -9,6 +9,7 @@ import pytest
 from stack.api.jobs import JobStatus
 from stack.store import Adapter, Artifact, Job, Store, now
 from stack.store.jobs import MAX_REASON, NewJob
+from tests.samples import trained
 from tests.threads import at_once
 
 ROUNDS = 12
@@ -93,6 +94,25 @@ def test_from_scheduled_to_completed(store: Store) -> None:
     assert store.adapters.get("default", "m:a") is not None
     assert store.adapters.get("acme", "m:a") is None
     assert store.artifacts.get("default", "id") == artifact
+
+
+def test_a_model_that_a_job_has_trained_is_added_with_its_end(store: Store) -> None:
+    job, model = running(store), trained("small-job-1")
+    assert store.jobs.complete(job.id, 1, {"x": 1}, model=model)
+    assert store.models.list() == [model]
+    assert not store.jobs.complete(job.id, 1, {}, model=trained("again"))
+    assert store.models.list() == [model]
+
+
+def test_a_job_is_completed_though_the_id_of_its_model_is_taken(store: Store) -> None:
+    first = store.models.add("small-job-1", "acme", {"id": "small-job-1", "path": "a"}, most=10)
+    job = running(store)
+    experiment = store.telemetry.run_experiment("default", job.run_id)
+    artifact = Artifact("id", "default", experiment, job.run_id, "n", "model", "models/n", 5, {}, now())
+    assert store.jobs.complete(job.id, 1, {"x": 1}, artifact=artifact, model=trained("small-job-1"))
+    assert (get(store).status, get(store).result) == (JobStatus.completed, {"x": 1})
+    assert store.artifacts.get("default", "id") == artifact
+    assert store.models.list() == [first]
 
 
 def test_an_attempt_has_one_driver(store: Store) -> None:
@@ -382,6 +402,22 @@ def test_completing_while_the_attempt_is_lost_and_the_job_cancelled(store: Store
         assert completed != lost
         assert job.status == (JobStatus.completed if completed else JobStatus.cancelled)
         assert (job.result is not None) == completed
+
+
+def test_a_job_is_completed_while_an_administrator_adds_a_model_of_its_id(store: Store) -> None:
+    def add_model(job: Job) -> bool:
+        found = store.models.add(job.uuid, "acme", {"id": job.uuid, "path": "a"}, most=100)
+        assert found is not None
+        return found.private
+
+    rounds = rounds_of(
+        store, running, lambda job: store.jobs.complete(job.id, 1, {}, model=trained(job.uuid)), add_model
+    )
+    for job, completed, _ in rounds:
+        assert completed
+        assert job.status == JobStatus.completed
+    is_trained = {job.uuid: is_private for job, _, is_private in rounds}
+    assert {row.id: row.private for row in store.models.list()} == is_trained, "both saw the same one"
 
 
 def test_what_a_lost_attempt_records_is_not_kept(store: Store) -> None:
