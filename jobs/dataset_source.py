@@ -1,11 +1,12 @@
-"""Data sets for jobs: as a source of Ray Data, and as rows on disk for trainers.
+"""Data sets for jobs, as sources of Ray Data.
 
-Both read as `stack/datasets.py` does, a row at a time, and find the content that was checked, or end with Conflict.
+They are read as `stack/datasets.py` does, a row at a time, and have the content that was checked, or end with Conflict.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -18,30 +19,40 @@ from ray.data.datasource import Datasource, ReadTask
 from stack import datasets
 from stack.config import Config
 from stack.context import Context
+from stack.datasets import EXAMPLES, Shape
 
 # What one block holds at most.
 BLOCK_ROWS = 1_000
 BLOCK_BYTES = 4 * 2**20
-QUESTIONS = pyarrow.schema([("row", pyarrow.int64()), ("messages", pyarrow.string()), ("expected", pyarrow.string())])
+SCHEMA = pyarrow.schema([("row", pyarrow.int64()), ("value", pyarrow.string())])
 
 
 def questions(context: Context, checked: datasets.Checked, but: frozenset[int]) -> ray.data.Dataset:
-    """The examples of a data set as a Dataset of Ray Data, but for the rows of these numbers.
+    """The examples of a data set, but for the rows of these numbers, as `rows` has them."""
+    return rows(context, checked, EXAMPLES, but)
 
-    Its columns are `row`, from 1, `messages`, as JSON, and `expected`. Reading takes no CPU of its own: it is slower to
-    answer the questions than to read them.
+
+def rows(
+    context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int] = frozenset()
+) -> ray.data.Dataset:
+    """The rows of a data set as a Dataset of Ray Data, but for those of these numbers.
+
+    Its columns are `row`, from 1, and `value`, what the shape makes of the row, as JSON. Reading takes no CPU of its
+    own: it is faster than what is done with the rows.
     """
-    source = Examples(context, checked, but)
+    source = Rows(context, checked, shape, but)
     found: ray.data.Dataset = ray.data.read_datasource(source, num_cpus=0, override_num_blocks=1)
     return found
 
 
-class Examples(Datasource):
-    """One task that reads the examples of a data set in blocks, so that it never holds more than one of them."""
+class Rows(Datasource):
+    """One task that reads the rows of a data set in blocks, so that it never holds more than one of them."""
 
-    def __init__(self, context: Context, checked: datasets.Checked, but: frozenset[int]) -> None:
+    def __init__(
+        self, context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int] = frozenset()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._read = partial(_blocks, context.config.model_dump(mode="json"), context.tenant, checked, but)
+        self._read = partial(_blocks, context.config.model_dump(mode="json"), context.tenant, checked, shape, but)
         self._bytes = checked.bytes
 
     def estimate_inmemory_data_size(self) -> int:
@@ -52,51 +63,30 @@ class Examples(Datasource):
     ) -> list[ReadTask]:
         """One, whatever the parallelism is: a file is read from its start to its end."""
         about = BlockMetadata(num_rows=None, size_bytes=self._bytes, exec_stats=None, input_files=None)
-        return [ReadTask(self._read, about, schema=QUESTIONS, per_task_row_limit=per_task_row_limit)]
+        return [ReadTask(self._read, about, schema=SCHEMA, per_task_row_limit=per_task_row_limit)]
 
 
-def _blocks(config: dict[str, Any], tenant: str, checked: datasets.Checked, but: frozenset[int]) -> Iterator[Block]:
+def _blocks(
+    config: dict[str, Any], tenant: str, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int]
+) -> Iterator[Block]:
     # Closed however the reading ends: the worker lives on.
     with closing(Context.open(Config.parse(config, "config"))) as context:
-        yield from _read_blocks(context.of_tenant(tenant), checked, but)
+        yield from _read_blocks(context.of_tenant(tenant), checked, shape, but)
 
 
-def _read_blocks(context: Context, checked: datasets.Checked, but: frozenset[int]) -> Iterator[Block]:
-    rows: list[dict[str, Any]] = []
+def _read_blocks(
+    context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int]
+) -> Iterator[Block]:
+    read: list[dict[str, Any]] = []
     size = 0
-    for number, example in enumerate(datasets.examples(context, checked), start=1):
+    for number, value in datasets.read_as(context, checked, shape):
         if number in but:
             continue
-        messages = json.dumps(example.messages)
-        rows.append({"row": number, "messages": messages, "expected": example.answer})
-        size += len(messages) + len(example.answer)
-        if len(rows) == BLOCK_ROWS or size >= BLOCK_BYTES:
-            yield pyarrow.Table.from_pylist(rows, QUESTIONS)
-            rows, size = [], 0
-    if rows:
-        yield pyarrow.Table.from_pylist(rows, QUESTIONS)
-
-
-def on_disk(context: Context, checked: datasets.Checked, folder: str) -> Any:
-    """The examples of a data set as TRL takes them, in a file in this folder, which is mapped into memory.
-
-    They are read through before anything is made of them, so that what is wrong is raised as it is.
-    """
-    from datasets import Dataset, Features, Value, disable_progress_bars
-
-    disable_progress_bars()  # which would fill the job's log
-    fields = {"role": Value("string"), "content": Value("string")}
-    for example in datasets.examples(context, checked):
-        for message in example.messages:
-            fields |= {name: Value("string") for name in message if name not in fields}
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for example in datasets.examples(context, checked):
-            yield {"prompt": example.messages, "completion": [{"role": "assistant", "content": example.answer}]}
-
-    return Dataset.from_generator(
-        rows,
-        features=Features({"prompt": [fields], "completion": [{"role": Value("string"), "content": Value("string")}]}),
-        cache_dir=folder,
-        fingerprint=checked.sha256,  # otherwise the function is hashed, with all that it refers to
-    )
+        text = json.dumps(asdict(value))
+        read.append({"row": number, "value": text})
+        size += len(text)
+        if len(read) == BLOCK_ROWS or size >= BLOCK_BYTES:
+            yield pyarrow.Table.from_pylist(read, SCHEMA)
+            read, size = [], 0
+    if read:
+        yield pyarrow.Table.from_pylist(read, SCHEMA)

@@ -229,6 +229,11 @@ def _raised(failure: BaseException) -> str:
     return "\n".join(dropwhile(lambda line: line[:1].isspace(), lines))
 
 
+def raised_in_workers(error: WorkerGroupError, kind: type[StackError]) -> bool:
+    """Whether all workers that failed raised an error of this kind."""
+    return all(_raised(one).startswith(f"{kind.__module__}.{kind.__name__}:") for one in error.worker_failures.values())
+
+
 _UNAVAILABLE = f"{Unavailable.__module__}.{Unavailable.__name__}:"
 
 
@@ -243,6 +248,8 @@ def reason(error: BaseException) -> str:
     kind, _, message = " ".join(cause.split()).partition(": ")
     if any(sign in cause for sign in _FULL_DISK):
         return f"the disk is full: {message}"
+    if any(sign in cause for sign in _NO_MEMORY):
+        return f"out of memory: lower micro_batch_size, batch_size or max_length in training_config: {message}"
     if kind.startswith(StackError.__module__) or kind == "builtins.SystemExit":
         return message
     return f"{kind.removeprefix('builtins.').rstrip(':')}: {message or 'no message'}"
@@ -250,6 +257,8 @@ def reason(error: BaseException) -> str:
 
 # How the system, SQLite and safetensors say it.
 _FULL_DISK = ("No space left on device", "database or disk is full", "os error 28")
+# How PyTorch, Python and Ray's monitor of the memory say it.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "MemoryError", "OutOfMemoryError", "running low on memory")
 
 
 def _arguments(description: str) -> argparse.Namespace:

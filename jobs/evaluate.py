@@ -78,8 +78,8 @@ class Ask:
         self._body = body
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        asked = zip(batch["row"], batch["messages"], strict=True)
-        answers = await asyncio.gather(*(self._ask(row, json.loads(messages)) for row, messages in asked))
+        asked = zip(batch["row"], batch["value"], strict=True)
+        answers = await asyncio.gather(*(self._ask(row, json.loads(value)["messages"]) for row, value in asked))
         yield dict(batch) | {name: [answer[name] for answer in answers] for name in answers[0]}
 
     async def _ask(self, row: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,8 +114,10 @@ def _score(
     first, process = time.time(), psutil.Process()
     with file.open("a") as lines:
         for row in _rows(answers):
-            scores = {name: float(metric(row["expected"], row["answer"])) for name, metric in metrics.items()}
-            lines.write(json.dumps(row | {"messages": json.loads(row["messages"]), **scores}) + "\n")
+            example = json.loads(row.pop("value"))
+            scores = {name: float(metric(example["answer"], row["answer"])) for name, metric in metrics.items()}
+            kept = row | {"messages": example["messages"], "expected": example["answer"], **scores}
+            lines.write(json.dumps(kept) + "\n")
             done += 1
             if done % BATCH_SIZE == 0:
                 lines.flush()

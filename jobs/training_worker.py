@@ -1,17 +1,16 @@
-"""What a worker of Ray Train does in a fine-tuning.
+"""What a worker of Ray Train does in a training: one of TRL's trainers, on examples that are tokens already.
 
 It is a module of its own, so that Ray finds these functions by their names: what stands in the module that is run as
 the driver would be sent as code, without the names that only annotations use.
 """
 
+import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -19,112 +18,106 @@ import ray.train
 from ray.train import Checkpoint
 from sqlalchemy.exc import SQLAlchemyError
 
-from jobs.dataset_source import on_disk
+from jobs import parallelism
 from jobs.reporter import GIVEN_UP, RESOURCES, Metrics, resources, steadily
-from stack import datasets
-from stack.api.post_training import LoraFinetuningConfig, OptimizerConfig, OptimizerType, PostTrainingSFTRequest
+from jobs.training_data import Kind
+from stack import post_training
+from stack.api.post_training import (
+    FinetuningAlgorithm,
+    LoraFinetuningConfig,
+    OptimizerConfig,
+    OptimizerType,
+    PostTrainingRLHFRequest,
+    PostTrainingSFTRequest,
+    RewardModelRequest,
+    TrainingRequest,
+)
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, StackError, Unavailable
+from stack.errors import Diverged, Unavailable
 from stack.store import Job, faults
 
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-# How often a training saves what another attempt would go on from, and under which name; the end has another one.
+# How often a training saves what another attempt would go on from, if its request does not say so; and what is in the
+# last checkpoint: the folder of what was made in the end, and its figures.
 CHECKPOINTS = 10
-SAVED = "saved"
-ADAPTER = "adapter"
+MADE, FIGURES = "made", "figures.json"
+REQUESTS: dict[Kind, type[TrainingRequest]] = {
+    "sft": PostTrainingSFTRequest,
+    "dpo": PostTrainingRLHFRequest,
+    "reward": RewardModelRequest,
+}
 
 
-def train_on_worker(settings: dict[str, Any]) -> None:
-    """What a worker of Ray Train does: train, reporting checkpoints to go on from, and the adapter at the end."""
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is told. `train` and `validation` are Arrow files, `temporary` a folder that all workers share, as
+    is `tensorboard`; `adapter` is the folder of the adapter that is trained on, if there is one. `trial` is set where
+    the training is one of a search, which writes no figures of its own."""
+
+    config: dict[str, Any]
+    tenant: str
+    attempt: int
+    kind: Kind
+    request: dict[str, Any]
+    model: str
+    adapter: str | None
+    train: str
+    examples: int
+    validation: str | None
+    temporary: str
+    tensorboard: str
+    trial: bool = False
+
+
+def train_on_worker(told: dict[str, Any]) -> None:
+    """What a worker of Ray Train does: train, reporting checkpoints to go on from, and what is made at the end."""
     try:
-        _train(settings)
+        _train(Settings(**told))
     except SQLAlchemyError as error:
         # The driver gets only the text of what is raised here, by which it must know a database that is away.
         raise (faults.passing(error) or error) from error
 
 
-def _train(settings: dict[str, Any]) -> None:
+def _train(settings: Settings) -> None:
     import torch
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-    from trl import SFTConfig, SFTTrainer
 
     if not torch.cuda.is_available():
         # Ray gives a worker one thread for each CPU it reserves, but on a laptop the other processes wait meanwhile.
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_workers()))
     restored = ray.train.get_checkpoint()
-    context = Context.open(Config.parse(settings["config"], "config")).of_tenant(settings["tenant"])
-    request = PostTrainingSFTRequest.model_validate(settings["request"])
-    training = request.training_config
-    model = AutoModelForCausalLM.from_pretrained(settings["model_folder"], dtype=_dtype())
-    _set_up_loggers(request, settings["tensorboard"])
+    request = REQUESTS[settings.kind].model_validate(settings.request)
+    context = Context.open(Config.parse(settings.config, "config")).of_tenant(settings.tenant)
+    _set_up_loggers(request, settings.tensorboard)
     job = context.store.jobs.get(context.tenant, request.job_uuid)
     assert job is not None
     with (
-        Metrics(context.store, job, settings["attempt"]) as metrics,
-        TemporaryDirectory(dir=settings["temporary"]) as folder,
+        Metrics(context.store, job, settings.attempt) as metrics,
         restored.as_directory() if restored else nullcontext() as earlier,
     ):
-        train = on_disk(context, datasets.resolve(context, request.dataset), f"{folder}/dataset")
-        validation = None
-        if request.validation_dataset is not None:
-            validation = on_disk(context, datasets.resolve(context, request.validation_dataset), f"{folder}/validation")
-        steps = -(-len(train) // training.batch_size) * training.n_epochs
-        steps = min(steps, training.n_iters) if training.n_iters else steps
-        if earlier and (Path(earlier) / ADAPTER).is_dir():  # it was trained to the end, but not published
-            ray.train.report({"steps": steps}, checkpoint=restored)
+        if earlier and (Path(earlier) / MADE).is_dir():  # it was trained to the end, but not published
+            figures = json.loads((Path(earlier) / FIGURES).read_text())
+            ray.train.report(figures, checkpoint=restored if _is_first() else None)
             return
-        trainer = SFTTrainer(
-            model=model,
-            args=SFTConfig(
-                output_dir=folder,
-                max_steps=steps,
-                per_device_train_batch_size=training.batch_size,
-                per_device_eval_batch_size=training.batch_size,
-                lr_scheduler_type="cosine_with_min_lr",
-                lr_scheduler_kwargs={"min_lr": request.optimizer_config.lr_min},
-                warmup_steps=max(1, round(0.03 * steps)),
-                learning_rate=request.optimizer_config.lr,
-                # Not grouped by length, which would save padding but make the batches less alike than chance does.
-                train_sampling_strategy="random" if training.shuffle else "sequential",
-                gradient_checkpointing=training.enable_activation_checkpointing,
-                completion_only_loss=True,
-                max_length=None,
-                eval_strategy="steps" if validation is not None else "no",
-                eval_steps=max(1, -(-steps // 5)),
-                logging_steps=1,
-                save_strategy="steps",
-                save_steps=max(1, -(-steps // CHECKPOINTS)),
-                save_total_limit=1,
-                report_to=request.logger_config.report_to,
-                run_name=request.logger_config.run_name or request.job_uuid,
-                disable_tqdm=True,
-                use_cpu=not torch.cuda.is_available(),
-                bf16=torch.cuda.is_available(),
-                seed=0,
-            ),
-            train_dataset=train,
-            eval_dataset=validation,
-            processing_class=AutoTokenizer.from_pretrained(settings["model_folder"]),
-            peft_config=LoraConfig(
-                task_type="CAUSAL_LM",
-                r=request.algorithm_config.rank,
-                lora_alpha=request.algorithm_config.alpha,
-                target_modules=target_modules(request.algorithm_config, model),
-            ),
-            optimizer_cls_and_kwargs=_optimizer(request.optimizer_config),
-            callbacks=[_recorder(context, job, settings, metrics)],
-        )
-        trainer.remove_callback(PrinterCallback)  # ours says more
-        check_lengths("dataset", trainer.train_dataset["input_ids"], settings["context"])
-        if validation is not None:
-            check_lengths("validation_dataset", trainer.eval_dataset["input_ids"], settings["context"])
-        trainer.train(resume_from_checkpoint=str(Path(earlier) / SAVED) if earlier else None)
+        trainer = _trainer(settings, request)
+        recorder = _recorder(context, job, settings, metrics)
+        trainer.add_callback(recorder)
+        trainer.train(resume_from_checkpoint=earlier)
         steadily(metrics.flush)
-        final = Path(folder) / "final"
-        trainer.model.save_pretrained(final / ADAPTER)
-        ray.train.report({"steps": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(str(final)))
+        folder = Path(settings.temporary) / "final"
+        parallelism.save(trainer, folder / MADE)
+        _wait_for_all()
+        figures, checkpoint = recorder.figures(trainer.state), None
+        if _is_first():
+            (folder / FIGURES).write_text(json.dumps(figures))
+            checkpoint = Checkpoint.from_directory(str(folder))
+        ray.train.report(figures, checkpoint=checkpoint)
+
+
+def total_steps(request: TrainingRequest, examples: int) -> int:
+    """After how many steps a training with so many examples ends."""
+    training = request.training_config
+    steps = -(-examples // training.batch_size) * training.n_epochs
+    return min(steps, training.n_iters) if training.n_iters else steps
 
 
 def drop_figures(context: Context, job: Job, number: int, after_step: int) -> None:
@@ -137,23 +130,191 @@ def drop_figures(context: Context, job: Job, number: int, after_step: int) -> No
         raise Unavailable(GIVEN_UP)
 
 
-def check_lengths(name: str, rows: Iterable[list[int]], context: int) -> None:
-    """Raises BadInput, naming the row, for an example with more tokens than the model's context."""
-    for number, tokens in enumerate(rows, start=1):
-        if len(tokens) > context:
-            raise BadInput(f"{name}: row {number} has {len(tokens)} tokens, but the model's context is {context}")
+def _trainer(settings: Settings, request: TrainingRequest) -> Any:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, PrinterCallback
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model)
+    validation = settings.validation
+    given = dict(
+        train_dataset=Dataset.from_file(settings.train),
+        eval_dataset=Dataset.from_file(validation) if validation else None,
+        processing_class=tokenizer,
+    )
+    arguments = _arguments(settings, request)
+    match request:
+        case PostTrainingSFTRequest():
+            trainer = _sft_trainer(settings, request, arguments, given)
+        case PostTrainingRLHFRequest():
+            trainer = _dpo_trainer(settings, request, arguments, given)
+        case RewardModelRequest():
+            trainer = _reward_trainer(settings, request, arguments, given)
+        case _:
+            raise TypeError(type(request))
+    trainer.remove_callback(PrinterCallback)  # ours says more
+    trainer.optimizer_cls_and_kwargs = _optimizer(request.optimizer_config)
+    return trainer
 
 
-def target_modules(lora: LoraFinetuningConfig, model: Any) -> list[str]:
-    """The names of the linear layers that get an adapter. Raises BadInput for names that the model does not have."""
+def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
+    """The arguments that all trainers have in common."""
     import torch
 
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    wanted = [*lora.lora_attn_modules, *(MLP_MODULES if lora.apply_lora_to_mlp else ())]
-    unknown = [name for name in wanted if name not in linear]
-    if unknown:
-        raise BadInput(f"the model has no linear layers named {unknown[0]!r}; it has: {', '.join(sorted(linear))}")
-    return wanted
+    training, on_cpu = request.training_config, not torch.cuda.is_available()
+    steps = total_steps(request, settings.examples)
+    every = training.checkpoint_iters or max(1, -(-steps // CHECKPOINTS))
+    micro = post_training.micro_batch_size(training)
+    return dict(
+        output_dir=f"{settings.temporary}/trainer",
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=training.batch_size // (training.workers * micro),
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": request.optimizer_config.lr_min / request.optimizer_config.lr},
+        warmup_steps=max(1, round(0.03 * steps)),
+        learning_rate=request.optimizer_config.lr,
+        weight_decay=request.optimizer_config.weight_decay,
+        # Not grouped by length, which would save padding but make the batches less alike than chance does.
+        train_sampling_strategy="random" if training.shuffle else "sequential",
+        gradient_checkpointing=training.enable_activation_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps" if settings.validation is not None else "no",
+        eval_steps=every,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=1,
+        report_to=[] if settings.trial else request.logger_config.report_to,
+        run_name=request.logger_config.run_name or request.job_uuid,
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        bf16=not on_cpu,
+        seed=training.seed,
+        **parallelism.arguments(
+            post_training.parallelism_of(training),
+            wrap_blocks=training.memory_efficient_fsdp_wrap,
+            offload=training.fsdp_cpu_offload,
+            is_cpu=on_cpu,
+        ),
+    )
+
+
+def _sft_trainer(
+    settings: Settings, request: PostTrainingSFTRequest, arguments: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    model = _causal_model(settings, request.algorithm)
+    # The examples are tokens with their labels, and packed if they are to be.
+    prepared = dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    return SFTTrainer(
+        model=model,
+        args=_ready(SFTConfig(**arguments, **prepared, padding_free=request.training_config.packing), request),
+        peft_config=_lora(request.algorithm_config, request.algorithm, "CAUSAL_LM"),
+        **given,
+    )
+
+
+def _dpo_trainer(
+    settings: Settings, request: PostTrainingRLHFRequest, arguments: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    from trl import DPOConfig, DPOTrainer
+
+    class Preferences(DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
+        """The examples are tokens already: TRL has no option that says so, as its other trainers have."""
+
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset
+
+    dpo, lora = request.algorithm_config, request.lora_config
+    losses = {"robust" if dpo.epsilon else "sigmoid": 1.0} | ({"sft": dpo.gamma} if dpo.gamma else {})
+    is_whole = lora is None and settings.adapter is None
+    model = _causal_model(settings)
+    if settings.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, settings.adapter, is_trainable=True)
+    config = DPOConfig(
+        **arguments,
+        max_length=None,
+        beta=dpo.beta * dpo.reward_scale,
+        loss_type=list(losses),
+        loss_weights=list(losses.values()),
+        label_smoothing=dpo.epsilon,
+        # Where there is an adapter, the model without it, or with it as it was, is the reference. Otherwise that would
+        # be a second model in the memory.
+        precompute_ref_log_probs=is_whole,
+    )
+    return Preferences(
+        model=model,
+        args=_ready(config, request),
+        peft_config=_lora(lora, FinetuningAlgorithm.lora, "CAUSAL_LM"),
+        **given,
+    )
+
+
+def _reward_trainer(
+    settings: Settings, request: RewardModelRequest, arguments: dict[str, Any], given: dict[str, Any]
+) -> Any:
+    from transformers import AutoModelForSequenceClassification, set_seed
+    from trl import RewardConfig, RewardTrainer
+
+    set_seed(request.training_config.seed)  # by which the new head is drawn
+    load = _loading(request.algorithm)
+    model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=1, **load)
+    return RewardTrainer(
+        model=model,
+        args=_ready(RewardConfig(**arguments, max_length=None), request),
+        peft_config=_lora(request.algorithm_config, request.algorithm, "SEQ_CLS"),
+        **given,
+    )
+
+
+def _ready(config: Any, request: TrainingRequest) -> Any:
+    parallelism.prepare(config, post_training.parallelism_of(request.training_config))
+    return config
+
+
+def _causal_model(settings: Settings, algorithm: FinetuningAlgorithm = FinetuningAlgorithm.lora) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(settings.model, **_loading(algorithm))
+
+
+def _loading(algorithm: FinetuningAlgorithm) -> dict[str, Any]:
+    """How a model is loaded: in which precision, and in 4 bits where an adapter is trained on such weights."""
+    import torch
+
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    if algorithm != FinetuningAlgorithm.qlora:
+        return {"dtype": dtype}
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # so that FSDP can shard them with the others
+    )
+    return {"dtype": dtype, "quantization_config": quantization}
+
+
+def _lora(lora: LoraFinetuningConfig | None, algorithm: FinetuningAlgorithm, task: str) -> Any:
+    from peft import LoraConfig
+
+    if lora is None:
+        return None
+    mlp = post_training.MLP_MODULES if lora.apply_lora_to_mlp else ()
+    output = (post_training.OUTPUT_MODULE,) if lora.apply_lora_to_output else ()
+    return LoraConfig(
+        task_type=task,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[*lora.lora_attn_modules, *mlp, *output],
+        use_dora=algorithm == FinetuningAlgorithm.dora,
+    )
 
 
 def _optimizer(config: OptimizerConfig) -> tuple[type, dict[str, Any]]:
@@ -164,51 +325,79 @@ def _optimizer(config: OptimizerConfig) -> tuple[type, dict[str, Any]]:
         OptimizerType.adamw: torch.optim.AdamW,
         OptimizerType.sgd: torch.optim.SGD,
     }
-    return classes[config.optimizer_type], {"lr": config.lr, "weight_decay": config.weight_decay}
+    # The weight decay is the Trainer's argument: it leaves out biases and norms.
+    return classes[config.optimizer_type], {"lr": config.lr}
 
 
-def _dtype() -> Any:
-    import torch
-
-    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-def _set_up_loggers(request: PostTrainingSFTRequest, tensorboard: str) -> None:
+def _set_up_loggers(request: TrainingRequest, tensorboard: str) -> None:
     """The integrations of the Trainer take where they report to from the environment."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = tensorboard
     if project := request.logger_config.project:
         os.environ |= {"WANDB_PROJECT": project, "MLFLOW_EXPERIMENT_NAME": project}
 
 
-def _recorder(context: Context, job: Job, settings: dict[str, Any], metrics: Metrics) -> Any:
+def _is_first() -> bool:
+    return int(ray.train.get_context().get_world_rank()) == 0
+
+
+def _local_workers() -> int:
+    return int(ray.train.get_context().get_local_world_size())
+
+
+def _wait_for_all() -> None:
+    """Until all workers have come so far: each writes its part of a checkpoint."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) -> Any:
     """A callback that notes each step's figures, and reports what the trainer saves to Ray Train."""
     from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    process, number = psutil.Process(), settings["attempt"]
+    process, number = psutil.Process(), settings.attempt
+    writes = _is_first() and not settings.trial
 
     class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+        validation_loss: float | None = None
+        loss: float | None = None
+
+        def figures(self, state: Any) -> dict[str, Any]:
+            """What is told with a checkpoint."""
+            known = {"loss": self.loss, "validation_loss": self.validation_loss}
+            measured = {name: value for name, value in known.items() if value is not None}
+            return {"steps": state.global_step, "epoch": state.epoch, **measured}
+
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.start = time.monotonic()
             self.first = state.global_step
-            if number > 1:
+            if number > 1 and writes:
                 print(f"going on from step {self.first}, where the last checkpoint is")
                 drop_figures(context, job, number, after_step=self.first)
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step >= state.max_steps and settings.validation is not None:
+                control.should_evaluate = True
+
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             steadily(metrics.flush)
-            saved = get_last_checkpoint(args.output_dir)
-            with TemporaryDirectory(dir=settings["temporary"]) as folder:
-                shutil.copytree(saved, Path(folder) / SAVED)
-                ray.train.report({"steps": state.global_step}, checkpoint=Checkpoint.from_directory(folder))
+            _wait_for_all()
+            checkpoint = Checkpoint.from_directory(get_last_checkpoint(args.output_dir)) if _is_first() else None
+            ray.train.report(self.figures(state), checkpoint=checkpoint)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             step, total = state.global_step, state.max_steps
             elapsed = time.monotonic() - self.start
             left = elapsed / (step - self.first) * (total - step) if step > self.first else None
             values = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
+            self.loss = values.get("loss", self.loss)
+            self.validation_loss = values.get("validation_loss", self.validation_loss)
             if not math.isfinite(values.get("loss", 0.0)):
-                raise StackError(f"the loss is {values['loss']} at step {step}: lower the learning rate")
+                raise Diverged(f"the loss is {values['loss']} at step {step}: lower the learning rate")
+            if not writes:
+                return
             if "num_tokens" in logs:
                 values["tokens_per_second"] = logs["num_tokens"] / elapsed
             values["seconds"] = elapsed
@@ -220,13 +409,21 @@ def _recorder(context: Context, job: Job, settings: dict[str, Any], metrics: Met
     return Recorder()
 
 
-# What is recorded of what the trainer logs, and under which name.
+# What is recorded of what the trainers log, and under which name.
 NAMES = {
     "loss": "loss",
     "learning_rate": "learning_rate",
     "grad_norm": "gradient_norm",
     "eval_loss": "validation_loss",
     "num_tokens": "tokens",
+    "rewards/accuracies": "preference_accuracy",
+    "rewards/margins": "preference_margin",
+    "eval_rewards/accuracies": "validation_preference_accuracy",
+    "eval_rewards/margins": "validation_preference_margin",
+    "accuracy": "preference_accuracy",
+    "eval_accuracy": "validation_preference_accuracy",
+    "margin": "preference_margin",
+    "eval_margin": "validation_preference_margin",
 }
 # All that is recorded: the figures of a run that are ours, and not what others have logged for it.
 RECORDED = frozenset({*NAMES.values(), "tokens_per_second", "seconds", *RESOURCES})

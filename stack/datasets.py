@@ -7,9 +7,9 @@ Conflict with both hashes.
 
 import datetime as dt
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from pydantic import FailFast, TypeAdapter, ValidationError
@@ -39,7 +39,8 @@ MAX_PREVIEW_BYTES = 2**18
 # How much a row is taken to have where nobody has counted them.
 ROW_BYTES = 200
 R = TypeVar("R", bound=Request)
-_DIALOG: TypeAdapter[list[Message]] = TypeAdapter(Annotated[list[Message], FailFast()])
+T = TypeVar("T")
+DIALOG: TypeAdapter[list[Message]] = TypeAdapter(Annotated[list[Message], FailFast()])
 _ROW: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 
 
@@ -47,14 +48,28 @@ _ROW: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, Any])
 class Checked:
     """A data set whose rows were read through: how many there are, and the bytes and the SHA-256 of its content.
 
-    `not_examples` is why the first row that is no example is none. It is not known of a registered data set.
+    `misfit` is why the first row that does not have the shape that was asked for has it not. It is not known of a
+    registered data set.
     """
 
     dataset: TrainEvalDataset
     rows: int
     bytes: int
     sha256: str
-    not_examples: str | None = None
+    misfit: str | None = None
+
+
+@dataclass(frozen=True)
+class Shape(Generic[T]):
+    """What is wanted of each row of a data set.
+
+    `columns_problem` says what is missing of the columns, if anything is. `read` makes of a row, by its number, what is
+    wanted, or raises BadInput, naming the row. With `of_examples` every row that is an example fits.
+    """
+
+    columns_problem: Callable[[TrainEvalDataset], str | None]
+    read: Callable[[int, dict[str, Any], TrainEvalDataset], T]
+    of_examples: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +102,7 @@ def create(context: Context, request: CreateDatasetRequest) -> RegisteredDataset
             rows=found.rows,
             bytes=found.bytes,
             sha256=found.sha256,
-            examples=found.not_examples is None,
+            examples=found.misfit is None,
             created_at=now(),
         )
         if context.store.datasets.add(context.tenant, row):
@@ -158,13 +173,17 @@ def resolve(context: Context, reference: TrainEvalDataset | str) -> Checked:
     return Checked(_described(found), found.rows, found.bytes, found.sha256)
 
 
-def accept(context: Context, request: R) -> tuple[R, list[Checked]]:
-    """Checks the data sets of a job's request, whose rows must be examples, before the job is accepted.
+def accept(context: Context, request: R, shape: Shape[Any] | None = None) -> tuple[R, list[Checked]]:
+    """Checks the data sets of a job's request, whose rows must have a shape (EXAMPLES by default), before the job is
+    accepted.
 
     Returns the request with the hashes of those that it describes, and what was found. Raises BadInput, naming the
-    field and the row, where one is no example, and Conflict for a registered file that has changed.
+    field and the row, where one has it not, and Conflict for a registered file that has changed.
     """
-    found = {field: check_examples(context, reference, field) for field, reference in _references(request).items()}
+    found = {
+        field: check_shape(context, reference, field, shape or EXAMPLES)
+        for field, reference in _references(request).items()
+    }
     hashes = {field: one.dataset for field, one in found.items() if not isinstance(getattr(request, field), str)}
     return request.model_copy(update=hashes), list(found.values())
 
@@ -182,32 +201,39 @@ def as_accepted(request: R, accepted: dict[str, Any]) -> R:
     return request.model_copy(update=hashes)
 
 
-def check_examples(context: Context, reference: TrainEvalDataset | str, field: str) -> Checked:
-    """The data set in this field of a request, each of whose rows holds an example (see TrainEvalDataset).
+def check_shape(
+    context: Context, reference: TrainEvalDataset | str, field: str, shape: Shape[Any] | None = None
+) -> Checked:
+    """The data set in this field of a request, each of whose rows has a shape (EXAMPLES by default).
 
-    One that is described is read through. One that is registered was, so that only a local file that was touched since
-    is read, for its hash; what has changed elsewhere is found out by whoever reads it. Raises BadInput, naming the
-    field and the row, and Conflict.
+    One that is described is read through. One that is registered was, so that where it is known to have the shape, only
+    a local file that was touched since is read, for its hash; what has changed elsewhere is found out by whoever reads
+    it. Raises BadInput, naming the field and the row, and Conflict.
     """
+    shape = shape or EXAMPLES
     try:
         if isinstance(reference, str):
-            return _registered_examples(context, get(context, reference, field))
-        _require_example_columns(reference)
-        found = check(context, reference)
-        if found.not_examples is not None:
-            raise BadInput(found.not_examples)
+            return _registered_of_shape(context, get(context, reference, field), shape)
+        _require_columns(reference, shape)
+        found = check(context, reference, shape)
+        if found.misfit is not None:
+            raise BadInput(found.misfit)
         return found
     except StackError as error:
         error.param = field
         raise
 
 
+def read_as(context: Context, checked: Checked, shape: Shape[T]) -> Iterator[tuple[int, T]]:
+    """The rows of a data set as their shape has them, with their numbers. Raises BadInput, naming the row."""
+    _require_columns(checked.dataset, shape)
+    for number, row in rows(context, checked):
+        yield number, shape.read(number, row, checked.dataset)
+
+
 def examples(context: Context, checked: Checked) -> Iterator[Example]:
     """The examples of a data set, in the order of its rows. Raises BadInput, naming the row, for one without answer."""
-    _require_example_columns(checked.dataset)
-    column = _dialog_column(checked.dataset)
-    for number, row in rows(context, checked):
-        yield _example(number, row, column)
+    return (example for _, example in read_as(context, checked, EXAMPLES))
 
 
 def size(context: Context, checked: Checked) -> Size:
@@ -223,29 +249,30 @@ def sizes_before_reading(context: Context, request: Request) -> list[Size]:
     return [_size_before_reading(context, reference) for reference in _references(request).values()]
 
 
-def check(context: Context, dataset: TrainEvalDataset) -> Checked:
-    """Reads a data set through.
+def check(context: Context, dataset: TrainEvalDataset, shape: Shape[Any] | None = None) -> Checked:
+    """Reads a data set through, and looks whether its rows have a shape (EXAMPLES by default).
 
     Raises BadInput with the first rows at fault, TooLarge, and Conflict where it does not have the hash that is given.
     """
+    shape = shape or EXAMPLES
     with opened(context, dataset.content_url) as content:
         digest = _require_same(content, dataset.content_url, dataset.sha256)
         problems: list[str] = []
-        column, not_examples = _dialog_column(dataset), _example_columns_problem(dataset)
+        misfit = shape.columns_problem(dataset)
         count = 0
         for count, row in _rows(context, dataset, content):  # the last number is how many there are
             if isinstance(row, str):
                 problems.append(row[:MAX_PROBLEM])
                 if len(problems) == MAX_BAD_ROWS:
                     break
-            elif not_examples is None:
-                not_examples = _example_problem(count, row, column)
+            elif misfit is None:
+                misfit = _misfit(count, row, dataset, shape)
         if problems:
             more = "; it was read no further" if len(problems) == MAX_BAD_ROWS else ""
             raise BadInput("; ".join(problems) + more, param="dataset.content_url")
         if not count:
             raise BadInput(f"{dataset.content_url} has no rows", param="dataset.content_url")
-        return Checked(_pinned(dataset, digest), count, content.bytes, digest, not_examples)
+        return Checked(_pinned(dataset, digest), count, content.bytes, digest, misfit)
 
 
 def rows(context: Context, checked: Checked) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -287,13 +314,13 @@ def _references(request: Request) -> dict[str, TrainEvalDataset | str]:
     return {field: reference for field, reference in found.items() if reference is not None}
 
 
-def _registered_examples(context: Context, registered: RegisteredDataset) -> Checked:
+def _registered_of_shape(context: Context, registered: RegisteredDataset, shape: Shape[Any]) -> Checked:
     found = Checked(_described(registered), registered.rows, registered.bytes, registered.sha256)
-    _require_example_columns(found.dataset)
-    if registered.examples:
+    _require_columns(found.dataset, shape)
+    if registered.examples and shape.of_examples:
         _require_untouched(context, registered)
     else:
-        for _ in examples(context, found):  # which says what row is none
+        for _ in read_as(context, found, shape):  # which says what row does not fit
             pass
     return found
 
@@ -370,7 +397,7 @@ def _problem_of(value: Any, kind: TrainEvalDatasetColumnType) -> str | None:
             return None if is_finite_number(value) else f"holds {_shown(value)}"
         case TrainEvalDatasetColumnType.dialog:
             try:
-                _DIALOG.validate_python(value)
+                DIALOG.validate_python(value)
             except ValidationError as error:
                 return f"is not a list of messages: {describe(error)}"
             return None
@@ -389,24 +416,28 @@ def _shown(value: Any) -> str:
     return f"the number {value!r}"[:60]
 
 
-def _example(number: int, row: dict[str, Any], column: str | None) -> Example:
-    """The example in a row, which stands in this column of dialogs if there is one."""
+def _example(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Example:
+    column = dialog_column(dataset)
     if column is None:
         return Example([dict(role="user", content=row["prompt"])], row["completion"])
-    dialog = _DIALOG.validate_python(row[column])
+    dialog = DIALOG.validate_python(row[column])
     if len(dialog) < 2 or not isinstance(dialog[-1], CompletionMessage):
         raise BadInput(f"row {number}: the dialog in {column!r} does not end with an answer of the assistant")
     try:
-        messages = [_plain(message) for message in dialog]
+        messages = [_without_calls(message) for message in dialog]
     except BadInput as error:
         raise BadInput(f"row {number}: {error.message}") from error
     return Example(messages[:-1], messages[-1]["content"])
 
 
-def _plain(message: Message) -> dict[str, Any]:
-    """A message in OpenAI's shape. Examples are of text alone."""
+def _without_calls(message: Message) -> dict[str, Any]:
     if isinstance(message, CompletionMessage) and message.tool_calls:
-        raise BadInput("a data set's messages cannot hold tool calls; leave them out")
+        raise BadInput("an example's messages cannot hold tool calls; leave them out")
+    return plain(message)
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message in OpenAI's shape. Raises BadInput for one that is not of text alone."""
     contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
     for content in contents:
         text_of(content)
@@ -414,34 +445,44 @@ def _plain(message: Message) -> dict[str, Any]:
     return {key: value for key, value in openai_message(message).items() if key != "name"}
 
 
-def _example_problem(number: int, row: dict[str, Any], column: str | None) -> str | None:
+def _misfit(number: int, row: dict[str, Any], dataset: TrainEvalDataset, shape: Shape[Any]) -> str | None:
     try:
-        _example(number, row, column)
+        shape.read(number, row, dataset)
     except BadInput as error:
         return error.message
     return None
 
 
-def _require_example_columns(dataset: TrainEvalDataset) -> None:
-    problem = _example_columns_problem(dataset)
+def _require_columns(dataset: TrainEvalDataset, shape: Shape[Any]) -> None:
+    problem = shape.columns_problem(dataset)
     if problem is not None:
         raise BadInput(problem, param="dataset.columns")
 
 
 def _example_columns_problem(dataset: TrainEvalDataset) -> str | None:
-    if _dialog_column(dataset) is not None or _has_prompt_and_completion(dataset):
+    if dialog_column(dataset) is not None or has_text_columns(dataset):
         return None
-    columns = ", ".join(f"{name} ({kind})" for name, kind in dataset.columns.items())
     return (
         f"examples stand in one column of type dialog, or in two of type text, prompt and completion; "
-        f"this data set has: {columns}"
+        f"this data set has: {columns_of(dataset)}"
     )
 
 
-def _dialog_column(dataset: TrainEvalDataset) -> str | None:
+def columns_of(dataset: TrainEvalDataset) -> str:
+    """The columns of a data set with their types, for a message."""
+    return ", ".join(f"{name} ({kind})" for name, kind in dataset.columns.items())
+
+
+def dialog_column(dataset: TrainEvalDataset) -> str | None:
+    """The one column of dialogs, if there is exactly one."""
     dialogs = [name for name, kind in dataset.columns.items() if kind == TrainEvalDatasetColumnType.dialog]
     return dialogs[0] if len(dialogs) == 1 else None
 
 
-def _has_prompt_and_completion(dataset: TrainEvalDataset) -> bool:
+def has_text_columns(dataset: TrainEvalDataset) -> bool:
+    """Whether there are texts `prompt` and `completion`."""
     return all(dataset.columns.get(name) == TrainEvalDatasetColumnType.text for name in ("prompt", "completion"))
+
+
+# What evaluations ask and compare with, and what a model may learn from: see TrainEvalDataset.
+EXAMPLES = Shape(_example_columns_problem, _example, of_examples=True)

@@ -9,6 +9,7 @@ StackError
 ├── TooLarge       413  a body or file over its bound
 ├── TooManyRequests 429  more than a tenant may have at once, or than a model's queue holds
 ├── EngineFailed   500  a model that failed while it answered
+├── Diverged       500  a training whose loss is no number any more
 ├── Unavailable    503  something that will work again; says after how many seconds to retry
 └── StorageFull    507  no room left on the disk
 """
@@ -83,6 +84,10 @@ class EngineFailed(StackError):
     status = 500
     type = "server_error"
     code = "engine_failed"
+
+
+class Diverged(StackError):
+    code = "diverged"
 
 
 class Unavailable(StackError):

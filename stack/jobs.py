@@ -28,13 +28,20 @@ from stack.store.telemetry import Log
 
 SUPERVISED_FINE_TUNE = "supervised_fine_tune"
 PREFERENCE_OPTIMIZE = "preference_optimize"
+TRAIN_REWARD_MODEL = "train_reward_model"
 EVALUATE = "evaluate"
 GENERATE = "generate_synthetic_data"
 BATCH_INFERENCE = "batch_inference"
 # What runs a job of each kind: the module of its driver.
-DRIVERS = {SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune", EVALUATE: "jobs.evaluate"}
-# The folders of the artifacts that jobs make: those of fine-tuning, and those of evaluations.
-ADAPTERS, RESULTS = "adapters", "evaluations"
+DRIVERS = {
+    SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune",
+    PREFERENCE_OPTIMIZE: "jobs.preference_optimize",
+    TRAIN_REWARD_MODEL: "jobs.train_reward_model",
+    EVALUATE: "jobs.evaluate",
+}
+# The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, and those of
+# evaluations.
+ADAPTERS, WHOLE_MODELS, RESULTS = "adapters", "models", "evaluations"
 SWEEP_AFTER = dt.timedelta(days=1)
 FOLLOW_S = 0.5
 PAGE = 1_000
@@ -190,7 +197,7 @@ def _sweep_artifacts(context: Context) -> list[str]:
     files, known = context.artifacts, context.store.artifacts.known_paths()
     removed = []
     for tenant in [DEFAULT_TENANT, *(name.rsplit("/", 1)[-1] for name in files.names("tenants"))]:
-        for folder in (ADAPTERS, RESULTS):
+        for folder in (ADAPTERS, WHOLE_MODELS, RESULTS):
             names = files.names(artifact_name(tenant, folder, "").rstrip("/"))
             uuids = {name: name.rsplit("/", 1)[-1] for name in names if name not in known}
             statuses = context.store.jobs.statuses(tenant, list(uuids.values()))

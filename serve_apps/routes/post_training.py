@@ -11,7 +11,9 @@ from stack.api.post_training import (
     PostTrainingJobArtifactsResponse,
     PostTrainingJobEntry,
     PostTrainingJobStatusResponse,
+    PostTrainingRLHFRequest,
     PostTrainingSFTRequest,
+    RewardModelRequest,
 )
 
 router = APIRouter(prefix="/post_training", tags=["post_training"], dependencies=[needs("training")])
@@ -19,8 +21,22 @@ router = APIRouter(prefix="/post_training", tags=["post_training"], dependencies
 
 @router.post("/supervised_fine_tune")
 async def supervised_fine_tune(context: ContextOf, body: PostTrainingSFTRequest) -> PostTrainingJob:
-    """Accepts a fine-tuning job; it runs on its own."""
+    """Accepts a supervised fine-tuning; it runs on its own."""
     job = await READERS.run(post_training.supervised_fine_tune, context, body)
+    return PostTrainingJob(job_uuid=job.uuid)
+
+
+@router.post("/preference_optimize")
+async def preference_optimize(context: ContextOf, body: PostTrainingRLHFRequest) -> PostTrainingJob:
+    """Accepts a preference optimization; it runs on its own."""
+    job = await READERS.run(post_training.preference_optimize, context, body)
+    return PostTrainingJob(job_uuid=job.uuid)
+
+
+@router.post("/train_reward_model")
+async def train_reward_model(context: ContextOf, body: RewardModelRequest) -> PostTrainingJob:
+    """Accepts the training of a reward model; it runs on its own."""
+    job = await READERS.run(post_training.train_reward_model, context, body)
     return PostTrainingJob(job_uuid=job.uuid)
 
 

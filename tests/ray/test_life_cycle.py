@@ -178,15 +178,13 @@ def test_a_refused_request_by_hand_says_why(stack: Stack, small: Path, tmp_path:
     assert "allowed: lora" in done.stdout + done.stderr
 
 
-def test_unknown_layers_fail_the_job_with_the_models_own(client: httpx.Client, small: Path) -> None:
+def test_unknown_layers_are_refused_with_the_models_own(client: httpx.Client, small: Path) -> None:
     lora = {**LORA, "lora_attn_modules": ["query"], "rank": 8, "alpha": 16}
     request = fine_tuning("tune-unknown-layer", dataset(small), algorithm_config=lora)
-    client.post("/post_training/supervised_fine_tune", json=request)
-    status = ended(client, "post_training", "tune-unknown-layer")
-    assert status["status"] == "failed"
-    assert "'query'" in status["error"]
-    assert "q_proj" in status["error"]
-    assert status["checkpoints"] == []
+    reply = client.post("/post_training/supervised_fine_tune", json=request)
+    assert reply.status_code == 400
+    assert "'query'" in reply.json()["error"]["message"]
+    assert "q_proj" in reply.json()["error"]["message"]
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from tests.running_stack import Stack, ended
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "inference.md", ROOT / "docs" / "jobs-and-data.md"]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "inference.md", ROOT / "docs" / "jobs-and-data.md", ROOT / "docs" / "post-training.md"]
 EXAMPLES = [
     example
     for page in PAGES
@@ -33,7 +33,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 17
+    assert len(outputs) == 18
     for output in outputs[:4]:
         assert "Paris" in output
 

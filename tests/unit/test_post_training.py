@@ -588,7 +588,7 @@ def test_whole_models_and_adapters_are_served_under_their_own_ids() -> None:
     assert post_training.model_id("default", "small", "tune-1") == "small:tune-1"
     assert post_training.model_id("acme", "small", "tune-1") == "small:acme/tune-1"
     assert post_training.whole_model_id("default", "small", "tune-1") == "small-tune-1"
-    assert post_training.whole_model_id("acme", "small", "tune-1") == "small-acme-tune-1"
+    assert post_training.whole_model_id("acme", "small", "tune-1") == "small-tune-1..acme"
     assert post_training.artifact_name("default", "tune-1", whole=False) == "adapters/tune-1"
     assert post_training.artifact_name("default", "tune-1", whole=True) == "models/tune-1"
     assert post_training.artifact_name("acme", "tune-1", whole=True) == "tenants/acme/models/tune-1"

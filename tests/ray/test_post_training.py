@@ -1,0 +1,173 @@
+"""Every kind of training on real Ray with the real model, started together: what it makes, loads and serves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts import prompt_injection
+from tests.running_stack import MODEL, Stack, ended, wait_for
+
+LORA = {
+    "lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False, "apply_lora_to_output": False,
+    "rank": 8, "alpha": 16,
+}  # fmt: skip
+OPTIMIZER = {"optimizer_type": "adamw", "lr": 1e-3, "lr_min": 0.0, "weight_decay": 0.0}
+TRAINING = {"n_epochs": 1, "n_iters": 2, "batch_size": 4, "shuffle": True, "seed": 7}
+PAIRS = [
+    {"prompt": f"Is the {thing} ready?", "chosen": "Yes, it is.", "rejected": "Look for yourself, and leave me alone."}
+    for thing in ("car", "soup", "room", "report", "garden", "letter", "bill", "table")
+]
+START_S = 240
+
+
+@pytest.fixture(scope="module")
+def requests(stack: Stack) -> dict[str, tuple[str, dict[str, Any]]]:
+    """By job: the route, and the body."""
+    data = stack.home / "data"
+    splits = prompt_injection.write_splits(stack.home / "packaged-data" / "prompt-injection", data / "trainings")
+    rows = splits["train"].file.read_text().splitlines()[:16]
+    (data / "sixteen.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    (data / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
+    dialogs = {"columns": {"dialog": "dialog"}, "content_url": (data / "sixteen.jsonl").as_uri()}
+    texts = dict.fromkeys(("prompt", "chosen", "rejected"), "text")
+    pairs = {"columns": texts, "content_url": (data / "pairs.jsonl").as_uri()}
+    common = {"optimizer_config": OPTIMIZER}
+
+    def fine_tuning(algorithm: str = "lora", lora: Any = LORA, **training: Any) -> tuple[str, dict[str, Any]]:
+        body = {"model": MODEL, "dataset": dialogs, "algorithm": algorithm, "algorithm_config": lora}
+        return "supervised_fine_tune", common | body | {"training_config": TRAINING | training}
+
+    preferences = common | {"dataset": pairs, "validation_dataset": pairs, "training_config": TRAINING}
+    _, searched = fine_tuning(n_iters=1)
+    searched["hyperparam_search_config"] = {"parameters": {"optimizer_config.lr": [1e-3, 1e-5]}}
+    return {
+        "one": fine_tuning(),
+        "two-ddp": fine_tuning(workers=2),
+        "two-fsdp": fine_tuning(workers=2, memory_efficient_fsdp_wrap=True),
+        "two-zero2": fine_tuning(workers=2, parallelism="zero2"),
+        "whole": fine_tuning("full", None, n_iters=1),
+        "packed": fine_tuning(packing=True, max_length=128, too_long="drop", micro_batch_size=1),
+        "dora": fine_tuning("dora", n_iters=1),
+        "searched": ("supervised_fine_tune", searched),
+        "preferred": (
+            "preference_optimize",
+            preferences
+            | {
+                "finetuned_model": MODEL, "algorithm": "dpo", "lora_config": LORA,
+                "algorithm_config": {"reward_scale": 1.0, "reward_clip": 0, "epsilon": 0.1, "gamma": 0.2, "beta": 0.1},
+            },
+        ),
+        "reward": (
+            "train_reward_model", preferences | {"model": MODEL, "algorithm": "lora", "algorithm_config": LORA}
+        ),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(stack: Stack, requests: dict[str, tuple[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The status of each job when it has ended."""
+    with stack.client() as client:
+        for name, (route, body) in requests.items():
+            reply = client.post(f"/post_training/{route}", json=body | {"job_uuid": name})
+            assert reply.status_code == 200, reply.text
+        return {name: ended(client, "post_training", name) for name in requests}
+
+
+def losses(client: httpx.Client, job: str) -> list[float]:
+    found = client.get("/post_training/job/artifacts", params={"job_uuid": job}).json()["metrics"]
+    return [point["value"] for point in found if point["name"] == "loss"]
+
+
+def files(status: dict[str, Any]) -> Path:
+    return Path(status["checkpoints"][0]["path"].removeprefix("file://"))
+
+
+def answer(client: httpx.Client, model: str) -> httpx.Response:
+    message = {"role": "user", "content": "What is the capital of France?"}
+    return client.post("/v1/chat/completions", json={"model": model, "messages": [message], "max_tokens": 4})
+
+
+def test_all_trainings_are_completed(done: dict[str, dict[str, Any]]) -> None:
+    failed = {name: status["error"] for name, status in done.items() if status["status"] != "completed"}
+    assert failed == {}
+
+
+@pytest.mark.parametrize("shared", ["two-ddp", "two-fsdp", "two-zero2"])
+def test_two_workers_come_to_the_losses_of_one(
+    client: httpx.Client, done: dict[str, dict[str, Any]], shared: str
+) -> None:
+    assert done[shared]["resources_allocated"]["workers"] == 2
+    assert losses(client, shared) == pytest.approx(losses(client, "one"), abs=2e-3)
+    assert (files(done[shared]) / "adapter_model.safetensors").is_file()
+
+
+def test_packed_examples_take_fewer_rows_and_the_log_counts_those_left_out(
+    client: httpx.Client, done: dict[str, dict[str, Any]]
+) -> None:
+    lines = client.get("/post_training/job/logs", params={"job_uuid": "packed"}).json()["log_lines"]
+    (said,) = [line for line in lines if "packed into" in line]
+    assert "16 rows" in said
+
+
+def test_a_whole_model_is_served_by_an_application_of_its_own(
+    client: httpx.Client, done: dict[str, dict[str, Any]]
+) -> None:
+    (checkpoint,) = done["whole"]["checkpoints"]
+    assert checkpoint["model"] == f"{MODEL}-whole"
+    assert "model.safetensors" in [file["name"] for file in checkpoint["files"]]
+
+    def answers() -> bool:
+        reply = answer(client, f"{MODEL}-whole")
+        assert reply.status_code in (200, 503), reply.text
+        return reply.status_code == 200
+
+    wait_for(answers, START_S)
+    client.post("/models/remove", json={"model_id": f"{MODEL}-whole"}).raise_for_status()
+
+
+def test_a_merged_adapter_is_a_whole_model_that_transformers_loads(done: dict[str, dict[str, Any]]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(files(done["dora"]))
+    tokens = AutoTokenizer.from_pretrained(files(done["dora"]))("Good day", return_tensors="pt")
+    assert model(**tokens).logits.isfinite().all()
+    assert done["dora"]["checkpoints"][0]["model"] == f"{MODEL}-dora"
+
+
+def test_a_search_takes_the_better_trial_and_tells_of_all(done: dict[str, dict[str, Any]]) -> None:
+    trials = json.loads((files(done["searched"]) / "trials.json").read_text())
+    assert [trial["values"]["optimizer_config.lr"] for trial in trials] == [1e-3, 1e-5]
+    assert all(trial["error"] is None and trial["steps"] == 1 for trial in trials)
+    assert done["searched"]["checkpoints"][0]["model"] == f"{MODEL}:searched"
+
+
+def test_a_preference_optimization_measures_pairs_and_its_adapter_answers(
+    client: httpx.Client, done: dict[str, dict[str, Any]]
+) -> None:
+    assert {"preference_accuracy", "validation_preference_accuracy"} <= set(done["preferred"]["metrics"])
+    assert done["preferred"]["checkpoints"][0]["validation_loss"] > 0
+    assert answer(client, f"{MODEL}:preferred").status_code == 200
+
+
+def test_a_reward_model_gives_an_answer_a_number(done: dict[str, dict[str, Any]]) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    checkpoint = done["reward"]["checkpoints"][0]
+    assert checkpoint.get("model") is None
+    model = AutoModelForSequenceClassification.from_pretrained(files(done["reward"]))
+    tokens = AutoTokenizer.from_pretrained(files(done["reward"]))("Yes, it is.", return_tensors="pt")
+    assert model(**tokens).logits.shape == (1, 1)
+
+
+def test_an_adapter_is_trained_on_by_its_jobs_id(
+    client: httpx.Client, requests: dict[str, tuple[str, dict[str, Any]]], done: dict[str, dict[str, Any]]
+) -> None:
+    route, body = requests["preferred"]
+    body = body | {"job_uuid": "preferred-on", "finetuned_model": "one", "lora_config": None}
+    assert client.post(f"/post_training/{route}", json=body).status_code == 200
+    status = ended(client, "post_training", "preferred-on")
+    assert status["status"] == "completed", status
+    assert status["checkpoints"][0]["model"] == f"{MODEL}:preferred-on"
