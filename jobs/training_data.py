@@ -152,6 +152,8 @@ def dialog_tokens(tokenizer: Any, render: Render, messages: list[dict[str, Any]]
     Raises BadInput where the template writes earlier messages in another way when others follow.
     """
     if text is not None:
+        if tokenizer.eos_token_id is None:
+            raise BadInput("the model's tokenizer has no token that ends a text, and learns from dialogs alone")
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         return {"input_ids": ids, "labels": ids}
     whole = render(messages, False)

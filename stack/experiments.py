@@ -171,13 +171,22 @@ def content(context: Context, artifact: Artifact, file: File, start: int, stop: 
 def delete(context: Context, request: api.DeleteArtifactRequest) -> api.DeletedArtifact:
     """Removes an artifact, files first. Raises NotFound, and Conflict while a model is served from it."""
     artifact = _known_artifact(context, request.artifact_id)
-    model = context.store.artifacts.adapter_on(context.tenant, artifact.path)
+    model = context.store.artifacts.adapter_on(context.tenant, artifact.path) or _whole_model_on(context, artifact)
     if model is not None:
         message = f"the artifact {artifact.id!r} is the model {model!r}, which is served from it"
         raise Conflict(message, param="artifact_id")
     context.artifacts.remove(artifact.path)
     context.store.artifacts.delete(context.tenant, artifact.id)
     return api.DeletedArtifact(id=artifact.id, bytes=artifact.bytes)
+
+
+def _whole_model_on(context: Context, artifact: Artifact) -> str | None:
+    """The id of a whole model that is served from the files of an artifact, if there is one."""
+    folder = context.artifacts.folder
+    if folder is None:
+        return None
+    path = str(folder / artifact.path)
+    return next((row.id for row in context.store.models.list() if row.private and row.entry["path"] == path), None)
 
 
 def sweep(context: Context) -> list[str]:

@@ -1,7 +1,7 @@
 """What a model learns from a row: what it should say, or which of two answers is the better one.
 
-DIALOGS are for supervised fine-tuning: a column of type dialog, in which each message of the assistant is learned, two
-of type text, prompt and completion, or one of type text, `text`, of which every token is.
+DIALOGS are for supervised fine-tuning: a column of type dialog, in which each message of the assistant that follows
+another one is learned, two of type text, prompt and completion, or one of type text, `text`, of which every token is.
 
 PREFERENCES are for preference optimization and reward models: the columns prompt (a text, or a dialog without its last
 answer), chosen and rejected (each a text, or a dialog of the answer alone).

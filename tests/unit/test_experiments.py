@@ -400,6 +400,23 @@ def test_an_artifact_from_which_a_model_is_served_stays(context: Context, tmp_pa
     assert [file.name for file in experiments.get_artifact(context, made.id).files] == ["weights"]
 
 
+def test_an_artifact_of_which_a_whole_model_is_served_stays(context: Context, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "weights").write_bytes(b"weights")
+    context.artifacts.publish("models/tune-1", tmp_path / "whole")
+    job = samples.add_job(context.store, "tune-1", "supervised_fine_tune")
+    samples.start(context.store, "tune-1")
+    experiment = context.store.telemetry.run_experiment("default", job.run_id)
+    made = Artifact(
+        "1" * 32, "default", experiment, job.run_id, "tune-1", "model", "models/tune-1", 7, {}, created_at=now()
+    )
+    model = samples.trained("small-tune-1", path=str(context.artifacts.local("models/tune-1")))
+    assert context.store.jobs.complete(job.id, 1, {}, None, made, model)
+    with pytest.raises(Conflict, match="is the model 'small-tune-1', which is served from it"):
+        delete(context, made.id)
+    assert context.artifacts.exists("models/tune-1")
+
+
 def test_a_file_is_named_where_there_are_several(context: Context, tmp_path: Path) -> None:
     (tmp_path / "folder" / "deep").mkdir(parents=True)
     for name in ("a.txt", "deep/b.txt"):
