@@ -61,7 +61,8 @@ def write_comparisons(comparisons: Sequence[Comparison], peer: str, ours: str) -
     """A table in Markdown."""
     lines = [f"| | {peer} | {ours} | ratio | target | |", "| --- | ---: | ---: | ---: | ---: | --- |"]
     for one in comparisons:
-        target = f"≥ {one.least:.3g}" if one.least is not None else f"≤ {one.most:.3g}" if one.most is not None else ""
+        bounds = [(one.least, "≥"), (one.most, "≤")]
+        target = ", ".join(f"{sign} {bound:.3g}" for bound, sign in bounds if bound is not None)
         met = "" if not target else "met" if one.met else "MISSED"
         peers, our = (f"{_number(value)} {one.unit}".strip() for value in (one.peer, one.ours))
         lines.append(f"| {one.name} | {peers} | {our} | {one.ratio:.2f} | {target} | {met} |")
