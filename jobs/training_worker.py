@@ -398,10 +398,12 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
                 raise Diverged(f"the loss is {values['loss']} at step {step}: lower the learning rate")
             if not writes:
                 return
-            if "num_tokens" in logs:
-                values["tokens_per_second"] = logs["num_tokens"] / elapsed
-            values["seconds"] = elapsed
-            values |= resources(process)
+            if "loss" in logs:  # and not only what was measured besides, at the same step
+                values |= {"seconds": elapsed, **resources(process)}
+                if "num_tokens" in logs:
+                    values["tokens_per_second"] = logs["num_tokens"] / elapsed
+            if not values:
+                return
             metrics.log(step, values.items())
             metrics.progress(step, total, "steps", left)
             print(f"step {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in values.items()))
