@@ -28,7 +28,7 @@ from serve_apps.scheduling import is_lost
 from stack import evaluations, jobs
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.context import Context
-from stack.errors import BadInput, NotFound, Unavailable
+from stack.errors import BadInput, Diverged, NotFound, Unavailable
 from stack.store import Adapter, Job, now
 from tests import samples
 from tests.conftest import CONFIG
@@ -88,6 +88,32 @@ def test_the_reason_of_a_failure_is_the_error_in_one_line_wherever_it_was_raised
 @pytest.mark.parametrize("wrapped", [as_it_is, in_a_ray_task, in_a_training_worker])
 def test_a_full_disk_is_told_by_whoever_finds_it(message: str, wrapped: Callable[[Exception], Exception]) -> None:
     assert driver.reason(wrapped(RuntimeError(message))) == f"the disk is full: {message}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 12 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=["Python", "PyTorch on CPU", "PyTorch on GPU"],
+)
+@pytest.mark.parametrize("wrapped", [as_it_is, in_a_ray_task, in_a_training_worker])
+def test_where_memory_ends_what_to_lower_is_told(error: Exception, wrapped: Callable[[Exception], Exception]) -> None:
+    reason = driver.reason(wrapped(error))
+    assert reason.startswith("out of memory: lower micro_batch_size, batch_size or max_length in training_config: ")
+    assert str(error) in reason
+
+
+def test_what_workers_raised_is_known_by_its_kind() -> None:
+    diverged = in_a_training_worker(Diverged("the loss is nan at step 3: lower the learning rate"))
+    other = in_a_training_worker(BadInput("the loss is nan"))
+    assert isinstance(diverged, WorkerGroupError)
+    assert isinstance(other, WorkerGroupError)
+    assert driver.raised_in_workers(diverged, Diverged)
+    assert not driver.raised_in_workers(other, Diverged)
+    assert not driver.raised_in_workers(diverged, BadInput)
 
 
 def test_the_reason_of_an_interrupted_job_is_the_interruption() -> None:
