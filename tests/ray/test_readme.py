@@ -11,7 +11,12 @@ import pytest
 from tests.running_stack import Stack, ended
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "inference.md", ROOT / "docs" / "jobs-and-data.md", ROOT / "docs" / "post-training.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "docs" / "inference.md",
+    ROOT / "docs" / "jobs-and-data.md",
+    ROOT / "docs" / "post-training.md",
+]
 EXAMPLES = [
     example
     for page in PAGES
