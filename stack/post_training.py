@@ -193,11 +193,13 @@ def adapter_of_model(base: str, model_id: str) -> str:
 
 def _accept(context: Context, kind: str, request: TrainingRequest, shape: Shape[Any], submission_id: str | None) -> Job:
     known = context.store.jobs.get(context.tenant, request.job_uuid)
-    request = _checked(context, request, shape) if known is None else datasets.as_accepted(request, known.request)
-    return jobs.submit(
-        context, kind, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[_per_worker(context, request)] * request.training_config.workers, submission_id=submission_id,
-    )  # fmt: skip
+    if known is None:
+        request = _checked(context, request, shape)
+        bundles = [_per_worker(context, request)] * request.training_config.workers
+    else:  # it was accepted, whatever has become of its model since
+        request, bundles = datasets.as_accepted(request, known.request), known.bundles
+    body = request.model_dump(mode="json")
+    return jobs.submit(context, kind, request.job_uuid, body, bundles=bundles, submission_id=submission_id)
 
 
 def _per_worker(context: Context, request: TrainingRequest) -> dict[str, float]:

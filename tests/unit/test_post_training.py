@@ -832,6 +832,15 @@ def test_the_same_request_again_is_the_same_job_even_when_its_data_is_gone(
     assert submit(context, of) == first
 
 
+def test_the_same_request_again_is_the_same_job_even_when_its_model_is_gone(
+    context: Context, data: dict[str, Any]
+) -> None:
+    first = tune(context, data)
+    other = context.config.models[0].model_copy(update={"id": "other"})
+    without = replace(context, config=context.config.model_copy(update={"models": [other]}))
+    assert tune(without, data) == first
+
+
 def test_the_same_request_again_is_the_same_job_when_its_result_is_there(
     context: Context, home: Path, data: dict[str, Any]
 ) -> None:
