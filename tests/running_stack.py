@@ -211,7 +211,7 @@ def wait_for(condition: Callable[[], Any], seconds: float, explain: Callable[[],
     return value
 
 
-def ended(client: httpx.Client, api: str, job_uuid: str, seconds: float = 600) -> dict[str, Any]:
+def ended(client: httpx.Client, api: str, job_uuid: str, seconds: float = 300) -> dict[str, Any]:
     """The status of a job once it has ended."""
 
     def look() -> dict[str, Any] | None:
