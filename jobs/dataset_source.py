@@ -19,17 +19,12 @@ from ray.data.datasource import Datasource, ReadTask
 from stack import datasets
 from stack.config import Config
 from stack.context import Context
-from stack.datasets import EXAMPLES, Shape
+from stack.datasets import Shape
 
 # What one block holds at most.
 BLOCK_ROWS = 1_000
 BLOCK_BYTES = 4 * 2**20
 SCHEMA = pyarrow.schema([("row", pyarrow.int64()), ("value", pyarrow.string())])
-
-
-def questions(context: Context, checked: datasets.Checked, but: frozenset[int]) -> ray.data.Dataset:
-    """The examples of a data set, but for the rows of these numbers, as `rows` has them."""
-    return rows(context, checked, EXAMPLES, but)
 
 
 def rows(

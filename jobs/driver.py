@@ -205,7 +205,7 @@ def _is_lost(error: BaseException) -> bool:
     if isinstance(error, WorkerGroupError):
         # Of a worker that died Ray Train says so in an error of its own, around the one that Ray raised.
         causes = [getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values()]
-        return all(isinstance(cause, LOST) or _raised(cause).startswith(_UNAVAILABLE) for cause in causes)
+        return all(isinstance(cause, LOST) or _is_of(cause, Unavailable) for cause in causes)
     error = _cause(error)
     if isinstance(error, SQLAlchemyError):
         return isinstance(faults.passing(error), Unavailable)
@@ -231,10 +231,11 @@ def _raised(failure: BaseException) -> str:
 
 def raised_in_workers(error: WorkerGroupError, kind: type[StackError]) -> bool:
     """Whether all workers that failed raised an error of this kind."""
-    return all(_raised(one).startswith(f"{kind.__module__}.{kind.__name__}:") for one in error.worker_failures.values())
+    return all(_is_of(one, kind) for one in error.worker_failures.values())
 
 
-_UNAVAILABLE = f"{Unavailable.__module__}.{Unavailable.__name__}:"
+def _is_of(failure: BaseException, kind: type[StackError]) -> bool:
+    return _raised(failure).startswith(f"{kind.__module__}.{kind.__name__}:")
 
 
 def reason(error: BaseException) -> str:
@@ -258,7 +259,7 @@ def reason(error: BaseException) -> str:
 # How the system, SQLite and safetensors say it.
 _FULL_DISK = ("No space left on device", "database or disk is full", "os error 28")
 # How PyTorch, Python and Ray's monitor of the memory say it.
-_NO_MEMORY = ("out of memory", "can't allocate memory", "MemoryError", "OutOfMemoryError", "running low on memory")
+_NO_MEMORY = ("out of memory", "can't allocate memory", "MemoryError", "running low on memory")
 
 
 def _arguments(description: str) -> argparse.Namespace:

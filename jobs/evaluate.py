@@ -20,8 +20,7 @@ import ray
 import ray.data
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
-from jobs import driver
-from jobs.dataset_source import questions
+from jobs import dataset_source, driver
 from jobs.reporter import resources
 from stack import datasets, evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest, QuestionAnsweringMetric
@@ -53,7 +52,7 @@ def question_answering(work: driver.Work, request: EvaluateQuestionAnsweringRequ
         print(f"going on from {len(answered)} of {total} examples")
     if len(answered) < total:
         body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
-        answers = questions(context, checked, but=answered).map_batches(
+        answers = dataset_source.rows(context, checked, datasets.EXAMPLES, but=answered).map_batches(
             Ask,
             fn_constructor_args=(context.config.model_dump(mode="json"), job.tenant, body),
             batch_size=BATCH_SIZE,

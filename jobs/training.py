@@ -2,26 +2,17 @@
 
 import shutil
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ray.train import (
-    Checkpoint,
-    CheckpointConfig,
-    FailureConfig,
-    Result,
-    RunConfig,
-    ScalingConfig,
-    UserCallback,
-    WorkerGroupError,
-)
-from ray.train.torch import TorchTrainer
+from ray.train import Checkpoint, Result, UserCallback, WorkerGroupError
 
 from jobs import driver, hyperparam_search
 from jobs.reporter import steadily
+from jobs.trainer import Plan, trainer_of
 from jobs.training_data import Kind, Prepared, described, prepare
-from jobs.training_worker import MADE, Settings, train_on_worker
+from jobs.training_worker import MADE, Settings
 from stack import datasets, post_training
 from stack.api.post_training import RewardModelRequest, TrainingRequest
 from stack.config import Config, LanguageModel
@@ -48,14 +39,14 @@ def train(work: driver.Work, request: TrainingRequest, kind: Kind) -> driver.Out
         kind=kind,
         request=request.model_dump(mode="json"),
         model=str(start.base.folder),
-        adapter=str(context.artifacts.local(start.adapter)) if start.adapter else None,
+        adapter=str(context.artifacts.local(start.adapter) / start.within) if start.adapter else None,
         train=train_data.file,
         examples=train_data.examples,
         validation=validation.file if validation else None,
         temporary=str(temporary),
         tensorboard=str(work.folder / "tensorboard"),
     )
-    plan = Plan(settings, post_training.resources(context, request)["per_worker"], start.base.gpus > 0, work.folder)
+    plan = Plan(settings, post_training.per_worker(context, request), start.base.gpus > 0, work.folder)
     if request.hyperparam_search_config is None:
         recorder = CheckpointRecorder(context.config, job, work.reporter.number)
         try:
@@ -65,48 +56,8 @@ def train(work: driver.Work, request: TrainingRequest, kind: Kind) -> driver.Out
                 raise
             raise Diverged(f"{driver.reason(error)}; {_kept(work, request, start)}") from error
     else:
-        result, request = hyperparam_search.search(work, request, plan, trainer_of)
+        result, request = hyperparam_search.search(work.reporter.metrics, request, plan)
     return _publish(work, request, start, result)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a training is run: what its workers are told, what each of them takes, and where it keeps what it saves."""
-
-    settings: Settings
-    per_worker: dict[str, float]
-    use_gpu: bool
-    folder: Path
-
-
-def trainer_of(plan: Plan, request: TrainingRequest, name: str, callbacks: list[UserCallback]) -> TorchTrainer:
-    """Ray Train's trainer. A run of this name by an attempt that was lost is gone on with from its last checkpoint."""
-    training = request.training_config
-    return TorchTrainer(
-        train_on_worker,
-        train_loop_config=asdict(replace(plan.settings, request=request.model_dump(mode="json"))),
-        scaling_config=ScalingConfig(
-            num_workers=training.workers, use_gpu=plan.use_gpu, resources_per_worker=plan.per_worker
-        ),
-        run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the class that it replaces
-            name=name,
-            storage_path=str(plan.folder),
-            failure_config=FailureConfig(max_failures=0),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=training.keep_checkpoints,
-                checkpoint_score_attribute="validation_loss" if plan.settings.validation else None,
-                checkpoint_score_order="min",
-            ),
-            callbacks=callbacks,  # type: ignore[arg-type]  # as above
-            # Ray Train's own `print` writes every line twice, and where others look for what they print.
-            worker_runtime_env={
-                "env_vars": {
-                    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-                    **({} if plan.use_gpu else {"DS_ACCELERATOR": "cpu"}),  # DeepSpeed does not find that out by itself
-                }
-            },
-        ),
-    )
 
 
 class CheckpointRecorder(UserCallback):
@@ -168,7 +119,7 @@ def _publish(work: driver.Work, request: TrainingRequest, start: Start, result: 
     if best is not None:
         with best[0].as_directory() as folder:
             if _has_weights(Path(folder)):
-                _export(Path(folder), made / "best", request, start, whole)
+                _export(Path(folder), made / post_training.BEST, request, start, whole)
             else:
                 print(f"the best checkpoint, of step {best[1]['steps']}, is of shards, of which no model is made here")
                 best = None
@@ -180,10 +131,14 @@ def _publish(work: driver.Work, request: TrainingRequest, start: Start, result: 
     served = _served(work, request, start, name, whole)
     model = served.model_id if isinstance(served, Adapter) else served.id if served else None
     path = context.artifacts.url(name)
-    of_best = [file for file in files if file.name.startswith("best/")]
+    of_best = [file for file in files if file.name.startswith(f"{post_training.BEST}/")]
     checkpoints = [
         {"model": model, "path": path, **_how_far(result.metrics), "files": [asdict(file) for file in files]},
-        *([{"path": f"{path}/best", **_how_far(best[1]), "files": [asdict(file) for file in of_best]}] if best else []),
+        *(
+            [{"path": f"{path}/{post_training.BEST}", **_how_far(best[1]), "files": [asdict(file) for file in of_best]}]
+            if best
+            else []
+        ),
     ]
     about = {"base": start.base.id, **({"model": model} if model else {})}
     return driver.Outcome(

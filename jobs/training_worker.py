@@ -105,7 +105,6 @@ def _train(settings: Settings) -> None:
         steadily(metrics.flush)
         folder = Path(settings.temporary) / "final"
         parallelism.save(trainer, folder / MADE)
-        _wait_for_all()
         figures, checkpoint = recorder.figures(trainer.state), None
         if _is_first():
             (folder / FIGURES).write_text(json.dumps(figures))
@@ -355,7 +354,6 @@ def _wait_for_all() -> None:
 def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) -> Any:
     """A callback that notes each step's figures, and reports what the trainer saves to Ray Train."""
     from transformers import TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
 
     process, number = psutil.Process(), settings.attempt
     writes = _is_first() and not settings.trial
@@ -384,7 +382,8 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             steadily(metrics.flush)
             _wait_for_all()
-            checkpoint = Checkpoint.from_directory(get_last_checkpoint(args.output_dir)) if _is_first() else None
+            saved = f"{args.output_dir}/checkpoint-{state.global_step}"
+            checkpoint = Checkpoint.from_directory(saved) if _is_first() else None
             ray.train.report(self.figures(state), checkpoint=checkpoint)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:

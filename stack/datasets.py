@@ -173,17 +173,13 @@ def resolve(context: Context, reference: TrainEvalDataset | str) -> Checked:
     return Checked(_described(found), found.rows, found.bytes, found.sha256)
 
 
-def accept(context: Context, request: R, shape: Shape[Any] | None = None) -> tuple[R, list[Checked]]:
-    """Checks the data sets of a job's request, whose rows must have a shape (EXAMPLES by default), before the job is
-    accepted.
+def accept(context: Context, request: R, shape: Shape[Any]) -> tuple[R, list[Checked]]:
+    """Checks the data sets of a job's request, whose rows must have a shape, before the job is accepted.
 
     Returns the request with the hashes of those that it describes, and what was found. Raises BadInput, naming the
     field and the row, where one has it not, and Conflict for a registered file that has changed.
     """
-    found = {
-        field: check_shape(context, reference, field, shape or EXAMPLES)
-        for field, reference in _references(request).items()
-    }
+    found = {field: check_shape(context, reference, field, shape) for field, reference in _references(request).items()}
     hashes = {field: one.dataset for field, one in found.items() if not isinstance(getattr(request, field), str)}
     return request.model_copy(update=hashes), list(found.values())
 
@@ -201,16 +197,13 @@ def as_accepted(request: R, accepted: dict[str, Any]) -> R:
     return request.model_copy(update=hashes)
 
 
-def check_shape(
-    context: Context, reference: TrainEvalDataset | str, field: str, shape: Shape[Any] | None = None
-) -> Checked:
-    """The data set in this field of a request, each of whose rows has a shape (EXAMPLES by default).
+def check_shape(context: Context, reference: TrainEvalDataset | str, field: str, shape: Shape[Any]) -> Checked:
+    """The data set in this field of a request, each of whose rows has a shape.
 
     One that is described is read through. One that is registered was, so that where it is known to have the shape, only
     a local file that was touched since is read, for its hash; what has changed elsewhere is found out by whoever reads
     it. Raises BadInput, naming the field and the row, and Conflict.
     """
-    shape = shape or EXAMPLES
     try:
         if isinstance(reference, str):
             return _registered_of_shape(context, get(context, reference, field), shape)

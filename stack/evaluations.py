@@ -39,7 +39,7 @@ def question_answering(
             error.param = "checkpoint"
             raise
         sampling_body(request.sampling_params)
-        request, found = datasets.accept(context, request)
+        request, found = datasets.accept(context, request, datasets.EXAMPLES)
         _require_room(context, request, [datasets.size(context, one) for one in found])
     return jobs.submit(
         context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"),

@@ -43,6 +43,8 @@ CHECKPOINTS = 4
 COPIES = 8
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 OUTPUT_MODULE = "lm_head"
+# The folder, within what a training has made, of the checkpoint with the lowest validation loss if it is not the last.
+BEST = "best"
 # What a search may vary.
 SEARCHABLE = ("optimizer_config", "training_config", "algorithm_config", "lora_config")
 # What is the same in all trials: what examples are made of, what they run on, and what becomes of the result.
@@ -56,10 +58,12 @@ R = TypeVar("R", bound=TrainingRequest)
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from: a model, and, if an adapter of it is trained on, the artifact of that."""
+    """What a training starts from: a model, and, if an adapter of it is trained on, the artifact of that and the folder
+    within it."""
 
     base: LanguageModel
     adapter: str | None = None
+    within: str = ""
 
 
 def supervised_fine_tune(context: Context, request: PostTrainingSFTRequest, submission_id: str | None = None) -> Job:
@@ -83,7 +87,12 @@ def resources(context: Context, request: TrainingRequest) -> dict[str, Any]:
     Raises StorageFull where there is no room for it: there may have been more when it was accepted.
     """
     _require_room(context, request, datasets.sizes_before_reading(context, request))
-    return {"workers": request.training_config.workers, "per_worker": _per_worker(context, request)}
+    return {"workers": request.training_config.workers, "per_worker": per_worker(context, request)}
+
+
+def per_worker(context: Context, request: TrainingRequest) -> dict[str, float]:
+    """A worker has a GPU where the model is served on GPUs."""
+    return {"CPU": 1, "GPU": 1} if start_of(context, request).base.gpus else {"CPU": 1}
 
 
 def start_of(context: Context, request: TrainingRequest) -> Start:
@@ -195,24 +204,22 @@ def _accept(context: Context, kind: str, request: TrainingRequest, shape: Shape[
     known = context.store.jobs.get(context.tenant, request.job_uuid)
     if known is None:
         request = _checked(context, request, shape)
-        bundles = [_per_worker(context, request)] * request.training_config.workers
+        bundles = [per_worker(context, request)] * request.training_config.workers
     else:  # it was accepted, whatever has become of its model since
         request, bundles = datasets.as_accepted(request, known.request), known.bundles
     body = request.model_dump(mode="json")
     return jobs.submit(context, kind, request.job_uuid, body, bundles=bundles, submission_id=submission_id)
 
 
-def _per_worker(context: Context, request: TrainingRequest) -> dict[str, float]:
-    """A worker has a GPU where the model is served on GPUs."""
-    return {"CPU": 1, "GPU": 1} if start_of(context, request).base.gpus else {"CPU": 1}
-
-
 def _finetuned(context: Context, named: str) -> Start:
     """What `finetuned_model` means: a served model, or the one that a job has made, by its uuid or its address."""
     try:
         for adapter in context.store.adapters.list(context.tenant):
-            if named in (adapter.model_id, adapter.job_uuid, context.artifacts.url(adapter.artifact)):
+            address = context.artifacts.url(adapter.artifact)
+            if named in (adapter.model_id, adapter.job_uuid, address):
                 return Start(context.models.get(adapter.base).base, adapter.artifact)
+            if named == f"{address}/{BEST}" and _has_best(context, adapter.artifact):
+                return Start(context.models.get(adapter.base).base, adapter.artifact, within=BEST)
         if all(named != model.id for model in context.models.language_models()):
             named = _made_by_job(context, named) or named
         return Start(context.models.get(named).base)
@@ -221,14 +228,25 @@ def _finetuned(context: Context, named: str) -> Start:
         raise
 
 
+def _has_best(context: Context, artifact: str) -> bool:
+    return any(file.name.startswith(f"{BEST}/") for file in context.artifacts.files(artifact))
+
+
 def _made_by_job(context: Context, named: str) -> str | None:
-    """The whole model that the job of this uuid has made, or that has this address."""
-    uuid = named.rsplit("/", 1)[-1]
+    """The whole model that the job of this uuid has made, or that has this address.
+
+    Raises BadInput for the best checkpoint of one: an adapter that is trained on it would be served on the last one.
+    """
+    uuid = named.removesuffix(f"/{BEST}").rsplit("/", 1)[-1]
     job = context.store.jobs.get(context.tenant, uuid)
-    for checkpoint in (job.result or {}).get("checkpoints", ()) if job is not None else ():
-        # The best of a training, and what object storage holds, is not served.
-        if (model := checkpoint.get("model")) and named in (uuid, checkpoint["path"]):
-            return str(model)
+    checkpoints: list[dict[str, Any]] = (job.result or {}).get("checkpoints", []) if job is not None else []
+    for checkpoint in checkpoints:
+        # What object storage holds is not served.
+        if model := checkpoint.get("model"):
+            if named in (uuid, checkpoint["path"]):
+                return str(model)
+            if named == f"{checkpoint['path']}/{BEST}":
+                raise BadInput(f"{named} is not served; allowed: the last checkpoint, {checkpoint['path']}")
     return None
 
 
@@ -246,7 +264,12 @@ def _checked(context: Context, request: R, shape: Shape[Any]) -> R:
     _check_fields(request, start)
     if request.hyperparam_search_config is not None:
         _check_search(request, request.hyperparam_search_config, start)
-    for tool in request.logger_config.report_to:
+    logger = request.logger_config
+    for field in ("project", "run_name"):
+        if getattr(logger, field) is not None and not logger.report_to:
+            message = f"{field} is for the tools that report_to names, and it names none"
+            raise BadInput(message, param=f"logger_config.{field}")
+    for tool in logger.report_to:
         package = "tensorboardX" if tool == "tensorboard" else tool
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"{tool!r} needs the package {package}, which is not installed", param="logger_config")
@@ -270,6 +293,10 @@ def _require_free_id(context: Context, id: str) -> None:
 
 
 def _check_search(request: TrainingRequest, search: HyperparamSearch, start: Start) -> None:
+    for field in ("trials", "seed"):
+        if search.algorithm == SearchAlgorithm.grid and getattr(search, field) is not None:
+            message = f"a grid search draws nothing: leave out {field}, or search with random or asha"
+            raise BadInput(message, param=f"hyperparam_search_config.{field}")
     combinations = 1
     for values in search.parameters.values():
         combinations *= len(values)

@@ -119,8 +119,9 @@ class HyperparamSearch(Wire):
     """Trainings of the same request with other values, one of which becomes the job's result.
 
     `parameters` names fields (optimizer_config.lr, algorithm_config.rank, training_config.batch_size, for example) and
-    the values to try. The trial with the lowest last `metric` is the best: `validation_loss` where there is a
-    `validation_dataset`, `loss` otherwise. `trials` is how many are drawn (random and asha).
+    the values to try. The trial with the lowest last loss is the best: the validation's where there is a
+    `validation_dataset`, the training's otherwise. Of all combinations `trials` are drawn, by `seed` (8 by 0 if they
+    are not set), for the algorithms random and asha alone.
     """
 
     algorithm: SearchAlgorithm = SearchAlgorithm.grid
@@ -132,8 +133,8 @@ class HyperparamSearch(Wire):
         Field(min_length=1),
         at_most(20),
     ]
-    trials: Annotated[int, Field(ge=1, le=1_000)] = 8
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    trials: Annotated[int, Field(ge=1, le=1_000)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
 
 
 OptionalSearch = Annotated[HyperparamSearch | None, BeforeValidator(lambda value: value if value != {} else None)]

@@ -8,6 +8,7 @@ import openai
 import pytest
 from llama_stack import AsyncLlamaStack, LlamaStack
 
+from scripts.bench_servers import command_of, processes_of
 from tests.running_stack import MODEL, Stack
 
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -151,6 +152,12 @@ def test_the_openai_client_async(stack: Stack) -> None:
             assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == ANSWER
 
     asyncio.run(talk())
+
+
+def test_the_engine_computes_in_its_own_process(stack: Stack) -> None:
+    titles = [command_of(process) for process in processes_of(stack.home)]
+    assert [title for title in titles if "VLLM::EngineCore" in title]
+    assert [title for title in titles if "VLLM::Worker" in title] == []
 
 
 def test_the_gateway_answers_after_a_flood_of_bad_input(client: httpx.Client) -> None:

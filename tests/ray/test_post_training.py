@@ -137,10 +137,16 @@ def test_a_merged_adapter_is_a_whole_model_that_transformers_loads(done: dict[st
     assert done["dora"]["checkpoints"][0]["model"] == f"{MODEL}-dora"
 
 
-def test_a_search_takes_the_better_trial_and_tells_of_all(done: dict[str, dict[str, Any]]) -> None:
+def test_a_search_takes_the_better_trial_and_tells_of_all(
+    client: httpx.Client, done: dict[str, dict[str, Any]]
+) -> None:
     trials = json.loads((files(done["searched"]) / "trials.json").read_text())
     assert [trial["values"]["optimizer_config.lr"] for trial in trials] == [1e-3, 1e-5]
     assert all(trial["error"] is None and trial["steps"] == 1 for trial in trials)
+    points = client.get("/post_training/job/artifacts", params={"job_uuid": "searched"}).json()["metrics"]
+    # The steps of single trials are not mixed in the job's run.
+    assert {point["name"] for point in points} == {"trial_loss"}
+    assert [point["value"] for point in points] == [trial["loss"] for trial in trials]
     assert done["searched"]["checkpoints"][0]["model"] == f"{MODEL}:searched"
 
 
@@ -152,14 +158,23 @@ def test_a_preference_optimization_measures_pairs_and_its_adapter_answers(
     assert answer(client, f"{MODEL}:preferred").status_code == 200
 
 
-def test_a_reward_model_gives_an_answer_a_number(done: dict[str, dict[str, Any]]) -> None:
+def test_a_reward_model_that_is_loaded_again_prefers_by_the_margin_that_was_measured(
+    done: dict[str, dict[str, Any]],
+) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    checkpoint = done["reward"]["checkpoints"][0]
-    assert checkpoint.get("model") is None
-    model = AutoModelForSequenceClassification.from_pretrained(files(done["reward"]))
-    tokens = AutoTokenizer.from_pretrained(files(done["reward"]))("Yes, it is.", return_tensors="pt")
-    assert model(**tokens).logits.shape == (1, 1)
+    status = done["reward"]
+    assert status["checkpoints"][0].get("model") is None
+    model = AutoModelForSequenceClassification.from_pretrained(files(status))
+    tokenizer = AutoTokenizer.from_pretrained(files(status))
+
+    def reward(pair: dict[str, str], answer: str) -> float:
+        messages = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[answer]}]
+        tokens = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        return float(model(**tokens).logits[0, 0])
+
+    margins = [reward(pair, "chosen") - reward(pair, "rejected") for pair in PAIRS]
+    assert sum(margins) / len(margins) == pytest.approx(status["metrics"]["validation_preference_margin"], abs=0.02)
 
 
 def test_an_adapter_is_trained_on_by_its_jobs_id(

@@ -295,7 +295,7 @@ def test_a_job_on_a_registered_data_set_whose_file_has_changed_is_not_accepted(c
     datasets.create(context, create_request("a", file))
     write_rows(file, dialogs(3))
     with pytest.raises(Conflict, match="has changed"):
-        datasets.check_shape(context, "a", "dataset")
+        datasets.check_shape(context, "a", "dataset", datasets.EXAMPLES)
 
 
 def test_a_registered_file_of_the_same_size_that_has_changed_is_found_out(context: Context, data: Path) -> None:
@@ -305,7 +305,10 @@ def test_a_registered_file_of_the_same_size_that_has_changed_is_found_out(contex
     assert len(other) == file.stat().st_size
     file.write_bytes(other)
     os.utime(file, (0, 0))
-    for look in (lambda: datasets.check_shape(context, "a", "dataset"), lambda: datasets.preview(context, "a", 1)):
+    for look in (
+        lambda: datasets.check_shape(context, "a", "dataset", datasets.EXAMPLES),
+        lambda: datasets.preview(context, "a", 1),
+    ):
         with pytest.raises(Conflict, match="has changed") as caught:
             look()
         assert before in caught.value.message
@@ -321,18 +324,18 @@ def test_of_a_registered_data_set_of_examples_nothing_is_read_again(
         connection.execute(update(schema.datasets).values(created_at="2999-01-01T00:00:00.000Z"))
     monkeypatch.setattr(datasets, "read", None)
     monkeypatch.setattr(hashlib, "file_digest", None)
-    assert datasets.check_shape(context, "a", "dataset").rows == 3
+    assert datasets.check_shape(context, "a", "dataset", datasets.EXAMPLES).rows == 3
 
 
 def test_a_registered_data_set_without_examples_is_refused_with_the_row(context: Context, data: Path) -> None:
     file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, {"dialog": DIALOG[:2]}])
     assert datasets.create(context, create_request("a", file)).examples is False
     with pytest.raises(BadInput, match="row 2: the dialog in 'dialog' does not end with an answer"):
-        datasets.check_shape(context, "a", "dataset")
+        datasets.check_shape(context, "a", "dataset", datasets.EXAMPLES)
     other = write_rows(data / "b.jsonl", [{"x": 1}])
     assert datasets.create(context, create_request("b", other, x="number")).examples is False
     with pytest.raises(BadInput, match="one column of type dialog"):
-        datasets.check_shape(context, "b", "dataset")
+        datasets.check_shape(context, "b", "dataset", datasets.EXAMPLES)
 
 
 def test_a_data_set_of_the_first_release_is_read_through(context: Context, data: Path) -> None:
@@ -340,7 +343,7 @@ def test_a_data_set_of_the_first_release_is_read_through(context: Context, data:
     with context.store.engine.begin() as connection:
         connection.execute(update(schema.datasets).values(examples=None))
     with pytest.raises(BadInput, match="row 1: the dialog"):
-        datasets.check_shape(context, "a", "dataset")
+        datasets.check_shape(context, "a", "dataset", datasets.EXAMPLES)
 
 
 def test_a_data_set_may_be_registered_with_its_hash(context: Context, data: Path) -> None:
@@ -546,7 +549,7 @@ def test_a_dialog_with_an_attachment_is_refused_with_its_row(context: Context, d
 def test_columns_without_examples_are_refused_with_what_is_allowed(context: Context, columns: dict[str, str]) -> None:
     described = TrainEvalDataset.model_validate({"columns": columns, "content_url": "file:///a.jsonl"})
     with pytest.raises(BadInput) as caught:
-        datasets.check_shape(context, described, "dataset")
+        datasets.check_shape(context, described, "dataset", datasets.EXAMPLES)
     for word in ("dialog", "prompt and completion", *(f"{name} ({kind})" for name, kind in columns.items())):
         assert word in caught.value.message
 
@@ -564,5 +567,5 @@ def test_examples_are_all_read_before_any_work_and_refused_with_their_field(
 ) -> None:
     file = write_rows(data / "a.jsonl", [{"dialog": DIALOG}, row])
     with pytest.raises(BadInput, match=words) as caught:
-        datasets.check_shape(context, described(file), "validation_dataset")
+        datasets.check_shape(context, described(file), "validation_dataset", datasets.EXAMPLES)
     assert caught.value.param == "validation_dataset"

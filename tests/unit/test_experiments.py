@@ -383,38 +383,24 @@ def test_a_removal_that_broke_off_can_be_repeated(context: Context) -> None:
     assert list_artifacts(context, experiment) == []
 
 
-def test_an_artifact_from_which_a_model_is_served_stays(context: Context, tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "weights").write_bytes(b"weights")
-    context.artifacts.publish("adapters/tune-1", tmp_path / "adapter")
+@pytest.mark.parametrize(("folder", "model"), [("adapters", "small:tune-1"), ("models", "small-tune-1")])
+def test_an_artifact_from_which_a_model_is_served_stays(
+    context: Context, tmp_path: Path, folder: str, model: str
+) -> None:
+    name = f"{folder}/tune-1"
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "weights").write_bytes(b"weights")
+    context.artifacts.publish(name, tmp_path / "made")
     job = samples.add_job(context.store, "tune-1", "supervised_fine_tune")
     samples.start(context.store, "tune-1")
     experiment = context.store.telemetry.run_experiment("default", job.run_id)
-    made = Artifact(
-        "1" * 32, "default", experiment, job.run_id, "tune-1", "model", "adapters/tune-1", 7, {}, created_at=now()
-    )
-    adapter = Adapter("default", "small:tune-1", "small", "tune-1", "adapters/tune-1", created_at=now())
-    assert context.store.jobs.complete(job.id, 1, {}, adapter, made)
-    with pytest.raises(Conflict, match="is the model 'small:tune-1', which is served from it"):
+    made = Artifact("1" * 32, "default", experiment, job.run_id, "tune-1", "model", name, 7, {}, created_at=now())
+    adapter = Adapter("default", model, "small", "tune-1", name, created_at=now()) if folder == "adapters" else None
+    whole = None if adapter else samples.trained(model, path=str(context.artifacts.local(name)))
+    assert context.store.jobs.complete(job.id, 1, {}, adapter, made, whole)
+    with pytest.raises(Conflict, match=f"is the model '{model}', which is served from it"):
         delete(context, made.id)
     assert [file.name for file in experiments.get_artifact(context, made.id).files] == ["weights"]
-
-
-def test_an_artifact_of_which_a_whole_model_is_served_stays(context: Context, tmp_path: Path) -> None:
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "whole" / "weights").write_bytes(b"weights")
-    context.artifacts.publish("models/tune-1", tmp_path / "whole")
-    job = samples.add_job(context.store, "tune-1", "supervised_fine_tune")
-    samples.start(context.store, "tune-1")
-    experiment = context.store.telemetry.run_experiment("default", job.run_id)
-    made = Artifact(
-        "1" * 32, "default", experiment, job.run_id, "tune-1", "model", "models/tune-1", 7, {}, created_at=now()
-    )
-    model = samples.trained("small-tune-1", path=str(context.artifacts.local("models/tune-1")))
-    assert context.store.jobs.complete(job.id, 1, {}, None, made, model)
-    with pytest.raises(Conflict, match="is the model 'small-tune-1', which is served from it"):
-        delete(context, made.id)
-    assert context.artifacts.exists("models/tune-1")
 
 
 def test_a_file_is_named_where_there_are_several(context: Context, tmp_path: Path) -> None:

@@ -486,8 +486,24 @@ def test_a_job_that_made_a_whole_model_and_its_address_stand_for_it(context: Con
         assert (found.base.id, found.adapter) == ("small-whole-2", None)
         other = context.of_tenant("other")
         assert isinstance(refusal(prefer, other, pairs, finetuned_model=named), NotFound)
+    error = refusal(prefer, context, pairs, finetuned_model="file:///models/whole-2/best")
+    assert (type(error), error.param) == (BadInput, "finetuned_model")
+    assert "allowed: the last checkpoint, file:///models/whole-2" in error.message
     with_job = with_model(context, id="whole-2")
     assert post_training.start_of(with_job, dpo(pairs, finetuned_model="whole-2")).base.id == "whole-2"
+
+
+def test_the_best_checkpoint_of_an_adapter_is_trained_on_by_its_address(
+    context: Context, home: Path, pairs: dict[str, Any]
+) -> None:
+    address = context.artifacts.url(add_adapter(context, home))
+    assert isinstance(refusal(prefer, context, pairs, finetuned_model=f"{address}/best"), NotFound)
+    (home / "adapter" / "best").mkdir()
+    (home / "adapter" / "best" / "adapter_model.safetensors").write_bytes(b"y" * 100)
+    with_best = context.artifacts.url(add_adapter(context, home, "tune-9"))
+    start = post_training.start_of(context, dpo(pairs, finetuned_model=f"{with_best}/best"))
+    assert (start.base.id, start.adapter, start.within) == ("small", "adapters/tune-9", "best")
+    assert post_training.start_of(context, dpo(pairs, finetuned_model=with_best)).within == ""
 
 
 def test_a_model_to_optimize_that_is_not_there_is_refused(context: Context, home: Path, pairs: dict[str, Any]) -> None:
@@ -698,6 +714,8 @@ def test_a_search_that_cannot_be_made_is_refused(context: Context, data: dict[st
              "training_config.batch_size", ["batch_size is 7"]),
             (search({"optimizer_config.lr_min": [0.0, 0.1]}), "optimizer_config.lr_min", ["lr_min is 0.1"]),
             (search(too_many), "hyperparam_search_config", ["1001 trials", "allowed: 1000"]),
+            (search({"optimizer_config.lr": [0.1]}, trials=3), "hyperparam_search_config.trials", ["draws nothing"]),
+            (search({"optimizer_config.lr": [0.1]}, seed=3), "hyperparam_search_config.seed", ["draws nothing"]),
         ],
     )  # fmt: skip
     assert tune(context, data, **search(too_many, algorithm="random")).status == "scheduled"
@@ -739,6 +757,10 @@ def test_figures_are_reported_to_tools_that_are_installed(context: Context, data
         assert f"'{tool}' needs the package {package}, which is not installed" in error.message
     assert importlib.util.find_spec("tensorboardX") is not None
     tune(context, data, logger_config={})
+    for field in ("project", "run_name"):
+        error = refusal(tune, context, data, job_uuid="named", logger_config={field: "p"})
+        assert (type(error), error.param) == (BadInput, f"logger_config.{field}")
+        assert "report_to" in error.message
     assert "'tensorboard', 'mlflow' or 'wandb'" in problem(sft, logger_config={"report_to": ["comet"]})
     assert "logger_config" in problem(sft, logger_config={"report_to": ["wandb"] * 4})
 

@@ -1,0 +1,56 @@
+"""How a training is run: the trainer of Ray Train, whose workers do what jobs/training_worker.py says."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchTrainer
+
+from jobs.training_worker import Settings, train_on_worker
+from stack.api.post_training import TrainingRequest
+
+# Threads that wait for each other sleep: if they spin, two trainings on the same two cores have a fifth of the speed
+# each that one has alone. And DeepSpeed does not find out by itself that there is no GPU.
+ON_CPU = {"OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the workers are told, what each of them takes, and the folder of what a training saves."""
+
+    settings: Settings
+    per_worker: dict[str, float]
+    use_gpu: bool
+    folder: Path
+
+
+def trainer_of(
+    plan: Plan, request: TrainingRequest, name: str, callbacks: list[UserCallback], *, trial: bool = False
+) -> TorchTrainer:
+    """The trainer of a run. One of this name by an attempt that was lost is gone on with from its last checkpoint."""
+    training, settings = request.training_config, plan.settings
+    told = replace(
+        settings, request=request.model_dump(mode="json"), temporary=f"{settings.temporary}/{name}", trial=trial
+    )
+    return TorchTrainer(
+        train_on_worker,
+        train_loop_config=asdict(told),
+        scaling_config=ScalingConfig(
+            num_workers=training.workers, use_gpu=plan.use_gpu, resources_per_worker=plan.per_worker
+        ),
+        run_config=RunConfig(  # type: ignore[call-arg]  # mypy takes it for the class that it replaces
+            name=name,
+            storage_path=str(plan.folder),
+            failure_config=FailureConfig(max_failures=0),
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=training.keep_checkpoints,
+                checkpoint_score_attribute="validation_loss" if settings.validation else None,
+                checkpoint_score_order="min",
+            ),
+            callbacks=callbacks,  # type: ignore[arg-type]  # as above
+            # Ray Train's own `print` writes every line twice, and where others look for what they print.
+            worker_runtime_env={
+                "env_vars": {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0", **({} if plan.use_gpu else ON_CPU)},
+            },
+        ),
+    )
