@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from scripts import prompt_injection
 from tests.running_stack import MODEL, Stack, ended, wait_for
@@ -168,6 +169,7 @@ def test_a_reward_model_that_is_loaded_again_prefers_by_the_margin_that_was_meas
     model = AutoModelForSequenceClassification.from_pretrained(files(status))
     tokenizer = AutoTokenizer.from_pretrained(files(status))
 
+    @torch.no_grad()
     def reward(pair: dict[str, str], answer: str) -> float:
         messages = [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[answer]}]
         tokens = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
