@@ -18,15 +18,13 @@ peak of each, less what it shares with others, added up. The exit status is 1 if
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -35,10 +33,11 @@ from typing import Any, Self
 import psutil
 
 from scripts import local_stack
-from scripts.bench_servers import BenchFailed, command_of, local_model, prepared_home
+from scripts.bench_servers import BenchFailed, command_of, local_model
+from scripts.bench_trainings import enter_home, prepared_data, run, running_ray, say, submission
 from scripts.figures import Comparison, Figure, write_comparisons, write_json, write_table
 from scripts.prompt_injection import write_splits
-from stack.config import Config, home
+from stack.config import Config
 from stack.context import Context
 
 SEED, RANK, LR, BATCH_SIZE, WORKERS = 0, 16, 1e-3, 8, 2
@@ -47,7 +46,7 @@ SEED, RANK, LR, BATCH_SIZE, WORKERS = 0, 16, 1e-3, 8, 2
 SHORT_CHARACTERS, ROW_TOKENS, TEXTS_A_ROW = 120, 512, 44
 # Targets, as ratios but for the last.
 SPEED, PACKED_SPEED, WORKERS_SPEED, LOSS, MEMORY, START_S = 1.0, 1.5, 0.9, 0.01, 1.1, 45
-RUN_S, LOOK_S = 3_600.0, 3.0  # a look takes 20 ms for each GB, as the kernel counts what is shared
+LOOK_S = 3.0  # a look takes 20 ms for each GB, as the kernel counts what is shared
 DRIVER, CONTROLLER, WORKER, SCRIPT = "driver", "controller", "worker", "script"
 _MODULES = {"jobs.supervised_fine_tune": DRIVER, "scripts.plain_trl": SCRIPT}
 # How the titles of Ray's actors begin.
@@ -216,22 +215,11 @@ class Bench:
     """Runs trainings, in a home folder of its own with the models that are prepared already."""
 
     def __init__(self, folder: Path) -> None:
-        source = home() / "packaged-data" / "prompt-injection"
-        if not source.is_dir() or not (local_model().folder / "config.json").is_file():
-            raise BenchFailed(f"the model or the data are not in {home()}: run scripts/setup")
+        source = prepared_data("prompt-injection")
         self._folder = folder
-        self._home = prepared_home(folder)
-        self._data = self._home / "data"
+        self._data = enter_home(folder) / "data"
         write_splits(source, folder / "splits")
         write_rows(folder / "splits" / "train.jsonl", self._data)
-        # Of this process too, and of the Ray that it starts.
-        os.environ |= {
-            "STACK_HOME": str(self._home),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "RAY_worker_niceness": "0",  # Ray's workers would give way to whatever else runs, and the script would not
-        }
-        os.environ.pop("STACK_CONFIG", None)
         self._runs = 0
 
     def run(self, all_cases: dict[str, Case], times: int) -> dict[str, list[Training]]:
@@ -259,10 +247,8 @@ class Bench:
         job_uuid = folder.name
         request = folder / "request.json"
         request.write_text(json.dumps(request_of(case, job_uuid, self._data)))
-        command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", address, "--"]
-        command += ["python", "-m", "jobs.supervised_fine_tune", "--config", str(request)]
         submitted = time.time()
-        peak = finish(case, command, folder)
+        peak = finish(case, submission(address, "jobs.supervised_fine_tune", request), folder)
         with closing(Context.open(Config.from_environment())) as context:
             return replace(training_of(context, job_uuid, submitted), peak_mb=peak)
 
@@ -276,16 +262,8 @@ class Bench:
 
 def finish(case: Case, command: list[str], folder: Path) -> list[tuple[str, float]]:
     """Runs a training's command to its end. Returns the peak of each of its processes. Raises BenchFailed."""
-    log = folder / "output.log"
-    with log.open("wb") as output, Peaks() as peaks:
-        try:
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, cwd=local_stack.ROOT, check=False, timeout=RUN_S
-            )
-        except subprocess.TimeoutExpired as error:
-            raise BenchFailed(f"{case.name} has not ended after {RUN_S:.0f} s: {_end(log)}") from error
-    if done.returncode:
-        raise BenchFailed(f"{case.name} failed: {_end(log)}")
+    with Peaks() as peaks:
+        run(case.name, command, folder / "output.log")
     return peaks.by_process()
 
 
@@ -304,28 +282,6 @@ def training_of(context: Context, job_uuid: str, submitted: float) -> Training:
     first = next(point.timestamp for point in points if point.name == "loss")
     start_s = datetime.fromisoformat(first).timestamp() - submitted
     return Training(values["loss"], values["tokens"], values["seconds"], start_s=start_s)
-
-
-@contextmanager
-def running_ray() -> Iterator[str]:
-    """A Ray of this process's own, as scripts/serve starts it, without any application. Its job API's address."""
-    local_stack.wait_for_agent_port(lambda: False, say)
-    say("starting Ray")
-    address = local_stack.start_ray()
-    import ray
-
-    try:
-        yield address
-    finally:
-        ray.shutdown()
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
-
-
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-2_000:].strip()
 
 
 # Memory

