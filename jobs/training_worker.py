@@ -181,6 +181,7 @@ def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
         eval_strategy="steps" if settings.validation is not None else "no",
         eval_steps=every,
         logging_steps=1,
+        logging_nan_inf_filter=False,  # or a loss that is no number any more is logged as 0
         save_strategy="steps",
         save_steps=every,
         save_total_limit=1,
@@ -371,9 +372,19 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.start = time.monotonic()
             self.first = state.global_step
-            if number > 1 and writes:
+            # Where a node is about to be taken away, Ray Train starts the workers anew within an attempt.
+            if (number > 1 or self.first) and writes:
                 print(f"going on from step {self.first}, where the last checkpoint is")
                 drop_figures(context, job, number, after_step=self.first)
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any, **_: Any) -> None:
+            # Which epoch it is decides the order of the examples. Several workers that go on in the middle of one are
+            # not told by the Trainer, and would have that of the first.
+            batches = train_dataloader.batch_sampler
+            while hasattr(batches, "batch_sampler"):
+                batches = batches.batch_sampler
+            if hasattr(batches.sampler, "set_epoch"):
+                batches.sampler.set_epoch(int(state.epoch))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step >= state.max_steps and settings.validation is not None:
@@ -393,8 +404,9 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
             values = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
             self.loss = values.get("loss", self.loss)
             self.validation_loss = values.get("validation_loss", self.validation_loss)
-            if not math.isfinite(values.get("loss", 0.0)):
-                raise Diverged(f"the loss is {values['loss']} at step {step}: lower the learning rate")
+            for name in ("loss", "gradient_norm"):  # before anything is saved of weights that are no numbers by now
+                if not math.isfinite(values.get(name, 0.0)):
+                    raise Diverged(f"the {name} is {values[name]} at step {step}: lower the learning rate")
             if not writes:
                 return
             if "loss" in logs:  # and not only what was measured besides, at the same step
