@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import ray.train
 from ray.train import Checkpoint
@@ -20,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import parallelism
 from jobs.reporter import GIVEN_UP, RESOURCES, Metrics, resources, steadily
+from jobs.step_sampler import StepSampler
 from jobs.training_data import Kind
 from stack import post_training
 from stack.api.post_training import (
@@ -30,6 +32,7 @@ from stack.api.post_training import (
     PostTrainingRLHFRequest,
     PostTrainingSFTRequest,
     RewardModelRequest,
+    TrainingConfig,
     TrainingRequest,
 )
 from stack.config import Config
@@ -151,8 +154,21 @@ def _trainer(settings: Settings, request: TrainingRequest) -> Any:
         case _:
             raise TypeError(type(request))
     trainer.remove_callback(PrinterCallback)  # ours says more
+    sampler = _sampler(request.training_config, given["train_dataset"])
+    trainer._get_train_sampler = lambda *_: sampler  # as a subclass of each of the trainers would do
     trainer.optimizer_cls_and_kwargs = _optimizer(request.optimizer_config)
     return trainer
+
+
+def _sampler(training: TrainingConfig, data: Any) -> StepSampler:
+    """The order of the examples: of shuffled ones the same that Accelerate makes of the Trainer's own sampler."""
+    import pyarrow.compute
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import SequentialSampler
+
+    order = SeedableRandomSampler(data, data_seed=training.seed) if training.shuffle else SequentialSampler(data)
+    lengths = np.sum([pyarrow.compute.list_value_length(column).to_numpy() for column in data.data.columns], axis=0)
+    return StepSampler(order, lengths.tolist(), training.batch_size)
 
 
 def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
@@ -162,7 +178,7 @@ def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
     training, on_cpu = request.training_config, not torch.cuda.is_available()
     steps = total_steps(request, settings.examples)
     every = training.checkpoint_iters or max(1, -(-steps // CHECKPOINTS))
-    micro = post_training.micro_batch_size(training)
+    micro = post_training.micro_batch_size(training, on_cpu=on_cpu)
     return dict(
         output_dir=f"{settings.temporary}/trainer",
         max_steps=steps,
@@ -174,8 +190,6 @@ def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
         warmup_steps=max(1, round(0.03 * steps)),
         learning_rate=request.optimizer_config.lr,
         weight_decay=request.optimizer_config.weight_decay,
-        # Not grouped by length, which would save padding but make the batches less alike than chance does.
-        train_sampling_strategy="random" if training.shuffle else "sequential",
         gradient_checkpointing=training.enable_activation_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps" if settings.validation is not None else "no",

@@ -43,6 +43,7 @@ CHECKPOINTS = 4
 COPIES = 8
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 OUTPUT_MODULE = "lm_head"
+MICRO_BATCH_ON_CPU = 4
 # The folder, within what a training has made, of the checkpoint with the lowest validation loss if it is not the last.
 BEST = "best"
 # What a search may vary.
@@ -129,9 +130,14 @@ def parallelism_of(training: TrainingConfig) -> Parallelism:
     return training.parallelism or (Parallelism.fsdp if is_fsdp else Parallelism.ddp)
 
 
-def micro_batch_size(training: TrainingConfig) -> int:
-    """How many examples a worker takes at a time."""
-    return training.micro_batch_size or training.batch_size // training.workers
+def micro_batch_size(training: TrainingConfig, *, on_cpu: bool) -> int:
+    """How many examples a worker takes at a time, if the request does not say so: as many as it can on GPUs.
+
+    A CPU is busy with two or three already, and more would only be padded to the longest and take memory.
+    """
+    share = training.batch_size // training.workers
+    most = max(size for size in range(1, MICRO_BATCH_ON_CPU + 1) if share % size == 0) if on_cpu else share
+    return training.micro_batch_size or most
 
 
 def with_values(request: R, values: dict[str, Any]) -> R:

@@ -72,8 +72,8 @@ class TrainingConfig(Wire):
     """Training ends after `n_epochs` or after `n_iters` steps (0: no such limit), whichever comes first.
 
     `batch_size` counts the examples of one optimizer step, of all `workers` together. Each worker takes
-    `micro_batch_size` of them at a time (all of its share, if it is not set), so that a step is made of
-    batch_size / (workers * micro_batch_size) forward passes.
+    `micro_batch_size` of them at a time (if it is not set, all of its share on GPUs and up to 4 on CPUs), so that a
+    step is made of batch_size / (workers * micro_batch_size) forward passes.
 
     `memory_efficient_fsdp_wrap` shards each transformer block for itself, and `fsdp_cpu_offload` keeps the shards in
     the memory of the machine instead of the GPU's; both make the parallelism `fsdp`.

@@ -347,11 +347,13 @@ def test_a_step_is_shared_by_the_workers_without_a_rest(context: Context, data: 
     assert [len(job.bundles) for job in jobs] == [2, 8, 1, 2, 3]
 
 
-def test_a_worker_takes_its_whole_share_unless_it_is_told_otherwise() -> None:
-    def size(**changes: Any) -> int:
-        return post_training.micro_batch_size(TrainingConfig.model_validate(TRAINING | changes))
+def test_a_worker_takes_its_whole_share_on_gpus_and_a_few_examples_on_cpus() -> None:
+    def size(on_cpu: bool, **changes: Any) -> int:
+        return post_training.micro_batch_size(TrainingConfig.model_validate(TRAINING | changes), on_cpu=on_cpu)
 
-    assert (size(), size(workers=2), size(workers=2, micro_batch_size=1)) == (8, 4, 1)
+    assert (size(False), size(False, workers=2)) == (8, 4)
+    assert (size(True), size(True, batch_size=6), size(True, batch_size=7)) == (4, 3, 1)
+    assert size(False, workers=2, micro_batch_size=1) == size(True, workers=2, micro_batch_size=1) == 1
 
 
 def test_examples_are_no_longer_than_the_context(context: Context, data: dict[str, Any]) -> None:
