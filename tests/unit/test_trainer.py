@@ -46,7 +46,7 @@ def test_workers_get_the_request_of_their_run_and_trials_know_that_they_are_some
 
 def test_on_cpu_threads_sleep_while_they_wait_and_with_gpus_nothing_is_changed(plan: Plan) -> None:
     environment = trainer_of(plan, REQUEST, "train", []).run_config.worker_runtime_env["env_vars"]
-    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["GOMP_SPINCOUNT"] == "1000"
     on_gpus = Plan(plan.settings, {"CPU": 1, "GPU": 1}, use_gpu=True, folder=plan.folder)
     environment = trainer_of(on_gpus, REQUEST, "train", []).run_config.worker_runtime_env["env_vars"]
     assert environment == {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
