@@ -69,6 +69,51 @@ def write_comparisons(comparisons: Sequence[Comparison], peer: str, ours: str) -
     return "\n".join(lines)
 
 
+# Of how many standard deviations of the normal distribution 95 % are within.
+_WITHIN = 1.96
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of so many were right; a tie counts as half of one.
+
+    The target is that it is `above` something: where `surely`, with the lower end of the interval too.
+    """
+
+    name: str
+    right: float
+    of: int
+    above: float | None = None
+    surely: bool = False
+
+    @property
+    def share(self) -> float:
+        return self.right / self.of
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Within which the share of all there might be lies, by 95 % (Wilson 1927, the score interval)."""
+        z2 = _WITHIN**2 / self.of
+        middle = self.share + z2 / 2
+        width = _WITHIN * math.sqrt(self.share * (1 - self.share) / self.of + z2 / (4 * self.of))
+        return (middle - width) / (1 + z2), (middle + width) / (1 + z2)
+
+    @property
+    def met(self) -> bool:
+        return self.above is None or (self.interval[0] if self.surely else self.share) > self.above
+
+
+def write_shares(shares: Sequence[Share]) -> str:
+    """A table in Markdown."""
+    lines = ["| | share | 95 % interval | of | target | |", "| --- | ---: | ---: | ---: | ---: | --- |"]
+    for one in shares:
+        low, high = one.interval
+        target = "" if one.above is None else f"{'all of it ' if one.surely else ''}> {one.above:.3g}"
+        met = "" if one.above is None else "met" if one.met else "MISSED"
+        lines.append(f"| {one.name} | {one.share:.3f} | {low:.3f}–{high:.3f} | {one.of} | {target} | {met} |")
+    return "\n".join(lines)
+
+
 def write_table(figures: Sequence[Figure]) -> str:
     """A table in Markdown."""
     lines = ["| | p50 | p99 | target | |", "| --- | ---: | ---: | ---: | --- |"]
@@ -80,7 +125,7 @@ def write_table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def write_json(file: Path, figures: Sequence[Figure | Comparison], **about: Any) -> None:
+def write_json(file: Path, figures: Sequence[Figure | Comparison | Share], **about: Any) -> None:
     """The same for programs, with the machine."""
     machine = {"cpus": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()}
     rows = [asdict(one) | {"met": one.met} for one in figures]
