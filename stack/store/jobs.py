@@ -316,19 +316,22 @@ class Jobs:
     ) -> bool:  # fmt: skip
         """running -> completed, and registers what the job has made; False if the attempt has been given up.
 
-        What is done is done: a job that was to be cancelled is completed all the same. So is one whose model has an id
-        that was taken meanwhile: the row that is there stays, and the job's is left out.
+        What is done is done: a job that was to be cancelled is completed all the same. One whose model has an id that
+        was taken meanwhile has failed: the row that is there stays. What it has made is kept.
         """
         with self._taken(job_id) as connection:
             if not _close_attempt(connection, job_id, number, "completed", retryable=False):
                 return False
-            _end(connection, job_id, JobStatus.completed, result=result)
             if adapter is not None:
                 connection.execute(insert(adapters).values(**asdict(adapter)))
             if artifact is not None:
                 connection.execute(insert(artifacts).values(**asdict(artifact)))
-            if model is not None:
-                add_if_free(connection, model)
+            if model is None or add_if_free(connection, model):
+                _end(connection, job_id, JobStatus.completed, result=result)
+            else:
+                kept = f"; what was trained is kept as the artifact {artifact.path!r}" if artifact else ""
+                error = f"there is another model {model.id!r} by now, so that this one is not served{kept}"
+                _end(connection, job_id, JobStatus.failed, error=_written(error), checkpoints=None)
         return True
 
     def fail(self, job_id: int, number: int, reason: str) -> bool:

@@ -104,8 +104,10 @@ class AddedModels:
         self._read = None
 
 
-def add_if_free(connection: Connection, model: AddedModel) -> None:
-    """Adds a row within a `writing` transaction, and leaves it out where there is one of its id."""
+def add_if_free(connection: Connection, model: AddedModel) -> bool:
+    """Adds a row within a `writing` transaction; False, and nothing is changed, where there is one of its id."""
     hold(connection, _ADDING)
-    if connection.execute(select(models.c.id).where(models.c.id == model.id)).first() is None:
+    is_free = connection.execute(select(models.c.id).where(models.c.id == model.id)).first() is None
+    if is_free:
         connection.execute(insert(models).values(**vars(model)))
+    return is_free

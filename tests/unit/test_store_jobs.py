@@ -104,15 +104,21 @@ def test_a_model_that_a_job_has_trained_is_added_with_its_end(store: Store) -> N
     assert store.models.list() == [model]
 
 
-def test_a_job_is_completed_though_the_id_of_its_model_is_taken(store: Store) -> None:
+def test_a_job_whose_model_has_an_id_that_was_taken_meanwhile_fails_and_says_where_its_files_are(store: Store) -> None:
     first = store.models.add("small-job-1", "acme", {"id": "small-job-1", "path": "a"}, most=10)
     job = running(store)
+    assert store.jobs.record(job.id, 1, checkpoints=[{"path": "work/a", "iters": 1, "files": []}])
     experiment = store.telemetry.run_experiment("default", job.run_id)
     artifact = Artifact("id", "default", experiment, job.run_id, "n", "model", "models/n", 5, {}, now())
     assert store.jobs.complete(job.id, 1, {"x": 1}, artifact=artifact, model=trained("small-job-1"))
-    assert (get(store).status, get(store).result) == (JobStatus.completed, {"x": 1})
+    ended = get(store)
+    assert (ended.status, ended.result, ended.checkpoints) == (JobStatus.failed, None, None)
+    assert ended.error is not None
+    assert "another model 'small-job-1'" in ended.error
+    assert "'models/n'" in ended.error
     assert store.artifacts.get("default", "id") == artifact
     assert store.models.list() == [first]
+    assert not store.jobs.fail(job.id, 1, "again")
 
 
 def test_an_attempt_has_one_driver(store: Store) -> None:
@@ -404,7 +410,7 @@ def test_completing_while_the_attempt_is_lost_and_the_job_cancelled(store: Store
         assert (job.result is not None) == completed
 
 
-def test_a_job_is_completed_while_an_administrator_adds_a_model_of_its_id(store: Store) -> None:
+def test_a_job_fails_whose_model_an_administrator_adds_another_of_as_it_is_completed(store: Store) -> None:
     def add_model(job: Job) -> bool:
         found = store.models.add(job.uuid, "acme", {"id": job.uuid, "path": "a"}, most=100)
         assert found is not None
@@ -413,9 +419,9 @@ def test_a_job_is_completed_while_an_administrator_adds_a_model_of_its_id(store:
     rounds = rounds_of(
         store, running, lambda job: store.jobs.complete(job.id, 1, {}, model=trained(job.uuid)), add_model
     )
-    for job, completed, _ in rounds:
+    for job, completed, is_private in rounds:
         assert completed
-        assert job.status == JobStatus.completed
+        assert job.status == (JobStatus.completed if is_private else JobStatus.failed)
     is_trained = {job.uuid: is_private for job, _, is_private in rounds}
     assert {row.id: row.private for row in store.models.list()} == is_trained, "both saw the same one"
 
