@@ -1,4 +1,7 @@
-"""Every kind of training on real Ray with the real model, started together: what it makes, loads and serves."""
+"""Trainings on a running stack with the real model, started together: what they make, load and serve.
+
+What takes no stack is in test_training_runs.py and tests/unit/test_training_worker.py, with a tiny model.
+"""
 
 import json
 from pathlib import Path
@@ -46,11 +49,9 @@ def requests(stack: Stack) -> dict[str, tuple[str, dict[str, Any]]]:
     searched["hyperparam_search_config"] = {"parameters": {"optimizer_config.lr": [1e-3, 1e-5]}}
     return {
         "one": fine_tuning(),
-        "two-ddp": fine_tuning(workers=2),
         "two-fsdp": fine_tuning(workers=2, memory_efficient_fsdp_wrap=True),
         "two-zero2": fine_tuning(workers=2, parallelism="zero2"),
         "whole": fine_tuning("full", None, n_iters=1),
-        "packed": fine_tuning(packing=True, max_length=128, too_long="drop", micro_batch_size=1),
         "dora": fine_tuning("dora", n_iters=1),
         "searched": ("supervised_fine_tune", searched),
         "preferred": (
@@ -96,21 +97,13 @@ def test_all_trainings_are_completed(done: dict[str, dict[str, Any]]) -> None:
     assert failed == {}
 
 
-@pytest.mark.parametrize("shared", ["two-ddp", "two-fsdp", "two-zero2"])
+@pytest.mark.parametrize("shared", ["two-fsdp", "two-zero2"])
 def test_two_workers_come_to_the_losses_of_one(
     client: httpx.Client, done: dict[str, dict[str, Any]], shared: str
 ) -> None:
     assert done[shared]["resources_allocated"]["workers"] == 2
     assert losses(client, shared) == pytest.approx(losses(client, "one"), abs=2e-3)
     assert (files(done[shared]) / "adapter_model.safetensors").is_file()
-
-
-def test_packed_examples_take_fewer_rows_and_the_log_counts_those_left_out(
-    client: httpx.Client, done: dict[str, dict[str, Any]]
-) -> None:
-    lines = client.get("/post_training/job/logs", params={"job_uuid": "packed"}).json()["log_lines"]
-    (said,) = [line for line in lines if "packed into" in line]
-    assert "16 rows" in said
 
 
 def test_a_whole_model_is_served_by_an_application_of_its_own(
