@@ -145,7 +145,7 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
     except BaseException as error:  # whatever it was, the row must say so; it is raised again
         why = reason(error)
         steadily(given.reporter.finish)
-        if _is_lost(error):
+        if is_lost(error):
             steadily(lambda: store.jobs.lose_attempt(job.id, number, why))
         elif steadily(lambda: store.jobs.fail(job.id, number, why)):
             shutil.rmtree(given.folder, ignore_errors=True)
@@ -201,15 +201,32 @@ def _report_earlier(context: Context, job: Job) -> int:
     return 1 if now.status in (JobStatus.failed, JobStatus.cancelled) else 0
 
 
-def _is_lost(error: BaseException) -> bool:
+def is_lost(error: BaseException) -> bool:
+    """Whether something ended through no fault of the job, so that another attempt may go well."""
     if isinstance(error, WorkerGroupError):
-        # Of a worker that died Ray Train says so in an error of its own, around the one that Ray raised.
+        # Of a worker that died Ray Train says so in an error of its own, around the one that Ray raised; and a moment
+        # later the others miss it, each in its own words.
         causes = [getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values()]
-        return all(isinstance(cause, LOST) or _is_of(cause, Unavailable) for cause in causes)
+        gone = [isinstance(cause, LOST) or _is_of(cause, Unavailable) or _has_hung(cause) for cause in causes]
+        return any(gone) or all(_misses_another(cause) for cause in causes)
     error = _cause(error)
     if isinstance(error, SQLAlchemyError):
         return isinstance(faults.passing(error), Unavailable)
     return isinstance(error, LOST)
+
+
+def _has_hung(cause: BaseException) -> bool:
+    """Whether a worker of Ray Train has not answered for long. The error is known by its name: it is not public."""
+    return type(cause).__name__ == "WorkerHealthCheckTimeoutError"
+
+
+def _misses_another(cause: BaseException) -> bool:
+    """Whether a worker failed because another one that it talked to is not there any more."""
+    return any(sign in str(cause) for sign in _MISSING)
+
+
+# How gloo, NCCL and the store by which workers find each other say it.
+_MISSING = ("gloo/transport/", "ncclRemoteError", "torch.distributed.DistNetworkError")
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -241,7 +258,8 @@ def _is_of(failure: BaseException, kind: type[StackError]) -> bool:
 def reason(error: BaseException) -> str:
     """Why a job failed, in one line: the cause below what Ray wraps around it."""
     if isinstance(error, WorkerGroupError):
-        cause = _raised(next(iter(error.worker_failures.values())))
+        failures = list(error.worker_failures.values())
+        cause = _raised(next((one for one in failures if not _misses_another(one)), failures[0]))
     else:
         error = _cause(error)
         words = faults.reason(error) if isinstance(error, SQLAlchemyError) else error

@@ -21,6 +21,9 @@ import yaml
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.job_submission import JobDetails, JobStatus, JobType
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    WorkerHealthCheckTimeoutError,
+)  # what Ray Train raises, and has no other name
 from sqlalchemy.exc import OperationalError
 
 from jobs import driver, reporter
@@ -404,18 +407,46 @@ def test_a_driver_that_is_told_to_stop_leaves_its_job_to_the_supervisor(
     assert job(context).status == "running"
 
 
+# What a worker that is left raises, as it arrives from there.
+MISSING = RuntimeError(
+    "Traceback (most recent call last):\nRuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] "
+    "Connection closed by peer [127.0.0.1]:49420"
+)
+
+
+def test_a_worker_that_fails_by_itself_ends_the_job_also_where_the_others_miss_it() -> None:
+    memory = RuntimeError("Traceback (most recent call last):\nMemoryError: it is full")
+    both = WorkerGroupError("both failed", {0: MISSING, 1: memory})
+    assert not driver.is_lost(both)
+    assert driver.reason(both).startswith("out of memory: lower micro_batch_size")
+
+
 @pytest.mark.parametrize(
     "error",
     [
         in_a_ray_task(ActorDiedError()),
         WorkerGroupError("worker 0 died", {0: ActorDiedError()}),
+        WorkerGroupError("worker 1 died", {0: MISSING, 1: ActorDiedError()}),
+        WorkerGroupError("worker 1 has died, which nobody saw", {0: MISSING}),
+        WorkerGroupError("worker 0 has hung", {0: WorkerHealthCheckTimeoutError("it does not answer")}),
         Unavailable("the model is away"),
         in_a_training_worker(Unavailable("the database does not answer")),
         in_a_ray_task(AWAY),
         ControllerError(AWAY),
         AWAY,
     ],
-    ids=["actor", "training worker", "model", "worker's database", "task's", "controller's", "database"],
+    ids=[
+        "actor",
+        "training worker",
+        "one of several",
+        "missed by another",
+        "hung",
+        "model",
+        "worker's database",
+        "task's",
+        "controller's",
+        "database",
+    ],
 )
 def test_work_that_is_lost_for_no_fault_of_its_own_waits_for_another_attempt(
     context: Context, run: Callable[..., int], data: dict[str, Any], error: Exception
