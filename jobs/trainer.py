@@ -10,8 +10,8 @@ from jobs.training_worker import Settings, train_on_worker
 from stack.api.post_training import TrainingRequest
 
 # Threads that wait for each other soon sleep: if they spin on, two trainings on the same two cores have a fifth of the
-# speed each that one has alone, and if they sleep at once, one alone has a sixth less. And DeepSpeed does not find out by
-# itself that there is no GPU.
+# speed each that one has alone, and if they sleep at once, one alone has a sixth less. And DeepSpeed does not find out
+# by itself that there is no GPU.
 ON_CPU = {"GOMP_SPINCOUNT": "1000", "DS_ACCELERATOR": "cpu"}
 
 

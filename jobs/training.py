@@ -16,7 +16,7 @@ from jobs.training_worker import MADE, Settings
 from stack import datasets, post_training
 from stack.api.post_training import RewardModelRequest, TrainingRequest
 from stack.config import Config, LanguageModel
-from stack.errors import BadInput, Diverged
+from stack.errors import BadInput, Diverged, StackError
 from stack.post_training import Start
 from stack.store import Adapter, AddedModel, Job, Store, now
 
@@ -67,7 +67,7 @@ class CheckpointRecorder(UserCallback):
         self._url = config.store_url
         self._job = job
         self._number = number
-        self._saved: list[dict[str, Any]] = []
+        self._saved: list[dict[str, Any]] = list(job.checkpoints or [])  # those of the attempt before
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -158,9 +158,13 @@ def _kept(work: driver.Work, request: TrainingRequest, start: Start) -> str:
     if not _has_weights(Path(last["path"])):
         return "the last checkpoint is of shards, of which no model is made here"
     made, name = work.folder / "published", post_training.artifact_name(job.tenant, job.uuid, whole)
-    _export(Path(last["path"]), made, request, start, whole)
-    files = driver.publish(work, name, made)
-    context.store.artifacts.add(driver.artifact_row(work, name, "checkpoint", files, {"base": start.base.id}))
+    try:
+        _export(Path(last["path"]), made, request, start, whole)
+        files = driver.publish(work, name, made)
+    except (OSError, StackError) as error:  # that is the lesser failure, and must not hide the other one
+        return f"the checkpoint of step {last['iters']} could not be kept: {error}"
+    row = driver.artifact_row(work, name, "checkpoint", files, {"base": start.base.id})
+    steadily(lambda: context.store.artifacts.add(row))
     kept = last | {"path": context.artifacts.url(name), "files": [asdict(file) for file in files]}
     steadily(lambda: context.store.jobs.record(job.id, work.reporter.number, checkpoints=[kept]))
     return f"the checkpoint of step {last['iters']} is kept in {kept['path']}"

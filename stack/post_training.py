@@ -54,6 +54,11 @@ NOT_SEARCHABLE = (
     *("checkpoint_iters", "keep_checkpoints", "memory_efficient_fsdp_wrap", "fsdp_cpu_offload"),
 )
 MAX_TRIALS = 1_000
+_KINDS: dict[str, type[TrainingRequest]] = {
+    jobs.SUPERVISED_FINE_TUNE: PostTrainingSFTRequest,
+    jobs.PREFERENCE_OPTIMIZE: PostTrainingRLHFRequest,
+    jobs.TRAIN_REWARD_MODEL: RewardModelRequest,
+}
 R = TypeVar("R", bound=TrainingRequest)
 
 
@@ -226,6 +231,8 @@ def _finetuned(context: Context, named: str) -> Start:
                 return Start(context.models.get(adapter.base).base, adapter.artifact)
             if named == f"{address}/{BEST}" and _has_best(context, adapter.artifact):
                 return Start(context.models.get(adapter.base).base, adapter.artifact, within=BEST)
+        if (kept := _kept_by_job(context, named)) is not None:
+            return kept
         if all(named != model.id for model in context.models.language_models()):
             named = _made_by_job(context, named) or named
         return Start(context.models.get(named).base)
@@ -236,6 +243,19 @@ def _finetuned(context: Context, named: str) -> Start:
 
 def _has_best(context: Context, artifact: str) -> bool:
     return any(file.name.startswith(f"{BEST}/") for file in context.artifacts.files(artifact))
+
+
+def _kept_by_job(context: Context, address: str) -> Start | None:
+    """The adapter at this address that a failed training has left: it is not served, but can be trained on."""
+    job = context.store.jobs.get(context.tenant, address.rsplit("/", 1)[-1])
+    kind = _KINDS.get(job.kind) if job is not None and job.status == JobStatus.failed else None
+    if job is None or kind is None or all(address != checkpoint["path"] for checkpoint in job.checkpoints or []):
+        return None
+    request = kind.model_validate(job.request)
+    start = start_of(context, request)
+    if is_whole(request, start):
+        raise BadInput(f"{address} is not served, as its training failed; allowed: adapters, and models that are")
+    return Start(start.base, artifact_name(job.tenant, job.uuid, whole=False))
 
 
 def _made_by_job(context: Context, named: str) -> str | None:

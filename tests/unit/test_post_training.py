@@ -508,6 +508,26 @@ def test_the_best_checkpoint_of_an_adapter_is_trained_on_by_its_address(
     assert post_training.start_of(context, dpo(pairs, finetuned_model=with_best)).within == ""
 
 
+def test_an_adapter_that_a_failed_training_has_left_is_trained_on_by_its_address(
+    context: Context, data: dict[str, Any], pairs: dict[str, Any]
+) -> None:
+    addresses = {}
+    for uuid, changes in {"bad": {}, "bad-whole": {"algorithm": "full", "algorithm_config": None}}.items():
+        tune(context, data, job_uuid=uuid, **changes)
+        addresses[uuid] = f"file:///kept/{uuid}"
+        job = samples.start(context.store, uuid)
+        kept = [{"path": addresses[uuid], "iters": 2, "files": []}]
+        assert context.store.jobs.record(job.id, 1, checkpoints=kept)
+        assert isinstance(refusal(prefer, context, pairs, finetuned_model=addresses[uuid]), NotFound)
+        assert context.store.jobs.fail(job.id, 1, "the loss is nan")
+    start = post_training.start_of(context, dpo(pairs, finetuned_model=addresses["bad"]))
+    assert (start.base.id, start.adapter) == ("small", post_training.artifact_name("default", "bad", whole=False))
+    error = refusal(prefer, context, pairs, finetuned_model=addresses["bad-whole"])
+    assert (type(error), error.param) == (BadInput, "finetuned_model")
+    for tenant, named in ((context, "bad"), (context.of_tenant("other"), addresses["bad"])):
+        assert isinstance(refusal(prefer, tenant, pairs, finetuned_model=named), NotFound)
+
+
 def test_a_model_to_optimize_that_is_not_there_is_refused(context: Context, home: Path, pairs: dict[str, Any]) -> None:
     artifact = add_adapter(context, home)
     samples.add_job(context.store, "waits", "supervised_fine_tune")
