@@ -19,7 +19,7 @@ LORA = {
     "rank": 8, "alpha": 16,
 }  # fmt: skip
 OPTIMIZER = {"optimizer_type": "adamw", "lr": 1e-3, "lr_min": 0.0, "weight_decay": 0.0}
-TRAINING = {"n_epochs": 1, "n_iters": 2, "batch_size": 4, "shuffle": True, "seed": 7}
+TRAINING = {"n_epochs": 1, "n_iters": 4, "batch_size": 4, "shuffle": True, "seed": 7}
 PAIRS = [
     {"prompt": f"Is the {thing} ready?", "chosen": "Yes, it is.", "rejected": "Look for yourself, and leave me alone."}
     for thing in ("car", "soup", "room", "report", "garden", "letter", "bill", "table")
@@ -51,8 +51,8 @@ def requests(stack: Stack) -> dict[str, tuple[str, dict[str, Any]]]:
         "one": fine_tuning(),
         "two-fsdp": fine_tuning(workers=2, memory_efficient_fsdp_wrap=True),
         "two-zero2": fine_tuning(workers=2, parallelism="zero2"),
-        "whole": fine_tuning("full", None, n_iters=1),
-        "dora": fine_tuning("dora", n_iters=1),
+        "whole": fine_tuning("full", None, n_iters=2),
+        "dora": fine_tuning("dora", n_iters=2),
         "searched": ("supervised_fine_tune", searched),
         "preferred": (
             "preference_optimize",
@@ -102,6 +102,7 @@ def test_two_workers_come_to_the_losses_of_one(
     client: httpx.Client, done: dict[str, dict[str, Any]], shared: str
 ) -> None:
     assert done[shared]["resources_allocated"]["workers"] == 2
+    assert len(losses(client, "one")) == 4
     assert losses(client, shared) == pytest.approx(losses(client, "one"), abs=2e-3)
     assert (files(done[shared]) / "adapter_model.safetensors").is_file()
 
@@ -122,13 +123,21 @@ def test_a_whole_model_is_served_by_an_application_of_its_own(
     client.post("/models/remove", json={"model_id": f"{MODEL}-whole"}).raise_for_status()
 
 
-def test_a_merged_adapter_is_a_whole_model_that_transformers_loads(done: dict[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("name", ["whole", "dora"])
+def test_a_whole_model_and_a_merged_adapter_are_models_that_transformers_loads_and_others_than_before(
+    stack: Stack, done: dict[str, dict[str, Any]], name: str
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(files(done["dora"]))
-    tokens = AutoTokenizer.from_pretrained(files(done["dora"]))("Good day", return_tensors="pt")
-    assert model(**tokens).logits.isfinite().all()
-    assert done["dora"]["checkpoints"][0]["model"] == f"{MODEL}-dora"
+    tokens = AutoTokenizer.from_pretrained(files(done[name]))("Good day", return_tensors="pt")
+    with torch.no_grad():
+        trained, base = (
+            AutoModelForCausalLM.from_pretrained(folder)(**tokens).logits
+            for folder in (files(done[name]), stack.home / "models" / MODEL)
+        )
+    assert trained.isfinite().all()
+    assert (trained - base).abs().max() > 0.01
+    assert done[name]["checkpoints"][0]["model"] == f"{MODEL}-{name}"
 
 
 def test_a_search_takes_the_better_trial_and_tells_of_all(
