@@ -72,8 +72,9 @@ class TrainingConfig(Wire):
     """Training ends after `n_epochs` or after `n_iters` steps (0: no such limit), whichever comes first.
 
     `batch_size` counts the examples of one optimizer step, of all `workers` together. Each worker takes
-    `micro_batch_size` of them at a time (if it is not set, all of its share on GPUs and up to 4 on CPUs), so that a
-    step is made of batch_size / (workers * micro_batch_size) forward passes.
+    `micro_batch_size` of them at a time (if it is not set, all of its share on GPUs and up to 4 on CPUs, or 1 packed
+    row), so that a step is made of batch_size / (workers * micro_batch_size) forward passes. The last step of an epoch
+    is completed with the examples that the epoch began with.
 
     `memory_efficient_fsdp_wrap` shards each transformer block for itself, and `fsdp_cpu_offload` keeps the shards in
     the memory of the machine instead of the GPU's; both make the parallelism `fsdp`.
@@ -181,6 +182,12 @@ class RLHFAlgorithm(StrEnum):
     dpo = "dpo"
 
 
+def _no_bound(reward_clip: float) -> float:
+    if reward_clip != 0:
+        raise ValueError(f"is {reward_clip:g}; allowed: 0, no bound, as no loss of TRL bounds the reward")
+    return reward_clip
+
+
 class DPOAlignmentConfig(Wire):
     """The loss of direct preference optimization (Rafailov et al. 2023, arXiv 2305.18290), by TRL's DPOTrainer.
 
@@ -192,7 +199,7 @@ class DPOAlignmentConfig(Wire):
     """
 
     reward_scale: Annotated[float, Field(gt=0, le=1_000)] = 1.0
-    reward_clip: Annotated[float, Field(ge=0, le=0)] = 0.0
+    reward_clip: Annotated[float, AfterValidator(_no_bound)] = 0.0
     epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     gamma: Annotated[float, Field(ge=0, le=100)] = 0.0
     beta: Annotated[float, Field(gt=0, le=1_000)] = 0.1
