@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from stack.api.wire import Wire, at_most, describe, without_nul
+from stack.api.wire import ModelId, Wire, at_most, describe, without_nul
 from stack.errors import BadInput
 
 DEFAULT_FILE = Path(__file__).resolve().parent.parent / "serve_apps" / "local.yaml"
@@ -76,6 +76,10 @@ _FIELDS_OF_ENGINE = {
 }
 
 
+# The id of what the config lists: also the name of an application of Ray Serve.
+ServedId = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
 class ServedModel(Wire):
     """A model that is served: its id, the folder of its files, and how its replicas follow the load.
 
@@ -87,7 +91,7 @@ class ServedModel(Wire):
     beyond them is refused. A request has `request_timeout_s` for everything.
     """
 
-    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    id: ServedId
     path: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)]
     min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
@@ -198,6 +202,71 @@ class EmbeddingModel(ServedModel):
     gpus: Annotated[float, Field(ge=0, le=1)] = 0
 
 
+class SequenceClassifier(ServedModel):
+    """A model that gives texts a number for each of its labels, and is served: what shields and reward models share.
+
+    Its folder is one of a sequence classifier of transformers with safetensors, or that of a small head on an embedding
+    model (serve_apps/classifiers.py). It takes texts of up to `max_tokens` tokens, and fewer where its files say so. A
+    replica scores up to `max_batch` texts at once, of one or of several requests, and waits up to `batch_wait_s`
+    seconds for so many.
+
+    A replica takes `cpus`, which is also its number of threads, and `gpus`.
+    """
+
+    max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 512
+    max_batch: Annotated[int, Field(ge=1, le=4_096)] = 32
+    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.005
+    target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0
+
+
+class RewardModel(SequenceClassifier):
+    """A reward model that is served: a sequence classifier that scores answers within their dialogs.
+
+    One with a single label gives its number as the score. One with several, each for another objective, needs `heads`:
+    the weights of labels, whose weighted sum is the score.
+    """
+
+    kind: Literal["classifier"] = "classifier"
+    max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 2_048
+    heads: (
+        Annotated[
+            dict[Annotated[str, Field(min_length=1, max_length=200)], Annotated[float, Field(ge=-1e6, le=1e6)]],
+            Field(min_length=1),
+            at_most(100),
+        ]
+        | None
+    ) = None
+
+
+class Judge(Wire):
+    """A reward model that is a served chat model, `model`, which is asked to rate answers by a `rubric`.
+
+    The ratings are the whole numbers from `lowest` to `highest`, and the score is the mean of them that the model
+    expects: weighted with the probabilities that it gives to their tokens (Liu et al. 2023, G-Eval, arXiv 2303.16634).
+    """
+
+    kind: Literal["judge"]
+    id: ServedId
+    model: ModelId
+    rubric: Annotated[str, Field(min_length=1, max_length=20_000)]
+    lowest: Annotated[int, Field(ge=0, le=9)] = 1
+    highest: Annotated[int, Field(ge=0, le=9)] = 5
+
+    @model_validator(mode="after")
+    def _there_is_a_choice(self) -> Self:
+        if self.highest <= self.lowest:
+            raise ValueError(f"highest is {self.highest}; allowed: more than lowest, {self.lowest}, up to 9")
+        return self
+
+
+def _kind_of_reward_model(value: Any) -> str:
+    """The tag of a reward model: brackets keep it out of the place that an error names."""
+    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return "(judge)" if kind == "judge" else "(classifier)"
+
+
 class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
@@ -233,10 +302,16 @@ class Config(Wire):
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
     embedding_models: list[EmbeddingModel] = []
+    reward_models: list[
+        Annotated[
+            Annotated[RewardModel, Tag("(classifier)")] | Annotated[Judge, Tag("(judge)")],
+            Discriminator(_kind_of_reward_model),
+        ]
+    ] = []
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> "Config":
-        ids = [model.id for model in self.all_models]
+        ids = [model.id for model in (*self.all_models, *self.judges)]
         for model_id in ids:
             if model_id == GATEWAY:
                 raise ValueError(f"models: a model cannot have the id {GATEWAY!r}, the gateway's application's")
@@ -271,9 +346,18 @@ class Config(Wire):
         return roots
 
     @property
-    def all_models(self) -> list[LanguageModel | EmbeddingModel]:
+    def all_models(self) -> list[LanguageModel | EmbeddingModel | SequenceClassifier]:
         """Those of all kinds, each of which is served by an application of its id."""
-        return [*self.models, *self.embedding_models]
+        return [*self.models, *self.embedding_models, *self.classifiers]
+
+    @property
+    def classifiers(self) -> list[SequenceClassifier]:
+        """The sequence classifiers among the reward models and shields."""
+        return [model for model in self.reward_models if isinstance(model, RewardModel)]
+
+    @property
+    def judges(self) -> list[Judge]:
+        return [model for model in self.reward_models if isinstance(model, Judge)]
 
     @property
     def store_url(self) -> str:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from stack import tracing
-from stack.config import Config, EmbeddingModel, LanguageModel
+from stack.config import Config, EmbeddingModel, LanguageModel, SequenceClassifier
 from stack.errors import BadInput, EngineFailed, NotFound, StackError, TooManyRequests, Unavailable
 from stack.store import AddedModel, Store
 
@@ -74,6 +74,24 @@ class Embeddings:
 # A text, or the tokens of one in the model's own vocabulary.
 Embeddable = str | list[int]
 
+# A text, or messages as chat templates take them, which the model's own template makes a text of.
+Classifiable = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a sequence classifier gives to inputs: its logits for each label, and how many tokens the inputs have.
+
+    There is one row of `values` for each window of an input, which is of the input `inputs[row]`; the rows are in the
+    order of the inputs, and an input that is not split has one. A model of one label has no probabilities: its number
+    is a score as it is.
+    """
+
+    values: NDArray[np.float32]  # (windows, labels)
+    inputs: NDArray[np.int64]  # (windows,)
+    labels: tuple[str, ...]
+    tokens: int
+
 
 class Engine(Protocol):
     """What answers for models.
@@ -84,11 +102,17 @@ class Engine(Protocol):
 
     `embed` gives the vectors of texts. A text over the model's length is cut with `truncate`; without it BadInput is
     raised, which names its index and both lengths.
+
+    `classify` gives the logits of texts and of messages. With `windows` an input that is longer than the model's
+    `max_tokens` is scored in windows of that length, of which each begins half a window after the one before, and the
+    last one ends with the input; without it BadInput is raised, which names its index and both lengths.
     """
 
     def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]: ...
 
     async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings: ...
+
+    async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], windows: bool) -> Scores: ...
 
 
 class Models:
@@ -162,6 +186,13 @@ class Models:
             return await self._engine.embed(model, texts, truncate)
         with tracing.leaf("model", model=model.id, endpoint="embeddings"):
             return await self._engine.embed(model, texts, truncate)
+
+    async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], *, windows: bool) -> Scores:
+        """The logits of inputs by a sequence classifier. Raises as Engine.classify does."""
+        if not tracing.is_on():
+            return await self._engine.classify(model, inputs, windows)
+        with tracing.leaf("model", model=model.id, endpoint="classify"):
+            return await self._engine.classify(model, inputs, windows)
 
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
         """The JSON answer to an OpenAI request, whose `model` names the model and whose `stream` is false."""
