@@ -9,12 +9,12 @@ JSON text of a Config, which is what the job supervisor hands to them. Without i
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
@@ -203,7 +203,7 @@ class EmbeddingModel(ServedModel):
 
 
 class SequenceClassifier(ServedModel):
-    """A model that gives texts a number for each of its labels, and is served: what shields and reward models share.
+    """A model that gives texts a number for each of its labels, and is served: for shields, and as a reward model.
 
     Its folder is one of a sequence classifier of transformers with safetensors, or that of a small head on an embedding
     model (serve_apps/classifiers.py). It takes texts of up to `max_tokens` tokens, and fewer where its files say so. A
@@ -225,10 +225,11 @@ class RewardModel(SequenceClassifier):
     """A reward model that is served: a sequence classifier that scores answers within their dialogs.
 
     One with a single label gives its number as the score. One with several, each for another objective, needs `heads`:
-    the weights of labels, whose weighted sum is the score.
+    the weights of labels, whose weighted sum is the score. `prompt_format` is how it is told of calls of tools.
     """
 
-    kind: Literal["classifier"] = "classifier"
+    kind: Literal["classifier"]
+    prompt_format: Literal["llama3", "hermes", "plain"] = "plain"
     max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 2_048
     heads: (
         Annotated[
@@ -238,6 +239,16 @@ class RewardModel(SequenceClassifier):
         ]
         | None
     ) = None
+
+    def weights_of(self, labels: Sequence[str]) -> list[float]:
+        """The weight of each of the model's labels in its score. Raises BadInput where `heads` does not fit them."""
+        if self.heads is None and len(labels) > 1:
+            raise BadInput(f"the reward model {self.id!r} needs `heads`, as it has the labels {', '.join(labels)}")
+        heads = {labels[0]: 1.0} if self.heads is None else self.heads
+        for label in heads:
+            if label not in labels:
+                raise BadInput(f"the reward model {self.id!r} has no label {label!r} (heads): {', '.join(labels)}")
+        return [heads.get(label, 0.0) for label in labels]
 
 
 class Judge(Wire):
@@ -259,12 +270,6 @@ class Judge(Wire):
         if self.highest <= self.lowest:
             raise ValueError(f"highest is {self.highest}; allowed: more than lowest, {self.lowest}, up to 9")
         return self
-
-
-def _kind_of_reward_model(value: Any) -> str:
-    """The tag of a reward model: brackets keep it out of the place that an error names."""
-    kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
-    return "(judge)" if kind == "judge" else "(classifier)"
 
 
 class Config(Wire):
@@ -302,12 +307,8 @@ class Config(Wire):
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
     embedding_models: list[EmbeddingModel] = []
-    reward_models: list[
-        Annotated[
-            Annotated[RewardModel, Tag("(classifier)")] | Annotated[Judge, Tag("(judge)")],
-            Discriminator(_kind_of_reward_model),
-        ]
-    ] = []
+    classifiers: list[SequenceClassifier] = []
+    reward_models: list[Annotated[RewardModel | Judge, Field(discriminator="kind")]] = []
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> "Config":
@@ -348,11 +349,10 @@ class Config(Wire):
     @property
     def all_models(self) -> list[LanguageModel | EmbeddingModel | SequenceClassifier]:
         """Those of all kinds, each of which is served by an application of its id."""
-        return [*self.models, *self.embedding_models, *self.classifiers]
+        return [*self.models, *self.embedding_models, *self.classifiers, *self.reward_classifiers]
 
     @property
-    def classifiers(self) -> list[SequenceClassifier]:
-        """The sequence classifiers among the reward models and shields."""
+    def reward_classifiers(self) -> list[RewardModel]:
         return [model for model in self.reward_models if isinstance(model, RewardModel)]
 
     @property

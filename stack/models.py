@@ -80,7 +80,7 @@ Classifiable = str | list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a sequence classifier gives to inputs: its logits for each label, and how many tokens the inputs have.
+    """What a sequence classifier gives to inputs: its logits for each label, and how many tokens it has read.
 
     There is one row of `values` for each window of an input, which is of the input `inputs[row]`; the rows are in the
     order of the inputs, and an input that is not split has one. A model of one label has no probabilities: its number
@@ -103,9 +103,10 @@ class Engine(Protocol):
     `embed` gives the vectors of texts. A text over the model's length is cut with `truncate`; without it BadInput is
     raised, which names its index and both lengths.
 
-    `classify` gives the logits of texts and of messages. With `windows` an input that is longer than the model's
-    `max_tokens` is scored in windows of that length, of which each begins half a window after the one before, and the
-    last one ends with the input; without it BadInput is raised, which names its index and both lengths.
+    `classify` gives the logits of texts and of messages. With `windows` an input that is longer than the model takes is
+    scored in windows of the model's length, each of which begins half a window after the one before, up to the one that
+    ends with the input. Without it BadInput is raised, whose `param` is the index of the input, as for messages that
+    the model's chat template does not take.
     """
 
     def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]: ...

@@ -124,9 +124,9 @@ class ScriptedEngine:
         for index, text in enumerate(inputs):
             words = (text if isinstance(text, str) else " ".join(one["content"] for one in text)).split(" ")
             if len(words) > model.max_tokens and not windows:
-                raise BadInput(f"input {index} has {len(words)} tokens; allowed: at most {model.max_tokens}")
-            last = max(0, len(words) - model.max_tokens)
-            for start in (*range(0, last, model.max_tokens // 2), last):
+                raise BadInput(f"has {len(words)} tokens; allowed: at most {model.max_tokens}", param=str(index))
+            half = model.max_tokens // 2
+            for start in range(0, max(1, len(words) - half), half):
                 values.append(self.logits_of(" ".join(words[start : start + model.max_tokens])))
                 of.append(index)
         return Scores(np.array(values, dtype=np.float32), np.array(of), self.labels, len(" ".join(map(str, inputs))))
