@@ -20,8 +20,10 @@ from sqlalchemy.exc import ArgumentError
 
 from stack.api.wire import ModelId, Wire, at_most, describe, without_nul
 from stack.errors import BadInput
+from stack.shield_config import ModelShields, Shield, require_shields_fit
 
-DEFAULT_FILE = Path(__file__).resolve().parent.parent / "serve_apps" / "local.yaml"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_FILE = ROOT / "serve_apps" / "local.yaml"
 GATEWAY = "gateway"
 
 
@@ -210,6 +212,8 @@ class SequenceClassifier(ServedModel):
     replica scores up to `max_batch` texts at once, of one or of several requests, and waits up to `batch_wait_s`
     seconds for so many.
 
+    A `path` that begins with stack/ is that of a head which comes with the stack.
+
     A replica takes `cpus`, which is also its number of threads, and `gpus`.
     """
 
@@ -219,6 +223,10 @@ class SequenceClassifier(ServedModel):
     target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
     gpus: Annotated[float, Field(ge=0, le=1)] = 0
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / self.path if self.path.startswith("stack/") else super().folder
 
 
 class RewardModel(SequenceClassifier):
@@ -290,6 +298,8 @@ class Config(Wire):
     `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests. A
     gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one.
+
+    What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id.
     """
 
     store: str = "stack.db"
@@ -309,6 +319,8 @@ class Config(Wire):
     embedding_models: list[EmbeddingModel] = []
     classifiers: list[SequenceClassifier] = []
     reward_models: list[Annotated[RewardModel | Judge, Field(discriminator="kind")]] = []
+    shields: list[Shield] = []
+    model_shields: Annotated[dict[ModelId, ModelShields], at_most(10_000)] = {}
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> "Config":
@@ -318,6 +330,11 @@ class Config(Wire):
                 raise ValueError(f"models: a model cannot have the id {GATEWAY!r}, the gateway's application's")
             if ids.count(model_id) > 1:
                 raise ValueError(f"models: the id {model_id!r} is used more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _shields_fit(self) -> "Config":
+        require_shields_fit(self.shields, {model.id for model in self.classifiers}, self.model_shields)
         return self
 
     @field_validator("store")

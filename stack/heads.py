@@ -74,5 +74,10 @@ def load(folder: Path) -> tuple[Head, Array, Array]:
 
 def encoder_sha256(folder: Path) -> str:
     """The hash of an embedding model's weights, by which a head knows its own. Raises OSError."""
-    with (folder / ENCODER_WEIGHTS).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(folder / ENCODER_WEIGHTS)
+
+
+def sha256(file: Path) -> str:
+    """The hash of a file. Raises OSError."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
