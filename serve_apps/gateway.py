@@ -27,6 +27,7 @@ from serve_apps.routes import (
     models,
     openai,
     post_training,
+    safety,
     telemetry,
 )
 from stack import tracing
@@ -104,6 +105,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         inference,  # routes are tried in this order, and these two are asked most
         openai,
         batch_inference,
+        safety,
         models,
         metrics,
         datasets,

@@ -101,6 +101,7 @@ class _PatientEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.embed = engine.embed
+        self.classify = engine.classify
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         waited = 0

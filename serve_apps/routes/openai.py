@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve_apps.routes.common import ContextOf, answer_to, needs, stream_to, streams
-from stack import embeddings, openai_chats
+from stack import embeddings, openai_chats, safety
 from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
     OpenAIChatCompletion,
@@ -43,8 +43,8 @@ async def completions(request: Request, context: ContextOf, body: OpenAICompleti
     """The continuation of a text."""
     asked = body.model_dump(exclude_unset=True)
     if body.stream:
-        return await stream_to(request, context.models.stream("completions", asked))
-    return await answer_to(request, context.models.answer("completions", asked))
+        return await stream_to(request, safety.stream(context, "completions", asked))
+    return await answer_to(request, safety.answer(context, "completions", asked))
 
 
 @router.post("/embeddings", response_model=OpenAIEmbeddingsResponse)

@@ -17,7 +17,7 @@ import tempfile
 import textwrap
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def blocks(text: str) -> Iterator[Block]:
         mark = _FENCE.match(line)
         if fence:
             if mark and mark[1].startswith(fence) and not mark[2]:
-                yield Block("\n".join(code), begun + 1, language)
+                yield from _fenced(Block("\n".join(code), begun + 1, language))
                 fence, code = "", []
             else:
                 code.append(line)
@@ -110,13 +110,21 @@ def blocks(text: str) -> Iterator[Block]:
         else:
             rest.append(line)
     if fence:
-        yield Block("\n".join(code), begun + 1, language, is_open=True)
+        yield from _fenced(Block("\n".join(code), begun + 1, language, is_open=True))
     whole = Block("\n".join(rest), 1)
     if _is_code(_parsed(whole.code)):
         yield whole
     else:
         yield from _parts(rest, lambda line: line.startswith(("    ", "\t")) or not line.strip())
         yield from _parts(rest, lambda line: bool(line.strip()))
+
+
+def _fenced(block: Block) -> Iterator[Block]:
+    """What stands between fences, and what stands between fences within it."""
+    yield block
+    if any(_FENCE.match(line) for line in block.code.splitlines()):
+        for inner in blocks(block.code):
+            yield replace(inner, line=block.line + inner.line - 1)
 
 
 def python_of(block: Block) -> tuple[str | None, str | None]:

@@ -32,7 +32,7 @@ with warnings.catch_warnings():
     import schemathesis
     from schemathesis import Case, GenerationMode
 
-FUZZED = [path for path in POSTS if path.startswith(("/inference/", "/batch_inference/", "/v1/"))]
+FUZZED = [path for path in POSTS if path.startswith(("/inference/", "/batch_inference/", "/safety/", "/v1/"))]
 # Nothing is kept for another run, and a request that fails is told as it was drawn: to make it smaller takes minutes.
 SETTINGS = settings(
     max_examples=15,

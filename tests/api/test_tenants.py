@@ -130,6 +130,8 @@ APART = {
     ("GET", "/v1/models"),
     ("POST", "/datasets/upload"),
     ("POST", "/experiments/create"),
+    ("GET", "/safety/shields"),  # the config's, which are everybody's
+    ("POST", "/safety/run_shields"),
     ("POST", "/inference/embeddings"),  # by the config's models, which are everybody's
     ("POST", "/v1/embeddings"),
     ("POST", "/telemetry/log_event"),
