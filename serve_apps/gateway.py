@@ -27,6 +27,7 @@ from serve_apps.routes import (
     models,
     openai,
     post_training,
+    reward_scoring,
     safety,
     telemetry,
 )
@@ -105,6 +106,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         inference,  # routes are tried in this order, and these two are asked most
         openai,
         batch_inference,
+        reward_scoring,
         safety,
         models,
         metrics,

@@ -26,6 +26,7 @@ POSTS = [
     "/inference/embeddings",
     "/batch_inference/chat_completion",
     "/batch_inference/completion",
+    "/reward_scoring/score",
     "/safety/run_shields",
     "/v1/chat/completions",
     "/v1/completions",
