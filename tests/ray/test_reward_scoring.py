@@ -35,6 +35,22 @@ def generations(pairs: list[dict[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
+def test_the_model_that_comes_with_the_stack_starts_when_it_is_asked_and_scores_in_order(
+    stack: Stack, client: httpx.Client
+) -> None:
+    asked = generations(PAIRS)
+    with httpx.Client(base_url=stack.url, timeout=120) as http:
+        rfc = LlamaStack(base_url=stack.url, http_client=http)
+        answer = rfc.reward_scoring.score(model="reward-on-MiniLM", dialog_generations=asked)  # type: ignore[arg-type]
+    scores = [[one.score for one in row.scored_generations] for row in answer.scored_generations]
+    # It reads the answers alone, and these are the same in all dialogs.
+    assert scores == [pytest.approx(scores[0], abs=1e-4)] * len(PAIRS)
+    better, worse = max(scores[0]), min(scores[0])
+    body = {"model": "reward-on-MiniLM", "dialog_generations": asked, "threshold": (better + worse) / 2}
+    kept = client.post("/reward_scoring/score", json=body).json()["scored_generations"]
+    assert [len(row["scored_generations"]) for row in kept] == [1] * len(PAIRS)
+
+
 def test_a_judge_gives_the_same_rating_each_time_between_its_bounds(client: httpx.Client) -> None:
     body = {"model": "judge", "dialog_generations": generations(PAIRS)}
     first, second = (client.post("/reward_scoring/score", json=body) for _ in range(2))
