@@ -111,7 +111,8 @@ def encoder(folder: Path) -> tuple[Callable[[Sequence[str]], Vectors], int]:
         vectors: Vectors = model.encode([unmasked(text) for text in texts], batch_size=64, show_progress_bar=False)
         return vectors
 
-    return encode, int(model.max_seq_length)
+    assert model.max_seq_length is not None
+    return encode, model.max_seq_length
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,7 +186,7 @@ class _Guard:
 
     async def pass_output(self, said: list[Said], answers: Iterable[_Answer]) -> None:
         """Returns once the shields have passed what is new in the answers to what was said."""
-        async with _Tasks() as group:
+        async with _tasks() as group:
             for one in answers:
                 if one.waiting:
                     new = Said("assistant", one.text, one.passed)
@@ -234,8 +234,8 @@ async def _guard_of(context: Context, model: str) -> _Guard | None:
     if not wanted.input and not wanted.output:
         return None
     known = {shield.id: shield for shield in context.config.shields}
-    by_ids = ([_Run(known[name]) for name in names] for names in (wanted.input, wanted.output))
-    return _Guard(context, model, *by_ids, window=wanted.window)
+    runs_in, runs_out = ([_Run(known[name]) for name in names] for names in (wanted.input, wanted.output))
+    return _Guard(context, model, runs_in, runs_out, wanted.window)
 
 
 def _known(context: Context) -> dict[str, Shield]:
@@ -283,7 +283,7 @@ def _require_parameters(definition: ShieldDefinition, asked: RestAPIExecutionCon
 
 async def _judge_all(context: Context, runs: Sequence[_Run], said: Sequence[Said]) -> list[Verdict]:
     """The verdicts of shields that run side by side. Raises _Failed of the first that fails, and ends the others."""
-    async with _Tasks() as group:
+    async with _tasks() as group:
         tasks = [group.create_task(_judge(context, at, run, said)) for at, run in enumerate(runs)]
     return [task.result() for task in tasks]
 
@@ -333,14 +333,14 @@ def _violation(what: str, shield: str, verdict: Verdict) -> ShieldViolation:
     return ShieldViolation(f"the shield {shield!r} does not pass {what}: {found}"[:2_000])
 
 
-class _Tasks(asyncio.TaskGroup):
+@asynccontextmanager
+async def _tasks() -> AsyncGenerator[asyncio.TaskGroup]:
     """A group of tasks that ends by the error of the first that fails, as it is, with the others cancelled."""
-
-    async def __aexit__(self, *raised: Any) -> bool | None:
-        try:
-            return await super().__aexit__(*raised)
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from failed
+    try:
+        async with asyncio.TaskGroup() as group:
+            yield group
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
 
 
 async def _said_in(messages: Sequence[Message]) -> list[Said]:

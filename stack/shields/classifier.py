@@ -47,7 +47,8 @@ def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """Those of each label (rows, labels): the softmax of its logits, or of one label the logistic function."""
     values = logits.astype(np.float64)
     if values.shape[1] == 1:
-        return np.exp(-np.logaddexp(0, -values))
+        logistic: NDArray[np.float64] = np.exp(-np.logaddexp(0, -values))
+        return logistic
     powers = np.exp(values - values.max(axis=1, keepdims=True))
     shares: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
     return shares
