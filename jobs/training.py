@@ -231,13 +231,24 @@ def _served(
     if not whole:
         adapter_id = post_training.model_id(job.tenant, base.id, job.uuid)
         return Adapter(job.tenant, adapter_id, base.id, job.uuid, artifact=name, created_at=now())
-    if isinstance(request, RewardModelRequest):
-        return None
     folder = work.context.artifacts.folder
     if folder is None:
         print("the model is not served by itself: its files lie in object storage, and an engine loads local ones")
         return None
     model_id = post_training.whole_model_id(job.tenant, base.id, job.uuid)
     own = {"id": model_id, "path": str(folder / name), "min_replicas": 0, "max_replicas": base.most_replicas}
-    entry = base.model_dump(mode="json", exclude_unset=True) | own
+    is_reward = isinstance(request, RewardModelRequest)
+    entry = (reward_entry(base) if is_reward else base.model_dump(mode="json", exclude_unset=True)) | own
     return AddedModel(model_id, job.tenant, entry, created_at=now(), removed_at=None, problem=None, private=True)
+
+
+def reward_entry(base: LanguageModel) -> dict[str, Any]:
+    """The entry of a reward model that was trained on a base: it takes as much, and runs on what its base does."""
+    return {
+        "kind": "classifier",
+        "prompt_format": base.prompt_format,
+        "max_tokens": base.context,
+        "request_timeout_s": base.request_timeout_s,
+        "cpus": base.cpus,
+        "gpus": 1 if base.gpus else 0,
+    }

@@ -23,7 +23,7 @@ from stack.api.post_training import TooLong, TrainingConfig
 from stack.context import Context
 from stack.datasets import Shape
 from stack.errors import BadInput
-from stack.prompt_formats import PromptFormat, ToolUse, chat_body
+from stack.prompt_formats import PromptFormat, template_messages
 from stack.training_rows import DIALOGS, PREFERENCES
 
 # What the trainers call what they learn: the columns of tokens that they take.
@@ -129,21 +129,9 @@ def render(tokenizer: Any, format: PromptFormat, messages: list[dict[str, Any]],
     """Messages as the model's chat template writes them; with `ask` up to where the assistant speaks next."""
     if tokenizer.chat_template is None:
         raise BadInput("the model has no chat template: it learns from a column `text` of type text alone")
-    if format == "plain":  # its template knows no calls of tools: they are said in words, as when it is asked
-        messages = chat_body(format, messages, ToolUse(()))["messages"]
-    else:
-        messages = [_with_objects(message) for message in messages]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    told = template_messages(format, messages)
+    text: str = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=ask)
     return text
-
-
-def _with_objects(message: dict[str, Any]) -> dict[str, Any]:
-    """A message whose calls have their arguments as objects, as templates take them and engines give them."""
-    calls = [
-        call | {"function": call["function"] | {"arguments": json.loads(call["function"]["arguments"])}}
-        for call in message.get("tool_calls", ())
-    ]
-    return message | {"tool_calls": calls} if calls else message
 
 
 def dialog_tokens(tokenizer: Any, render: Render, messages: list[dict[str, Any]], text: str | None) -> Tokens:

@@ -110,8 +110,8 @@ def stack_document(model: LanguageModel, is_scripted: bool) -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load(local_stack.CONFIG.read_text())
     gateway = next(one for one in document["applications"] if one["name"] == GATEWAY)
     entry = model.model_dump(exclude_unset=True)
-    gateway["args"] = {key: value for key, value in gateway["args"].items() if key != "embedding_models"}
-    gateway["args"]["models"] = [entry]
+    others = ("embedding_models", "classifiers", "reward_models", "shields", "model_shields")
+    gateway["args"] = {key: value for key, value in gateway["args"].items() if key not in others} | {"models": [entry]}
     path = local_stack.SCRIPTED_IMPORT_PATH if is_scripted else local_stack.MODEL_IMPORT_PATH
     args = {"model": entry, "artifacts": gateway["args"].get("artifacts", "artifacts")}
     served = {"name": model.id, "import_path": path, "route_prefix": None, "args": args}

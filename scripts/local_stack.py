@@ -27,7 +27,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from stack import keys
 from stack.api.wire import describe
-from stack.config import Config, EmbeddingModel, LanguageModel
+from stack.config import Config, ServedModel
 from stack.store import Store, faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +39,7 @@ AGENT_PORT = 52_365
 AGENT_PORT_S = 180.0
 MODEL_IMPORT_PATH = "serve_apps.llm:build"
 EMBEDDINGS_IMPORT_PATH = "serve_apps.embeddings:build"
+CLASSIFIERS_IMPORT_PATH = "serve_apps.classifiers:build"
 SCRIPTED_IMPORT_PATH = "serve_apps.scripted_engine:build"  # the same without a model, for tests and benches
 
 
@@ -106,12 +107,14 @@ def _require_applications(file: Path, applications: list[Any], config: Config) -
         by_name[application["name"]] = application
     language_models = {model.id: model for model in config.models}
     embedding_models = {model.id: model for model in config.embedding_models}
+    classifiers = {model.id: model for model in (*config.classifiers, *config.reward_classifiers)}
     _require_served(file, by_name, "models", language_models, (MODEL_IMPORT_PATH, SCRIPTED_IMPORT_PATH))
     _require_served(file, by_name, "embedding_models", embedding_models, (EMBEDDINGS_IMPORT_PATH,))
-    for name, model in (language_models | embedding_models).items():
-        place = f"{file}, args of the application {name!r}"
-        args = _require_same_model(place, by_name[name].get("args"), model)
-        if name in language_models and args.get("artifacts", "artifacts") != config.artifacts:
+    _require_served(file, by_name, "classifiers and reward_models", classifiers, (CLASSIFIERS_IMPORT_PATH,))
+    for model in config.all_models:
+        place = f"{file}, args of the application {model.id!r}"
+        args = _require_same_model(place, by_name[model.id].get("args"), model)
+        if model.id in language_models and args.get("artifacts", "artifacts") != config.artifacts:
             raise StartFailed(f"{place}: artifacts must be {config.artifacts!r}, as in the gateway's args")
 
 
@@ -133,7 +136,7 @@ def _require_served(
             )
 
 
-def _require_same_model(place: str, args: object, model: LanguageModel | EmbeddingModel) -> dict[str, Any]:
+def _require_same_model(place: str, args: object, model: ServedModel) -> dict[str, Any]:
     """The args of a model's application, once they are those of the gateway's model. Raises StartFailed."""
     if not isinstance(args, dict):
         raise StartFailed(f"{place}: must be a mapping with the key model, not {args!r}")

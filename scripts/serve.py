@@ -11,6 +11,7 @@ from pathlib import Path
 from scripts import local_stack
 from stack.config import home
 from stack.errors import StackError
+from stack.heads import HEAD
 
 LOOK_S = 5.0
 LOST_S = 60.0
@@ -41,7 +42,7 @@ def main() -> int:
 def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
     local_stack.require_keys(file)
     for model in file.config.all_models:
-        if not (model.folder / "config.json").is_file():
+        if not any((model.folder / name).is_file() for name in ("config.json", HEAD)):
             raise local_stack.StartFailed(f"the model {model.id} is not in {model.folder}: run scripts/setup")
     local_stack.require_free(file.host, file.port)
     for folder in file.config.data_folders:

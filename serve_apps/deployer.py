@@ -14,7 +14,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from stack.added_models import Application
 from stack.api.models import ModelState
-from stack.config import LanguageModel
+from stack.config import LanguageModel, RewardModel
 from stack.errors import BadInput, StackError, Unavailable
 
 # An application is built in a process of its own, which has to import vLLM.
@@ -42,9 +42,11 @@ class ServeDeployer:
             raise Unavailable("Ray Serve does not tell the state of the models") from error
         return {name: application_of(one) for name, one in found.items() if one.status in _STATES}
 
-    def deploy(self, model: LanguageModel, artifacts: str) -> None:
-        args = {"model": model.model_dump(mode="json", exclude_unset=True), "artifacts": artifacts}
-        build = _deploy.remote(model.id, args)
+    def deploy(self, model: LanguageModel | RewardModel, artifacts: str) -> None:
+        args: dict[str, Any] = {"model": model.model_dump(mode="json", exclude_unset=True)}
+        if isinstance(model, LanguageModel):
+            args["artifacts"] = artifacts  # where its adapters are
+        build = _deploy.remote(model.id, args, isinstance(model, RewardModel))
         try:
             ray.get(build, timeout=BUILD_S)
         except GetTimeoutError as error:
@@ -65,9 +67,12 @@ class ServeDeployer:
 
 
 @ray.remote(num_cpus=0, max_calls=1, max_retries=0)
-def _deploy(name: str, args: dict[str, Any]) -> None:
+def _deploy(name: str, args: dict[str, Any], is_reward: bool) -> None:
     """Runs in a process that ends then: it has imported vLLM."""
-    from serve_apps.llm import build
+    if is_reward:
+        from serve_apps.classifiers import build
+    else:
+        from serve_apps.llm import build
 
     target = serve.RunTarget(build(args), name=name, route_prefix=None)
     serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)

@@ -27,6 +27,8 @@ from serve_apps.routes import (
     models,
     openai,
     post_training,
+    reward_scoring,
+    safety,
     telemetry,
 )
 from stack import tracing
@@ -104,6 +106,8 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         inference,  # routes are tried in this order, and these two are asked most
         openai,
         batch_inference,
+        reward_scoring,
+        safety,
         models,
         metrics,
         datasets,

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.middleware import route_of
+from stack import safety
 from stack.store import Store
 
 METHODS = frozenset(("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"))
@@ -36,6 +37,8 @@ class Metrics:
         )  # fmt: skip
         self.under_way = Gauge("stack_http_requests_under_way", "Requests not answered yet.", registry=self.registry)
         self.registry.register(Jobs(store))
+        self.registry.register(safety.VERDICTS)
+        self.registry.register(safety.SECONDS)
         ProcessCollector(registry=self.registry)
 
     def text(self) -> bytes:

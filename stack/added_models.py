@@ -16,9 +16,10 @@ from pydantic import ValidationError
 
 from stack.api.models import ModelSource, ModelState, ServedModel
 from stack.api.wire import describe
-from stack.config import GATEWAY, Config, EmbeddingModel, LanguageModel
+from stack.config import GATEWAY, Config, EmbeddingModel, LanguageModel, RewardModel, SequenceClassifier
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StackError
+from stack.models import model_of
 from stack.store import AddedModel, Store
 from stack.store.models import RECENT_S
 
@@ -65,7 +66,7 @@ class Deployer(Protocol):
         """All that there are, also other ones, by name."""
         ...
 
-    def deploy(self, model: LanguageModel, artifacts: str) -> None:
+    def deploy(self, model: LanguageModel | RewardModel, artifacts: str) -> None:
         """Begins to start an application of the model's id. Raises StackError for one that cannot be built."""
         ...
 
@@ -82,7 +83,7 @@ def add(context: Context, model: LanguageModel, deployer: Deployer) -> ServedMod
     _require_engine_arguments(model.engine)
     applications = deployer.applications()
     row = next((row for row in context.store.models.list() if row.id == model.id), None)
-    if model.id in _configured(context.config):
+    if model.id in {*_configured(context.config), *(judge.id for judge in context.config.judges)}:
         raise Conflict(f"the config lists a model {model.id!r} already", param="id")
     # Of another tenant's private model no more is told than of an application of something else.
     taken = Conflict(f"there is another application {model.id!r} already; give the model another id", param="id")
@@ -189,15 +190,15 @@ class Reconciler:
                 self._deployer.delete(id)
 
 
-def of_entry(entry: dict[str, Any]) -> LanguageModel:
+def of_entry(entry: dict[str, Any]) -> LanguageModel | RewardModel:
     """A model of its row. Raises BadInput where this version of the stack does not take what an older one did."""
     try:
-        return LanguageModel.model_validate(entry)
+        return model_of(entry)
     except ValidationError as error:
         raise BadInput(f"the entry of the model is not one any more: {describe(error)}") from error
 
 
-def _configured(config: Config) -> dict[str, LanguageModel | EmbeddingModel]:
+def _configured(config: Config) -> dict[str, LanguageModel | EmbeddingModel | SequenceClassifier]:
     return {model.id: model for model in config.all_models}
 
 

@@ -42,7 +42,7 @@ async def chat_completion(context: Context, request: BatchChatCompletionRequest)
     Raises as `inference.chat_completion` does for what is wrong with all rows.
     """
     shared = {name: getattr(request, name) for name in type(request).model_fields if name != "messages_batch"}
-    patient = replace(context, engine=_PatientEngine(context.engine))
+    patient = replace(context, engine=PatientEngine(context.engine))
 
     async def ask(row: Any) -> ChatCompletionResponse:
         return await inference.chat_completion(patient, ChatCompletionRequest(messages=row, **shared))
@@ -55,7 +55,7 @@ async def chat_completion(context: Context, request: BatchChatCompletionRequest)
 async def completion(context: Context, request: BatchCompletionRequest) -> BatchCompletionResponse:
     """The continuations of texts, in their order. Raises as `chat_completion` does."""
     shared = {name: getattr(request, name) for name in type(request).model_fields if name != "content_batch"}
-    patient = replace(context, engine=_PatientEngine(context.engine))
+    patient = replace(context, engine=PatientEngine(context.engine))
 
     async def ask(row: Any) -> CompletionResponse:
         return await inference.completion(patient, CompletionRequest(content=row, **shared))
@@ -95,12 +95,13 @@ async def _ask_all(
     return outcomes
 
 
-class _PatientEngine:
+class PatientEngine:
     """An engine that is asked again while its queue is full: the engine alone, as what a row holds was fetched once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.embed = engine.embed
+        self.classify = engine.classify
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         waited = 0

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from stack import attachments
+from stack import attachments, safety
 from stack.context import Context
 from stack.errors import BadInput
 from stack.prompt_formats import AnswerParser, PromptFormat, Tool, ToolStyle, ToolUse, chat_body
@@ -22,9 +22,13 @@ _CONSTRAINTS = ("response_format", "structured_outputs")
 
 @dataclass(frozen=True)
 class Chat:
-    """What an engine is asked. Where `use` is None, its answer is text alone and can be passed on as it is."""
+    """What an engine is asked. Where `use` is None, its answer is text alone and can be passed on as it is.
+
+    `asked` are the messages as they were sent, with all attachments in place: what shields judge.
+    """
 
     body: dict[str, Any]
+    asked: list[dict[str, Any]]
     prompt_format: PromptFormat = "plain"
     use: ToolUse | None = None
 
@@ -45,31 +49,31 @@ async def prepare(context: Context, body: dict[str, Any], style: ToolStyle = "js
     BadInput for what cannot be had together.
     """
     if not any(key in body for key in _OF_TOOLS) and all(_is_text_alone(one) for one in body["messages"]):
-        return Chat(body)
+        return Chat(body, body["messages"])
     messages = await attachments.resolve(context, body["model"], body["messages"])
     use = _use(body, style)
     rest = {key: value for key, value in body.items() if key not in _OF_TOOLS} | {"messages": messages}
     if not use.callable and not any(_is_of_tools(message) for message in messages):
-        return Chat(rest)
+        return Chat(rest, messages)
     if use.callable and (constraint := next((one for one in _CONSTRAINTS if rest.get(one)), None)):
         raise BadInput(
             f"{constraint} and tools cannot both shape an answer; leave one out, or set tool_choice to 'none'",
             param=constraint,
         )
     prompt_format = (await context.models.find(body["model"])).base.prompt_format
-    return Chat(rest | chat_body(prompt_format, messages, use), prompt_format, use)
+    return Chat(rest | chat_body(prompt_format, messages, use), messages, prompt_format, use)
 
 
 async def answer(context: Context, chat: Chat) -> bytes:
-    """The engine's answer, whole: JSON in OpenAI's shape. Raises as stack.models.Models.answer does."""
+    """The engine's answer, whole: JSON in OpenAI's shape. Raises as stack.safety.answer does."""
     with _tools_named(chat):
-        return await context.models.answer("chat", chat.body)
+        return await safety.answer(context, "chat", chat.body, chat.asked)
 
 
 async def stream(context: Context, chat: Chat) -> AsyncGenerator[bytes]:
-    """The engine's answer as server-sent events. Raises as stack.models.Models.stream does."""
+    """The engine's answer as server-sent events. Raises as stack.safety.stream does."""
     with _tools_named(chat):
-        return await context.models.stream("chat", chat.body)
+        return await safety.stream(context, "chat", chat.body, chat.asked)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ JSON text of a Config, which is what the job supervisor hands to them. Without i
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -18,10 +18,12 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
-from stack.api.wire import Wire, at_most, describe, without_nul
+from stack.api.wire import ModelId, Wire, at_most, describe, without_nul
 from stack.errors import BadInput
+from stack.shield_config import ModelShields, Shield, require_shields_fit
 
-DEFAULT_FILE = Path(__file__).resolve().parent.parent / "serve_apps" / "local.yaml"
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_FILE = ROOT / "serve_apps" / "local.yaml"
 GATEWAY = "gateway"
 
 
@@ -76,6 +78,10 @@ _FIELDS_OF_ENGINE = {
 }
 
 
+# The id of what the config lists: also the name of an application of Ray Serve.
+ServedId = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
 class ServedModel(Wire):
     """A model that is served: its id, the folder of its files, and how its replicas follow the load.
 
@@ -87,7 +93,7 @@ class ServedModel(Wire):
     beyond them is refused. A request has `request_timeout_s` for everything.
     """
 
-    id: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    id: ServedId
     path: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)]
     min_replicas: Annotated[int, Field(ge=0, le=1_000)] = 1
     max_replicas: Annotated[int, Field(ge=1, le=1_000)] | None = None
@@ -198,6 +204,82 @@ class EmbeddingModel(ServedModel):
     gpus: Annotated[float, Field(ge=0, le=1)] = 0
 
 
+class SequenceClassifier(ServedModel):
+    """A model that gives texts a number for each of its labels, and is served: for shields, and as a reward model.
+
+    Its folder is one of a sequence classifier of transformers with safetensors, or that of a small head on an embedding
+    model (serve_apps/classifiers.py). It takes texts of up to `max_tokens` tokens, and fewer where its files say so. A
+    replica scores up to `max_batch` texts at once, of one or of several requests, and waits up to `batch_wait_s`
+    seconds for so many.
+
+    A `path` that begins with stack/ is that of a head which comes with the stack.
+
+    A replica takes `cpus`, which is also its number of threads, and `gpus`.
+    """
+
+    max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 512
+    max_batch: Annotated[int, Field(ge=1, le=4_096)] = 32
+    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.005
+    target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
+    gpus: Annotated[float, Field(ge=0, le=1)] = 0
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / self.path if self.path.startswith("stack/") else super().folder
+
+
+class RewardModel(SequenceClassifier):
+    """A reward model that is served: a sequence classifier that scores answers within their dialogs.
+
+    One with a single label gives its number as the score. One with several, each for another objective, needs `heads`:
+    the weights of labels, whose weighted sum is the score. `prompt_format` is how it is told of calls of tools.
+    """
+
+    kind: Literal["classifier"]
+    prompt_format: Literal["llama3", "hermes", "plain"] = "plain"
+    max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 2_048
+    heads: (
+        Annotated[
+            dict[Annotated[str, Field(min_length=1, max_length=200)], Annotated[float, Field(ge=-1e6, le=1e6)]],
+            Field(min_length=1),
+            at_most(100),
+        ]
+        | None
+    ) = None
+
+    def weights_of(self, labels: Sequence[str]) -> list[float]:
+        """The weight of each of the model's labels in its score. Raises BadInput where `heads` does not fit them."""
+        if self.heads is None and len(labels) > 1:
+            raise BadInput(f"the reward model {self.id!r} needs `heads`, as it has the labels {', '.join(labels)}")
+        heads = {labels[0]: 1.0} if self.heads is None else self.heads
+        for label in heads:
+            if label not in labels:
+                raise BadInput(f"the reward model {self.id!r} has no label {label!r} (heads): {', '.join(labels)}")
+        return [heads.get(label, 0.0) for label in labels]
+
+
+class Judge(Wire):
+    """A reward model that is a served chat model, `model`, which is asked to rate answers by a `rubric`.
+
+    The ratings are the whole numbers from `lowest` to `highest`, and the score is the mean of them that the model
+    expects: weighted with the probabilities that it gives to their tokens (Liu et al. 2023, G-Eval, arXiv 2303.16634).
+    """
+
+    kind: Literal["judge"]
+    id: ServedId
+    model: ModelId
+    rubric: Annotated[str, Field(min_length=1, max_length=20_000)]
+    lowest: Annotated[int, Field(ge=0, le=9)] = 1
+    highest: Annotated[int, Field(ge=0, le=9)] = 5
+
+    @model_validator(mode="after")
+    def _there_is_a_choice(self) -> Self:
+        if self.highest <= self.lowest:
+            raise ValueError(f"highest is {self.highest}; allowed: more than lowest, {self.lowest}, up to 9")
+        return self
+
+
 class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
@@ -216,6 +298,8 @@ class Config(Wire):
     `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests. A
     gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one.
+
+    What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id.
     """
 
     store: str = "stack.db"
@@ -233,15 +317,24 @@ class Config(Wire):
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
     embedding_models: list[EmbeddingModel] = []
+    classifiers: list[SequenceClassifier] = []
+    reward_models: list[Annotated[RewardModel | Judge, Field(discriminator="kind")]] = []
+    shields: list[Shield] = []
+    model_shields: Annotated[dict[ModelId, ModelShields], at_most(10_000)] = {}
 
     @model_validator(mode="after")
     def _ids_are_unique(self) -> "Config":
-        ids = [model.id for model in self.all_models]
+        ids = [model.id for model in (*self.all_models, *self.judges)]
         for model_id in ids:
             if model_id == GATEWAY:
                 raise ValueError(f"models: a model cannot have the id {GATEWAY!r}, the gateway's application's")
             if ids.count(model_id) > 1:
                 raise ValueError(f"models: the id {model_id!r} is used more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _shields_fit(self) -> "Config":
+        require_shields_fit(self.shields, {model.id for model in self.classifiers}, self.model_shields)
         return self
 
     @field_validator("store")
@@ -271,9 +364,17 @@ class Config(Wire):
         return roots
 
     @property
-    def all_models(self) -> list[LanguageModel | EmbeddingModel]:
+    def all_models(self) -> list[LanguageModel | EmbeddingModel | SequenceClassifier]:
         """Those of all kinds, each of which is served by an application of its id."""
-        return [*self.models, *self.embedding_models]
+        return [*self.models, *self.embedding_models, *self.classifiers, *self.reward_classifiers]
+
+    @property
+    def reward_classifiers(self) -> list[RewardModel]:
+        return [model for model in self.reward_models if isinstance(model, RewardModel)]
+
+    @property
+    def judges(self) -> list[Judge]:
+        return [model for model in self.reward_models if isinstance(model, Judge)]
 
     @property
     def store_url(self) -> str:

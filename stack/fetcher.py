@@ -7,12 +7,13 @@ There are no redirects and no proxies; bytes and time are bounded.
 
 import contextlib
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -55,7 +56,7 @@ def resolve(host: str, port: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches files by https. `seconds` bounds a whole fetch, `idle_seconds` each wait within it.
+    """Fetches files by https, and sends JSON. `seconds` bounds a whole fetch, `idle_seconds` each wait within it.
 
     After the first `idle_seconds` content must come at `slowest` bytes a second on average.
     """
@@ -77,12 +78,38 @@ class Fetcher:
         host, port, target = self._parts(url)
         addresses = self._addresses(host, port)
         deadline = time.monotonic() + self.seconds
+        with self._our_errors(host, deadline), self._connected(host, port, addresses, deadline) as connection:
+            connection.request("GET", target, headers=_HEADERS)
+            with connection.getresponse() as response:
+                _check(response, url, most)
+                self._copy(response, into, most, deadline)
+
+    def send(self, url: str, method: str, headers: Mapping[str, str], content: bytes, most: int) -> bytes:
+        """What an address answers to JSON that is sent to it.
+
+        Raises BadInput for an address that is not allowed, and Unavailable for all that the far side does not do as it
+        should: it does not answer in time, redirects, or answers another status than 200 or more than `most` bytes.
+        """
+        host, port, target = self._parts(url)
+        addresses = self._addresses(host, port)
+        deadline = time.monotonic() + self.seconds
+        into = io.BytesIO()
         try:
-            with self._connected(host, port, addresses, deadline) as connection:
-                connection.request("GET", target, headers=_HEADERS)
+            with self._our_errors(host, deadline), self._connected(host, port, addresses, deadline) as connection:
+                sent = {**headers, **_HEADERS, "Content-Type": "application/json"}
+                connection.request(method, target, body=content, headers=sent)
                 with connection.getresponse() as response:
                     _check(response, url, most)
                     self._copy(response, into, most, deadline)
+        except (BadInput, TooLarge) as error:
+            raise Unavailable(error.message) from error
+        return into.getvalue()
+
+    @contextlib.contextmanager
+    def _our_errors(self, host: str, deadline: float) -> Iterator[None]:
+        """Turns errors of a connection into StackErrors."""
+        try:
+            yield
         except ssl.SSLCertVerificationError as error:
             raise BadInput(f"{host} cannot prove that it is {host}: {error.verify_message}") from error
         except (OSError, http.client.HTTPException, ValueError) as error:

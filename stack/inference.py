@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from stack import chats
+from stack import chats, safety
 from stack.api.inference import (
     ChatCompletionRequest,
     ChatCompletionResponse,
@@ -56,8 +56,8 @@ END_OF_MESSAGE_TOKEN = 128_008
 async def chat_completion(context: Context, request: ChatCompletionRequest) -> ChatCompletionResponse:
     """The model's answer to a conversation, whole.
 
-    Raises NotFound for an unknown model, BadInput, TooManyRequests, Unavailable. A tool call that cannot be read stays
-    in the message's content.
+    Raises NotFound for an unknown model, BadInput, ShieldViolation, TooManyRequests, Unavailable. A tool call that
+    cannot be read stays in the message's content.
     """
     chat = await _prepared(context, request)
     answer = json.loads(await chats.answer(context, chat))
@@ -88,7 +88,8 @@ async def stream_chat_completion(
 
 async def completion(context: Context, request: CompletionRequest) -> CompletionResponse:
     """The continuation of a text, whole. Raises as `chat_completion` does."""
-    answer = json.loads(await context.models.answer("completions", completion_body(await _as_text(context, request))))
+    body = completion_body(await _as_text(context, request))
+    answer = json.loads(await safety.answer(context, "completions", body))
     choice = answer["choices"][0]
     message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice))
     return CompletionResponse(completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None)
@@ -98,7 +99,8 @@ async def stream_completion(
     context: Context, request: CompletionRequest
 ) -> AsyncGenerator[CompletionResponseStreamChunk]:
     """The continuation of a text in chunks, of which the last one has the stop reason."""
-    items = await context.models.stream("completions", completion_body(await _as_text(context, request)))
+    body = completion_body(await _as_text(context, request))
+    items = await safety.stream(context, "completions", body)
     return _text_chunks(items, wants_logprobs=request.logprobs is not None)
 
 

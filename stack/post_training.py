@@ -305,7 +305,7 @@ def _checked(context: Context, request: R, shape: Shape[Any]) -> R:
     if context.artifacts.exists(artifact_name(context.tenant, request.job_uuid, whole)):
         message = f"there is a model of a job {request.job_uuid!r} already; choose another job_uuid"
         raise Conflict(message, param="job_uuid")
-    if whole and not isinstance(request, RewardModelRequest):
+    if whole:
         _require_free_id(context, whole_model_id(context.tenant, start.base.id, request.job_uuid))
     return request
 
@@ -314,7 +314,8 @@ def _require_free_id(context: Context, id: str) -> None:
     if len(id) > 200:
         raise BadInput(f"the model would have the id {id!r}; allowed: at most 200 characters", param="job_uuid")
     # Also another tenant's and one that is being removed: applications of all tenants have their names in common.
-    if id in {*(model.id for model in context.models.all()), *(row.id for row in context.store.models.list())}:
+    listed = (*context.models.all(), *context.config.all_models, *context.store.models.list())
+    if id in {model.id for model in listed}:
         raise Conflict(f"there is a model {id!r} already; choose another job_uuid", param="job_uuid")
 
 

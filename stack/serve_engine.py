@@ -6,9 +6,9 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from stack.channel import Receiver, Stream
-from stack.config import EmbeddingModel, LanguageModel
+from stack.config import EmbeddingModel, SequenceClassifier, ServedModel
 from stack.errors import EngineFailed, StackError, TooManyRequests, Unavailable
-from stack.models import Embeddable, Embeddings, Endpoint, Failure, Model
+from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Failure, Model, Scores
 
 
 class ServeEngine:
@@ -38,6 +38,13 @@ class ServeEngine:
         assert isinstance(answer, Embeddings)
         return answer
 
+    async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], windows: bool) -> Scores:
+        async with self._our_errors(model.id, model):
+            call = (await self._handle(model.id)).classify.remote(inputs, windows)
+            answer = await _answer(call, model.request_timeout_s)
+        assert isinstance(answer, Scores)
+        return answer
+
     async def _streamed(
         self, handle: Any, endpoint: Endpoint, body: dict[str, Any], seconds: float
     ) -> AsyncGenerator[bytes]:
@@ -62,7 +69,7 @@ class ServeEngine:
         return self._receiver
 
     @asynccontextmanager
-    async def _our_errors(self, id: str, served: LanguageModel | EmbeddingModel) -> AsyncGenerator[None]:
+    async def _our_errors(self, id: str, served: ServedModel) -> AsyncGenerator[None]:
         """Turns Ray's errors of a model's application into StackErrors."""
         from ray.exceptions import RayError, RayTaskError
         from ray.serve.exceptions import BackPressureError, RayServeException
@@ -80,7 +87,7 @@ class ServeEngine:
         except (RayError, RayServeException, ConnectionError) as error:
             raise Unavailable(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
 
-    async def _too_late(self, id: str, served: LanguageModel | EmbeddingModel) -> Unavailable:
+    async def _too_late(self, id: str, served: ServedModel) -> Unavailable:
         """Why a model has not answered in time: it has no replica, or it takes too long."""
         from ray import serve
 

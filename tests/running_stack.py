@@ -35,6 +35,7 @@ SCRIPTED_MODEL = {
     "adapters": 0,
     "cpus": 0.1,
 }
+JUDGE = {"kind": "judge", "id": "judge", "model": MODEL, "rubric": "How well does the answer fit the question?"}
 START_S = 400
 # Ray's agents of a node notice after a minute or so that it is gone.
 GONE_S = 180
@@ -145,10 +146,11 @@ def write_config(file: Path, **changes: Any) -> Path:
 
 
 def with_scripted_model(file: Path) -> Path:
-    """Adds a model of the scripted engine to a Serve config file. It has no replica until somebody asks."""
+    """Adds a judge to a Serve config file, and a model of the scripted engine without a replica until somebody asks."""
     document = yaml.safe_load(file.read_text())
     (gateway,) = (one for one in document["applications"] if one["name"] == config.GATEWAY)
     gateway["args"]["models"].append(SCRIPTED_MODEL)
+    gateway["args"].setdefault("reward_models", []).append(JUDGE)
     args = {"model": SCRIPTED_MODEL, "artifacts": gateway["args"]["artifacts"]}
     application = {
         "name": SCRIPTED,

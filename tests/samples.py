@@ -99,6 +99,14 @@ def add_trained(store: Store, id: str, tenant: str = "default", job_uuid: str = 
     assert store.jobs.complete(job.id, 1, {"checkpoints": [checkpoint]}, model=trained(id, tenant))
 
 
+def add_trained_reward(store: Store, id: str, tenant: str = "default", job_uuid: str = "reward-1") -> None:
+    """Registers a reward model as the job that trained it does."""
+    add_job(store, job_uuid, "train_reward_model", tenant, model="small")
+    job = start(store, job_uuid, tenant)
+    model = trained(id, tenant, kind="classifier", min_replicas=0, max_replicas=1)
+    assert store.jobs.complete(job.id, 1, {"checkpoints": []}, model=model)
+
+
 def fine_tuning(data: Any, **changes: Any) -> dict[str, Any]:
     """The body of POST /post_training/supervised_fine_tune."""
     return _training(data) | {"model": "small", "algorithm": "lora", "algorithm_config": lora()} | changes

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from stack.added_models import Application
 from stack.api.models import ModelState
-from stack.config import LanguageModel
+from stack.config import LanguageModel, RewardModel
 from stack.errors import StackError, Unavailable
 
 RUNNING = Application(ModelState.running, replicas=1)
@@ -19,7 +19,7 @@ class ScriptedDeployer:
 
     def __init__(self, running: dict[str, Application]) -> None:
         self.running = dict(running)
-        self.deployed: list[tuple[LanguageModel, str]] = []
+        self.deployed: list[tuple[LanguageModel | RewardModel, str]] = []
         self.deleted: list[str] = []
         self.fault: StackError | None = None
         self.is_away = False
@@ -29,7 +29,7 @@ class ScriptedDeployer:
             raise Unavailable("Ray Serve does not tell the state of the models")
         return dict(self.running)
 
-    def deploy(self, model: LanguageModel, artifacts: str) -> None:
+    def deploy(self, model: LanguageModel | RewardModel, artifacts: str) -> None:
         self.deployed.append((model, artifacts))
         if self.fault is not None:
             raise self.fault

@@ -4,16 +4,16 @@ import asyncio
 import hashlib
 import json
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from serve_apps.scripted_answers import DONE, TOKENS, answer_to, error_event
-from stack.config import EmbeddingModel
+from stack.config import EmbeddingModel, SequenceClassifier
 from stack.errors import BadInput
-from stack.models import Embeddable, Embeddings, Endpoint, Model
+from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Model, Scores
 
 DIMENSIONS = 8
 MAX_WORDS = 20
@@ -40,12 +40,22 @@ class AskedToEmbed:
     truncate: bool
 
 
+@dataclass(frozen=True)
+class AskedToClassify:
+    """What inputs the engine was asked for the logits of."""
+
+    model: SequenceClassifier
+    inputs: list[Classifiable]
+    windows: bool
+
+
 class ScriptedEngine:
     """Implements stack.models.Engine.
 
     Every answer consists of `tokens`. A `fault` happens after `fault_after` items, an exception by being raised.
-    `asked` and `asked_to_embed` are the requests so far, and `closed_early` is set when a generation is closed or
-    cancelled before its end.
+    `asked`, `asked_to_embed` and `asked_to_classify` are the requests so far, and `closed_early` is set when a
+    generation is closed or cancelled before its end.
+    A classifier has `labels`, and a window of words gets the logits that `logits_of` gives to it.
     Generations are kept, so that none is closed by just being forgotten.
     """
 
@@ -57,6 +67,9 @@ class ScriptedEngine:
         self.fault_after = 0
         self.asked: list[Asked] = []
         self.asked_to_embed: list[AskedToEmbed] = []
+        self.asked_to_classify: list[AskedToClassify] = []
+        self.labels: tuple[str, ...] = ("score",)
+        self.logits_of: Callable[[str], list[float]] = lambda text: [float(len(text))]
         self.closed_early = threading.Event()
         self._generations: list[AsyncGenerator[bytes]] = []
 
@@ -95,6 +108,30 @@ class ScriptedEngine:
     async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
         """Vectors of length 1 that follow from the texts alone. A word is a token; more than MAX_WORDS are too many."""
         self.asked_to_embed.append(AskedToEmbed(model, list(texts), truncate))
+        await self._fail()
+        words = [text.split() if isinstance(text, str) else [str(token) for token in text] for text in texts]
+        for index, one in enumerate(words):
+            if len(one) > MAX_WORDS and not truncate:
+                raise BadInput(f"text {index} has {len(one)} tokens; allowed: at most {MAX_WORDS}")
+        vectors = [vector_of(" ".join(one[:MAX_WORDS])) for one in words]
+        return Embeddings(np.array(vectors, dtype=np.float32), sum(len(one[:MAX_WORDS]) for one in words))
+
+    async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], windows: bool) -> Scores:
+        """The logits of `logits_of`. A word is a token; of messages, the contents alone count."""
+        self.asked_to_classify.append(AskedToClassify(model, list(inputs), windows))
+        await self._fail()
+        values, of = [], []
+        for index, text in enumerate(inputs):
+            words = (text if isinstance(text, str) else " ".join(one["content"] for one in text)).split(" ")
+            if len(words) > model.max_tokens and not windows:
+                raise BadInput(f"has {len(words)} tokens; allowed: at most {model.max_tokens}", param=str(index))
+            half = model.max_tokens // 2
+            for start in range(0, max(1, len(words) - half), half):
+                values.append(self.logits_of(" ".join(words[start : start + model.max_tokens])))
+                of.append(index)
+        return Scores(np.array(values, dtype=np.float32), np.array(of), self.labels, len(" ".join(map(str, inputs))))
+
+    async def _fail(self) -> None:
         if isinstance(self.fault, BaseException):
             raise self.fault
         if self.fault == "hang":
@@ -102,12 +139,6 @@ class ScriptedEngine:
                 await asyncio.Event().wait()
             finally:
                 self.closed_early.set()
-        words = [text.split() if isinstance(text, str) else [str(token) for token in text] for text in texts]
-        for index, one in enumerate(words):
-            if len(one) > MAX_WORDS and not truncate:
-                raise BadInput(f"text {index} has {len(one)} tokens; allowed: at most {MAX_WORDS}")
-        vectors = [vector_of(" ".join(one[:MAX_WORDS])) for one in words]
-        return Embeddings(np.array(vectors, dtype=np.float32), sum(len(one[:MAX_WORDS]) for one in words))
 
 
 def vector_of(text: str) -> list[float]:

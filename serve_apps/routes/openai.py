@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve_apps.routes.common import ContextOf, answer_to, needs, stream_to, streams
-from stack import embeddings, openai_chats
+from stack import embeddings, openai_chats, safety
 from stack.api.embeddings import OpenAIEmbeddingsRequest, OpenAIEmbeddingsResponse
 from stack.api.openai import (
     OpenAIChatCompletion,
@@ -19,7 +19,7 @@ from stack.api.openai import (
     OpenAIModelList,
 )
 from stack.config import EmbeddingModel
-from stack.models import Model
+from stack.models import Model, Rewarding
 
 router = APIRouter(prefix="/v1", tags=["openai"], dependencies=[needs("inference")])
 STARTED = int(time.time())
@@ -43,8 +43,8 @@ async def completions(request: Request, context: ContextOf, body: OpenAICompleti
     """The continuation of a text."""
     asked = body.model_dump(exclude_unset=True)
     if body.stream:
-        return await stream_to(request, context.models.stream("completions", asked))
-    return await answer_to(request, context.models.answer("completions", asked))
+        return await stream_to(request, safety.stream(context, "completions", asked))
+    return await answer_to(request, safety.answer(context, "completions", asked))
 
 
 @router.post("/embeddings", response_model=OpenAIEmbeddingsResponse)
@@ -55,7 +55,7 @@ async def embed(request: Request, context: ContextOf, body: OpenAIEmbeddingsRequ
 
 @router.get("/models")
 def list_models(context: ContextOf) -> OpenAIModelList:
-    """The models that can be asked: those of the config, adapters, newest first, and embedding models."""
+    """The models that can be asked: those of the config, adapters, newest first, embedding and reward models."""
     return OpenAIModelList(data=[_model(model) for model in context.models.all()])
 
 
@@ -65,8 +65,8 @@ def get_model(context: ContextOf, model: str) -> OpenAIModel:
     return _model(context.models.get_any(model))
 
 
-def _model(model: Model | EmbeddingModel) -> OpenAIModel:
-    if isinstance(model, EmbeddingModel):
+def _model(model: Model | EmbeddingModel | Rewarding) -> OpenAIModel:
+    if not isinstance(model, Model):
         return OpenAIModel(id=model.id, created=STARTED, root=model.id)
     created = int(dt.datetime.fromisoformat(model.created_at).timestamp()) if model.created_at else STARTED
     return OpenAIModel(id=model.id, created=created, root=model.base.id)

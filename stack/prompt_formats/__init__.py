@@ -5,6 +5,7 @@ messages.py   what all formats need to know of messages in OpenAI's shape
 llama3.py     prompts of Llama 3.1 and 3.2
 hermes.py     models whose chat template knows tools (Hermes, Qwen)
 plain.py      models whose chat template knows none
+templates.py  messages for a chat template, where nobody asks
 forced.py     the JSON schema of calls that must be made
 answers.py    an answer's text and calls as they come, cut anywhere
 frames.py     where a call begins and ends
@@ -21,6 +22,7 @@ from stack.prompt_formats.hermes import hermes_body
 from stack.prompt_formats.llama3 import llama3_body
 from stack.prompt_formats.pieces import CallFailed, CallParsed, CallProgress, CallStarted, Piece, Text
 from stack.prompt_formats.plain import plain_body
+from stack.prompt_formats.templates import template_messages
 from stack.prompt_formats.tools import BUILTIN, PromptFormat, Tool, ToolStyle, ToolUse, builtin_tool, typed_schema
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "builtin_tool",
     "chat_body",
     "split_answer",
+    "template_messages",
     "typed_schema",
 ]
 

@@ -32,7 +32,11 @@ with warnings.catch_warnings():
     import schemathesis
     from schemathesis import Case, GenerationMode
 
-FUZZED = [path for path in POSTS if path.startswith(("/inference/", "/batch_inference/", "/v1/"))]
+FUZZED = [
+    path
+    for path in POSTS
+    if path.startswith(("/inference/", "/batch_inference/", "/reward_scoring/", "/safety/", "/v1/"))
+]
 # Nothing is kept for another run, and a request that fails is told as it was drawn: to make it smaller takes minutes.
 SETTINGS = settings(
     max_examples=15,
@@ -42,12 +46,15 @@ SETTINGS = settings(
     phases=[Phase.generate],
 )
 CHECKS = [schemathesis.checks.content_type_conformance, schemathesis.checks.response_schema_conformance]
-KNOWN = {"/inference/embeddings": "embedder", "/v1/embeddings": "embedder"}
+KNOWN = {"/inference/embeddings": "embedder", "/v1/embeddings": "embedder", "/reward_scoring/score": "reward"}
 
 
 @pytest.fixture
 def context(home: Path, store_url: str, engine: ScriptedEngine) -> Iterator[Context]:
-    models = {"embedding_models": [{"id": "embedder", "path": "models/embedder"}]}
+    models = {
+        "embedding_models": [{"id": "embedder", "path": "models/embedder"}],
+        "reward_models": [{"kind": "classifier", "id": "reward", "path": "models/reward"}],
+    }
     context = Context.open(Config.parse(CONFIG | models | {"store": store_url}, "the tests' config"), engine=engine)
     yield context
     context.close()

@@ -272,6 +272,8 @@ def test_health_tells_other_machines_nothing_of_this_one(app: FastAPI, key: str)
     [
         ("inference", "GET", "/v1/models"),
         ("inference", "POST", "/inference/chat_completion"),
+        ("inference", "GET", "/safety/shields"),
+        ("inference", "POST", "/safety/run_shields"),
         ("data", "POST", "/datasets/create"),
         ("training", "GET", "/post_training/jobs"),
         ("training", "GET", "/evaluate/jobs"),

@@ -37,6 +37,7 @@ EVENT = {
     "message": "hello", "severity": "info",
 }  # fmt: skip
 CHAT = {"model": "small:tune-1", "messages": [{"role": "user", "content": "a"}]}
+GENERATIONS = [{"dialog": CHAT["messages"], "sampled_generations": [{"role": "assistant", "content": "b"}]}]
 UPLOADED = {"columns": {"dialog": "dialog"}, "content_url": "UPLOAD_URL"}
 
 
@@ -80,6 +81,7 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/inference/completion", {"model": "small:tune-1", "content": "a"}),
     ("POST", "/batch_inference/chat_completion", {"model": "small:tune-1", "messages_batch": [CHAT["messages"]]}),
     ("POST", "/batch_inference/completion", {"model": "small:tune-1", "content_batch": ["a"]}),
+    ("POST", "/reward_scoring/score", {"model": "small-reward-1", "dialog_generations": GENERATIONS}),
     ("POST", "/v1/chat/completions", CHAT),
     ("POST", "/v1/completions", {"model": "small:tune-1", "prompt": "a"}),
     ("POST", "/v1/chat/completions", CHAT | {"model": "small-whole-1"}),
@@ -130,6 +132,8 @@ APART = {
     ("GET", "/v1/models"),
     ("POST", "/datasets/upload"),
     ("POST", "/experiments/create"),
+    ("GET", "/safety/shields"),  # the config's, which are everybody's
+    ("POST", "/safety/run_shields"),
     ("POST", "/inference/embeddings"),  # by the config's models, which are everybody's
     ("POST", "/v1/embeddings"),
     ("POST", "/telemetry/log_event"),
@@ -190,6 +194,7 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     tune(context, OWNER, "tune-1")
     context.artifacts.publish(f"tenants/{OWNER}/adapters/tune-1", home / "data")
     samples.add_trained(context.store, "small-whole-1", OWNER)
+    samples.add_trained_reward(context.store, "small-reward-1", OWNER)
     # The longer words first: UPLOAD_URL is not UPLOAD.
     ids = {"UPLOAD_URL": upload["content_url"], "UPLOAD": upload["id"], "EXPERIMENT": experiment, "RUN": run}
     return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine", "PAIRS": "my-pairs"})
@@ -230,7 +235,7 @@ def test_models_are_the_configs_and_ones_own(tenants: Tenants) -> None:
     def models(client: TestClient) -> list[str]:
         return [model["id"] for model in client.get("/v1/models").json()["data"]]
 
-    assert models(tenants.owner) == ["small", "small-whole-1", "small:tune-1"]
+    assert models(tenants.owner) == ["small", "small-whole-1", "small:tune-1", "small-reward-1"]
     assert models(tenants.other) == ["small"]
 
 
@@ -239,7 +244,8 @@ def test_an_administrator_does_not_see_anothers_models_either(tenants: Tenants, 
     model = {"id": "small-whole-1", "path": "models/small"}
     for _ in range(2):  # also of one that is being removed
         listed = [client.get("/models/list").json()["data"] for client in (owner, other)]
-        assert [[one["id"] for one in models] for models in listed] == [["small", model["id"]], ["small"]]
+        mine, others = ([one["id"] for one in models] for models in listed)
+        assert (mine, others) == (["small", model["id"], "small-reward-1"], ["small"])
         for refused in (
             error_of(other.post("/models/remove", json={"model_id": model["id"]}), 404),
             error_of(other.post("/models/add", json=model), 409),

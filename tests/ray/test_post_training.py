@@ -167,7 +167,7 @@ def test_a_reward_model_that_is_loaded_again_prefers_by_the_margin_that_was_meas
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     status = done["reward"]
-    assert status["checkpoints"][0].get("model") is None
+    assert status["checkpoints"][0]["model"] == f"{MODEL}-reward"
     model = AutoModelForSequenceClassification.from_pretrained(files(status))
     tokenizer = AutoTokenizer.from_pretrained(files(status))
 

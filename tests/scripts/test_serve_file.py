@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from serve_apps.address import host_of
 
+REWARD_MODEL = yaml.safe_load(CONFIG.read_text())["applications"][3]["args"]["model"]
 Change = Callable[[dict[str, Any]], object]
 
 
@@ -50,7 +51,8 @@ def replace_model(document: dict[str, Any], **values: Any) -> None:
 def test_the_default_file_is_right() -> None:
     file = read_serve_file(CONFIG)
     assert (file.host, file.port, file.url) == ("127.0.0.1", 8321, "http://127.0.0.1:8321")
-    assert [model.id for model in file.config.all_models] == ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"]
+    ids = ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "reward-on-MiniLM"]
+    assert [model.id for model in file.config.all_models] == ids
 
 
 def test_a_scripted_engine_may_take_the_place_of_the_models(tmp_path: Path) -> None:
@@ -108,6 +110,15 @@ def test_without_options_it_listens_on_loopback_only(tmp_path: Path, options: ob
             ["'all-MiniLM-L6-v2'", "gateway's embedding_models (none)"],
         ),
         (lambda d: d["applications"][2]["args"].pop("model"), ["'all-MiniLM-L6-v2', model"]),
+        (lambda d: d["applications"].pop(3), ["model 'reward-on-MiniLM'", "serve_apps.classifiers:build"]),
+        (
+            lambda d: d["applications"][0]["args"].pop("reward_models"),
+            ["'reward-on-MiniLM'", "gateway's classifiers and reward_models (none)"],
+        ),
+        (
+            lambda d: d["applications"][3].update(args={"model": REWARD_MODEL | {"max_tokens": 256}}),
+            ["model.max_tokens is 256", "512 in the gateway's models"],
+        ),
         (
             lambda d: d["applications"][2]["args"].update(model={"id": "all-MiniLM-L6-v2", "path": "elsewhere"}),
             ["model.path is 'elsewhere'", "models/all-MiniLM-L6-v2"],

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from stack.config import DEFAULT_FILE, GATEWAY, Config, EmbeddingModel, LanguageModel
+from stack.config import DEFAULT_FILE, GATEWAY, Config, EmbeddingModel, LanguageModel, RewardModel
 from stack.config import home as stack_home
 from stack.errors import BadInput
 
@@ -248,6 +248,12 @@ def test_the_local_config_serves_every_one_of_its_models() -> None:
         assert application["import_path"] == "serve_apps.embeddings:build"
         assert application["route_prefix"] is None, "only the gateway is public"
         assert EmbeddingModel.model_validate(application["args"]["model"]) == embedding_model
+    for reward_model in config.reward_classifiers:
+        application = applications[reward_model.id]
+        assert application["import_path"] == "serve_apps.classifiers:build"
+        assert application["route_prefix"] is None, "only the gateway is public"
+        assert RewardModel.model_validate(application["args"]["model"]) == reward_model
+        assert (reward_model.folder / "head.json").is_file(), "it comes with the stack"
     for model in config.models:
         application = applications[model.id]
         assert application["import_path"] == "serve_apps.llm:build"

@@ -22,7 +22,8 @@ from tests.scripted_engine import ScriptedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from serve_apps.embeddings import MAX_PASS_TOKENS, Encoder, build, passes
+    from serve_apps.batching import MAX_PASS_TOKENS, passes
+    from serve_apps.embeddings import Encoder, build
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "capital", "of", "france", "is", "paris", "##s", "one"]
 DIMENSIONS = 16

@@ -202,6 +202,8 @@ def serving(tls: ssl.SSLContext, answer: Answer) -> Iterator[tuple[int, list[Any
             with suppress(OSError):  # the client may leave
                 answer(self)
 
+        do_POST = do_PUT = do_GET  # noqa: N815
+
         def log_message(self, *_: Any) -> None:
             pass
 

@@ -72,7 +72,7 @@ def test_every_application_of_every_config_file_is_built_without_ray_and_without
 def test_every_config_file_serves_each_of_its_models(file: Path) -> None:
     config = Config.from_file(file)
     applications = {one["name"]: one for one in yaml.safe_load(file.read_text())["applications"]}
-    assert set(applications) == {GATEWAY, *(model.id for model in (*config.models, *config.embedding_models))}
+    assert set(applications) == {GATEWAY, *(model.id for model in config.all_models)}
     for model in config.embedding_models:
         assert EmbeddingModel.model_validate(applications[model.id]["args"]["model"]) == model
     for model in config.models:

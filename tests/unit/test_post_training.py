@@ -655,8 +655,8 @@ def test_a_whole_model_has_an_id_that_can_be_served_and_that_is_free(
     assert isinstance(refusal(prefer, taken, pairs, job_uuid="taken", lora_config=None), Conflict)
     samples.add_trained(context.store, "small-acme-1", "acme")
     assert isinstance(refusal(tune, context, data, job_uuid="acme-1", **FULL), Conflict), "applications share names"
+    assert isinstance(refusal(reward, taken, pairs, job_uuid="taken"), Conflict), "it is served by itself too"
     tune(taken, data, job_uuid="taken")
-    reward(taken, pairs)  # which is not served by itself
 
 
 def test_a_uuid_whose_result_is_there_already_is_a_conflict(

@@ -1,4 +1,4 @@
-"""Runs of a training: what their workers are told, and that one does not find what another has left."""
+"""Runs of a training: what their workers are told, that one does not find what another has left, and what is served."""
 
 import warnings
 from pathlib import Path
@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 
 from stack.api.post_training import PostTrainingSFTRequest
+from stack.config import LanguageModel, RewardModel
 from tests import samples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from jobs.trainer import Plan, trainer_of
+    from jobs.training import reward_entry
     from jobs.training_worker import Settings
 
 REQUEST = PostTrainingSFTRequest.model_validate(samples.fine_tuning("train"))
@@ -50,3 +52,10 @@ def test_on_cpu_threads_sleep_while_they_wait_and_with_gpus_nothing_is_changed(p
     on_gpus = Plan(plan.settings, {"CPU": 1, "GPU": 1}, use_gpu=True, folder=plan.folder)
     environment = trainer_of(on_gpus, REQUEST, "train", []).run_config.worker_runtime_env["env_vars"]
     assert environment == {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+
+
+def test_a_reward_model_is_served_with_what_its_base_takes_and_runs_on() -> None:
+    base = LanguageModel(id="base", path="models/base", context=512, prompt_format="hermes", gpus=2, tensor_parallel=2)
+    model = RewardModel.model_validate(reward_entry(base) | {"id": "base-reward-1", "path": "/models/reward-1"})
+    assert (model.max_tokens, model.prompt_format, model.gpus) == (512, "hermes", 1)
+    assert reward_entry(LanguageModel(id="base", path="models/base"))["gpus"] == 0

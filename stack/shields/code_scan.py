@@ -1,0 +1,239 @@
+"""Finds code in texts and scans it: a program of its own, so that what it is given can take neither time nor memory.
+
+    python -I code_scan.py SECONDS < {"texts": [...]} > {"findings": [...], "unread": [...]}
+
+Python is scanned by bandit's rules; code of all languages for keys and tokens by those of detect-secrets. Code is what
+stands between fences, what is indented, a paragraph, or a whole text that is Python. Comments that tell bandit to look
+away (nosec) are not heard.
+"""
+
+import ast
+import json
+import logging
+import re
+import resource
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+MAX_MEMORY = 2**30
+PYTHON = frozenset(("python", "py", "python3", "py3", "python2", "ipython", "ipython3", "pycon", "gyp", "sage"))
+# detect-secrets' rules for keys of a known form. Those that go by randomness or by a variable's name err too often.
+SECRETS = (
+    "AWSKeyDetector", "ArtifactoryDetector", "AzureStorageKeyDetector", "CloudantDetector", "DiscordBotTokenDetector",
+    "GitHubTokenDetector", "GitLabTokenDetector", "IbmCloudIamDetector", "JwtTokenDetector", "MailchimpDetector",
+    "NpmDetector", "OpenAIDetector", "PrivateKeyDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
+    "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
+)  # fmt: skip
+# How often an unfinished piece of Python, as of an answer that is still being streamed, is tried without its last line.
+CUTS = 20
+_FENCE = re.compile(r"^[ \t>]*(`{3,}|~{3,})[ \t]*([^\s`{]*)")
+_PROMPT = re.compile(r"^[ \t]*(>>>|\.\.\.|In \[\d+\]:)[ ]?")
+_CODE_NODES = (ast.Import, ast.ImportFrom, ast.Call, ast.Assign, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Code, the line of the text in which it begins (from 1), and whether its author says that it is Python.
+
+    `is_open` is what goes to the end of the text without an end of its own.
+    """
+
+    code: str
+    line: int
+    language: str = ""
+    is_open: bool = False
+
+    @property
+    def is_said_python(self) -> bool:
+        return self.language.lower() in PYTHON
+
+
+def main() -> None:
+    seconds = max(1, round(float(sys.argv[1])))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    logging.disable(logging.CRITICAL)
+    json.dump(scan(json.load(sys.stdin)["texts"]), sys.stdout)
+
+
+def scan(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """What was found (rule, severity, line, why, text), and which code could not be read (line, why, text)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the code, and of what the libraries' own imports warn
+        return _scan(texts)
+
+
+def _scan(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    findings: list[dict[str, Any]] = []
+    unread: list[dict[str, Any]] = []
+    sources: list[tuple[int, Block]] = []
+    for number, text in enumerate(texts):
+        for block in blocks(text):
+            findings += [{"text": number, **found} for found in _secrets(block)]
+            source, problem = python_of(block)
+            if problem:
+                unread.append({"text": number, "line": block.line, "why": problem})
+            elif source is not None:
+                sources.append((number, Block(source, block.line)))
+    for (number, block), result in zip(sources, _bandit([block.code for _, block in sources]), strict=True):
+        if isinstance(result, str):
+            unread.append({"text": number, "line": block.line, "why": result})
+        else:
+            findings += [{"text": number, **found, "line": block.line + found["line"] - 1} for found in result]
+    # A paragraph may be indented too, and is then found twice.
+    once = {(found["text"], found["line"], found["rule"]): found for found in findings}
+    return {"findings": list(once.values()), "unread": unread}
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """The code of a text: fenced blocks, then of the rest all of it if it is Python, or else its parts that may be."""
+    rest: list[str] = []
+    fence, language, begun, code = "", "", 0, list[str]()
+    for number, line in enumerate(text.splitlines(), start=1):
+        mark = _FENCE.match(line)
+        if fence:
+            if mark and mark[1].startswith(fence) and not mark[2]:
+                yield from _fenced(Block("\n".join(code), begun + 1, language))
+                fence, code = "", []
+            else:
+                code.append(line)
+            rest.append("")
+        elif mark:
+            fence, language, begun = mark[1], mark[2], number
+            rest.append("")
+        else:
+            rest.append(line)
+    if fence:
+        yield from _fenced(Block("\n".join(code), begun + 1, language, is_open=True))
+    whole = Block("\n".join(rest), 1)
+    if _is_code(_parsed(whole.code)):
+        yield whole
+    else:
+        yield from _parts(rest, lambda line: line.startswith(("    ", "\t")) or not line.strip())
+        yield from _parts(rest, lambda line: bool(line.strip()))
+
+
+def _fenced(block: Block) -> Iterator[Block]:
+    """What stands between fences, and what stands between fences within it."""
+    yield block
+    if any(_FENCE.match(line) for line in block.code.splitlines()):
+        for inner in blocks(block.code):
+            yield replace(inner, line=block.line + inner.line - 1)
+
+
+def python_of(block: Block) -> tuple[str | None, str | None]:
+    """A block's source if it is Python, or why it cannot be read though it says that it is."""
+    code = _without_prompts(block.code)
+    try:
+        tree = _parsed(code, strict=True)
+    except SyntaxError as error:
+        if block.is_open:
+            return _beginning(code), None
+        return (None, f"it does not parse: {error.msg}") if block.is_said_python else (None, None)
+    except (ValueError, RecursionError, MemoryError) as error:
+        return None, f"it cannot be parsed: {type(error).__name__}"
+    return (textwrap.dedent(code), None) if block.is_said_python or _is_code(tree) else (None, None)
+
+
+def _parts(lines: list[str], belongs: Any) -> Iterator[Block]:
+    """The Python in runs of lines that belong together."""
+    begun, run = 0, list[str]()
+    for number, line in enumerate([*lines, None], start=1):
+        if line is not None and belongs(line):
+            begun = begun if run else number
+            run.append(line)
+        elif run:
+            if (block := _python_in(run, begun)) is not None:
+                yield block
+            run = []
+
+
+def _python_in(lines: list[str], begun: int) -> Block | None:
+    """The Python within lines that may have words before and behind it."""
+    for start in range(min(CUTS, len(lines))):
+        for end in range(len(lines), max(start, len(lines) - CUTS), -1):
+            code = "\n".join(lines[start:end])
+            if _is_code(_parsed(_without_prompts(code))):
+                return Block(code, begun + start)
+    return None
+
+
+def _parsed(code: str, *, strict: bool = False) -> ast.Module | None:
+    try:
+        return ast.parse(textwrap.dedent(code))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        if strict:
+            raise
+        return None
+
+
+def _is_code(tree: ast.Module | None) -> bool:
+    return tree is not None and any(isinstance(node, _CODE_NODES) for node in ast.walk(tree))
+
+
+def _beginning(code: str) -> str | None:
+    """The longest beginning that parses, of code that is not finished."""
+    lines = code.splitlines()
+    for _ in range(min(CUTS, len(lines))):
+        lines.pop()
+        if (tree := _parsed("\n".join(lines))) is not None:
+            return textwrap.dedent("\n".join(lines)) if _is_code(tree) else None
+    return None
+
+
+def _without_prompts(code: str) -> str:
+    """Code as it is typed: without the prompts and results of a session, and without what only notebooks understand.
+
+    What is left out leaves its line empty.
+    """
+    lines = code.splitlines()
+    if any(_PROMPT.match(line) for line in lines):
+        lines = [_PROMPT.sub("", line) if _PROMPT.match(line) else "" for line in lines]
+    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
+
+
+def _bandit(sources: list[str]) -> list[list[dict[str, Any]] | str]:
+    """Of each source what bandit finds, or why it could not read it."""
+    from bandit.core.config import BanditConfig
+    from bandit.core.manager import BanditManager
+
+    results: list[list[dict[str, Any]] | str] = [[] for _ in sources]
+    if not sources:
+        return results
+    with tempfile.TemporaryDirectory() as folder:
+        files = {str(Path(folder, f"{number}.py")): number for number in range(len(sources))}
+        for file, number in files.items():
+            Path(file).write_text(sources[number], encoding="utf-8", errors="replace")
+        manager = BanditManager(BanditConfig(), "file", quiet=True, ignore_nosec=True)
+        manager.discover_files(list(files))
+        manager.run_tests()
+        for issue in manager.get_issue_list():
+            found = results[files[issue.fname]]
+            assert isinstance(found, list)
+            rule = f"{issue.test_id} {issue.test}"
+            found.append(dict(rule=rule, severity=issue.severity.lower(), line=issue.lineno, why=issue.text))
+        for file, reason in manager.skipped:
+            results[files[file]] = f"bandit cannot read it: {reason}"
+    return results
+
+
+def _secrets(block: Block) -> Iterator[dict[str, Any]]:
+    from detect_secrets.core.scan import scan_line
+    from detect_secrets.settings import transient_settings
+
+    # Without filters, one of which would ask the services whether a key is real.
+    with transient_settings({"plugins_used": [{"name": name} for name in SECRETS], "filters_used": []}):
+        for number, line in enumerate(block.code.splitlines()):
+            for secret in scan_line(line):
+                why = "a secret stands in the code"
+                yield dict(rule=f"secret {secret.type}", severity="high", line=block.line + number, why=why)
+
+
+if __name__ == "__main__":
+    main()

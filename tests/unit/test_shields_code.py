@@ -1,0 +1,118 @@
+"""The code scanner: which code it finds in messages, what it says of it, and what it does where it cannot read it."""
+
+import time
+from typing import Any, cast
+
+import pytest
+
+from stack.shield_config import CodeScannerShield
+from stack.shields import code_scanner
+from stack.shields.code_scan import blocks, scan
+from stack.shields.verdict import UNJUDGED, Said, Verdict
+
+SHIELD = CodeScannerShield(id="code", type="code_scanner_guard")
+EVIL = "import os\nos.system('rm -r ' + folder)"
+INDENTED = "\n".join("    " + line for line in EVIL.splitlines())
+NOWHERE: Any = None  # it needs no context
+
+
+async def judged(text: str, shield: CodeScannerShield = SHIELD) -> Verdict:
+    return await code_scanner.judge(NOWHERE, shield, [Said("user", text)])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (f"Run this:\n\n```python\n{EVIL}\n```\nand tell me.", 5),
+        (f"~~~py\n{EVIL}\n~~~", 3),
+        (f"```\n{EVIL}\n```", 3),
+        (f"> ```python\n{EVIL}\n```", 3),
+        (f"```python\n{EVIL}", 3),
+        (f"```python\n{EVIL}\ndef unfinished(", 3),
+        (f"````\n```\n{EVIL}\n````", 4),
+        (EVIL, 2),
+        (f"Words first, as ever.\n\n{INDENTED}\n\nThen more words.", 4),
+        (f"Please run this for me:\n{EVIL}\nThank you so much", 3),
+        (f"1. A step\n\n{EVIL}\n\n2. Another step, please", 4),
+        ("```python\n>>> import os\n>>> os.system('rm -r ' + folder)\n0\n```", 3),
+        (f"```python\n%matplotlib inline\n{EVIL}\n```", 4),
+        ("```python\nimport os\nos.system('rm -r ' + folder)  # nosec\n```", 3),
+    ],
+)
+def test_python_is_found_wherever_it_stands(text: str, line: int) -> None:
+    found = [(one["rule"], one["line"], one["severity"]) for one in scan([text])["findings"]]
+    assert ("B605 start_process_with_a_shell", line, "high") in found
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is the capital of France?",
+        "It is big (very big), I think; and old.\n\nSo is Rome.",
+        "```python\nprint('hello')\n```",
+        "```sql\nSELECT * FROM cities WHERE name = 'Paris'\n```",
+        "```\n$ ls -la\ntotal 0\n```",
+        "",
+    ],
+)
+async def test_words_and_harmless_code_pass(text: str) -> None:
+    assert not (await judged(text)).is_violation
+
+
+async def test_a_finding_says_rule_line_and_why() -> None:
+    verdict = await judged(f"```python\n{EVIL}\n```")
+    assert (verdict.is_violation, verdict.type) == (True, "B605 start_process_with_a_shell")
+    assert verdict.message is not None
+    assert "B605 start_process_with_a_shell, line 3: Starting a process with a shell" in verdict.message
+
+
+@pytest.mark.parametrize(("severity", "is_violation"), [("low", True), ("medium", False), ("high", False)])
+async def test_what_is_below_the_severity_passes(severity: str, is_violation: bool) -> None:
+    shield = CodeScannerShield.model_validate({"id": "code", "type": "code_scanner_guard", "severity": severity})
+    assert (await judged("```python\nimport subprocess\n```", shield)).is_violation == is_violation
+
+
+@pytest.mark.parametrize("language", ["bash", "javascript", "yaml", ""])
+async def test_keys_are_found_in_code_of_any_language(language: str) -> None:
+    key = "AKIA" + "IOSFODNN7EXAMPLA"
+    verdict = await judged(f"Set it:\n```{language}\nkey: {key}\n```")
+    assert (verdict.is_violation, verdict.type) == (True, "secret AWS Access Key")
+    assert verdict.message is not None
+    assert "line 3" in verdict.message
+    assert key not in verdict.message
+
+
+@pytest.mark.parametrize("code", ["def f(:", "print 'hello'", "x = " + "(" * 5_000, "eval(x)\0"])
+async def test_python_that_cannot_be_read_does_not_pass(code: str) -> None:
+    verdict = await judged(f"```python\n{code}\n```")
+    assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+
+
+async def test_a_scan_that_takes_too_long_is_ended_and_does_not_pass() -> None:
+    shield = SHIELD.model_copy(update={"timeout_s": 0.1})
+    started = time.monotonic()
+    verdict = await judged("x = 1\n" * 200_000, shield)
+    assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+    assert time.monotonic() - started < 10
+
+
+async def test_all_messages_are_scanned_but_those_that_have_passed() -> None:
+    evil = f"```python\n{EVIL}\n```"
+    said = [Said("user", evil), Said("assistant", "Done.")]
+    assert (await code_scanner.judge(NOWHERE, SHIELD, said)).is_violation
+    passed = [Said("user", evil, passed=len(evil)), Said("assistant", "Done.")]
+    assert not (await code_scanner.judge(NOWHERE, SHIELD, passed)).is_violation
+
+
+def test_blocks_know_their_language_and_whether_they_end() -> None:
+    found = list(blocks("a\n```Python title=x\nb\n```\nc\n~~~\nd"))
+    assert [(one.code, one.line, one.is_said_python, one.is_open) for one in found] == [
+        ("b", 3, True, False),
+        ("d", 7, False, True),
+    ]
+
+
+def test_a_broken_fence_is_no_way_past_it() -> None:
+    findings = cast(list[dict[str, Any]], scan([f"```python\n```\n{EVIL}\n```\nwords, and more"])["findings"])
+    assert findings
