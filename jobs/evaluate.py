@@ -3,7 +3,8 @@
     ray job submit -- python -m jobs.evaluate --config jobs/examples/evaluate.yaml
 
 The file holds the body of POST /evaluate/question_answering/. The scores become the job's metrics, and every example
-with its output and scores a line of `examples.jsonl` among the artifacts.
+with its output and scores a line of `examples.jsonl` among the artifacts. The model answers as it answers users: behind
+its shields. A question or an answer that they do not pass is an example with an empty answer and the shield's reason.
 """
 
 import asyncio
@@ -22,11 +23,11 @@ from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from jobs import dataset_source, driver
 from jobs.reporter import resources
-from stack import datasets, evaluations
+from stack import datasets, evaluations, safety
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest, QuestionAnsweringMetric
 from stack.config import Config
 from stack.context import Context
-from stack.errors import StackError, Unavailable
+from stack.errors import ShieldViolation, StackError, Unavailable
 from stack.inference import sampling_body
 
 # SQuAD's metrics as transformers has them: metric(expected, answer), from 0 to 1.
@@ -73,7 +74,7 @@ class Ask:
     """A worker of Ray Data that asks the questions of a batch side by side."""
 
     def __init__(self, config: dict[str, Any], tenant: str, body: dict[str, Any]) -> None:
-        self._models = Context.open(Config.parse(config, "config")).of_tenant(tenant).models
+        self._context = Context.open(Config.parse(config, "config")).of_tenant(tenant)
         self._body = body
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -84,24 +85,29 @@ class Ask:
     async def _ask(self, row: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
         started = time.time()
         try:
-            answer = json.loads(await self._answer(dict(self._body, messages=messages)))
+            given = json.loads(await self._answer(messages))
+            answer, tokens, violation = given["choices"][0]["message"]["content"] or "", given["usage"], ""
+        except ShieldViolation as error:
+            answer, tokens, violation = "", {"prompt_tokens": 0, "completion_tokens": 0}, error.message
         except StackError as error:
             raise type(error)(f"row {row}: {error.message}") from error
         return {
-            "answer": answer["choices"][0]["message"]["content"] or "",
-            "prompt_tokens": answer["usage"]["prompt_tokens"],
-            "completion_tokens": answer["usage"]["completion_tokens"],
+            "answer": answer,
+            "shield_violation": violation,
+            "prompt_tokens": tokens["prompt_tokens"],
+            "completion_tokens": tokens["completion_tokens"],
             "started": started,
             "ended": time.time(),
         }
 
-    async def _answer(self, body: dict[str, Any]) -> bytes:
+    async def _answer(self, messages: list[dict[str, Any]]) -> bytes:
+        body = dict(self._body, messages=messages)
         for _ in range(TRIES - 1):
             try:
-                return await self._models.answer("chat", body)
+                return await safety.answer(self._context, "chat", body, messages)
             except Unavailable as error:  # a replica is being replaced, say
                 await asyncio.sleep(error.retry_after or 1)
-        return await self._models.answer("chat", body)
+        return await safety.answer(self._context, "chat", body, messages)
 
 
 def _score(
@@ -127,16 +133,18 @@ def _score(
 
 
 def _totals(request: EvaluateQuestionAnsweringRequest, file: Path) -> dict[str, float]:
-    """The mean of each metric, the sums of the tokens, and from the first question to the last answer."""
+    """The mean of each metric, the sums of the tokens, how many examples the model's shields did not pass, and the time
+    from the first question to the last answer."""
     names = [metric.value for metric in request.metrics]
     sums = dict.fromkeys([*names, "prompt_tokens", "completion_tokens"], 0.0)
-    first, last, done = float("inf"), 0.0, 0
+    first, last, done, violations = float("inf"), 0.0, 0, 0
     for example in _whole_lines(file):
         for name in sums:
             sums[name] += example[name]
         first, last, done = min(first, example["started"]), max(last, example["ended"]), done + 1
+        violations += bool(example.get("shield_violation"))
     totals = {name: value / done if name in names else value for name, value in sums.items()}
-    return totals | {"examples": float(done), "seconds": last - first}
+    return totals | {"examples": float(done), "shield_violations": float(violations), "seconds": last - first}
 
 
 def _whole_lines(file: Path) -> Iterator[dict[str, Any]]:
