@@ -299,7 +299,8 @@ class Config(Wire):
     gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one.
 
-    What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id.
+    What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id, or by
+    "*" for all models that it does not name.
     """
 
     store: str = "stack.db"
@@ -334,7 +335,8 @@ class Config(Wire):
 
     @model_validator(mode="after")
     def _shields_fit(self) -> "Config":
-        require_shields_fit(self.shields, {model.id for model in self.classifiers}, self.model_shields)
+        classifiers = {model.id for model in self.classifiers}
+        require_shields_fit(self.shields, classifiers, self.model_shields, [model.id for model in self.models])
         return self
 
     @field_validator("store")

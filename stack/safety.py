@@ -31,7 +31,7 @@ from stack.attachments import resolve_text
 from stack.context import Context
 from stack.errors import BadInput, ShieldViolation, StackError
 from stack.models import Endpoint
-from stack.shield_config import CodeScannerShield, ModelShields, Shield, ThirdPartyShield
+from stack.shield_config import EVERY_OTHER, CodeScannerShield, ModelShields, Shield, ThirdPartyShield
 from stack.shields import Said, Verdict
 
 logger = logging.getLogger("ray.serve")
@@ -225,12 +225,14 @@ async def _passed(guard: _Guard, said: list[Said], items: AsyncGenerator[bytes])
 
 
 async def _guard_of(context: Context, model: str) -> _Guard | None:
-    """The shields of a model, or those of the model that it is an adapter of; None if there are none."""
-    if not context.config.model_shields:
+    """The shields of a model, or those of the model that it is an adapter of, or of all others; None for no shields."""
+    shielded = context.config.model_shields
+    if not shielded:
         return None
-    wanted = context.config.model_shields.get(model)
+    wanted = shielded.get(model)
     if wanted is None:
-        wanted = context.config.model_shields.get((await context.models.find(model)).base.id, ModelShields())
+        base = (await context.models.find(model)).base.id
+        wanted = shielded.get(base, shielded.get(EVERY_OTHER, ModelShields()))
     if not wanted.input and not wanted.output:
         return None
     known = {shield.id: shield for shield in context.config.shields}

@@ -1,6 +1,6 @@
 """The shields of the config, and which of them a model's questions and answers pass."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -10,6 +10,8 @@ from stack.api.wire import ModelId, Wire, at_most
 
 Score = Annotated[float, Field(ge=0, le=1)]
 Text = Annotated[str, Field(min_length=1, max_length=10_000)]
+# Among the models with shields: all that are not named, also those that are added while the stack runs.
+EVERY_OTHER = "*"
 
 
 class _Shield(Wire):
@@ -95,7 +97,8 @@ Shield = Annotated[
 class ModelShields(Wire):
     """The shields, by their ids, that judge all that a model is asked (`input`) and all that it answers (`output`).
 
-    A streamed answer is judged each `window` characters, which are held back until then.
+    A streamed answer is judged each `window` characters, which are held back until then. An adapter without an entry of
+    its own has that of its base model, and a model without one that of EVERY_OTHER.
     """
 
     input: Annotated[list[ShieldId], at_most(MAX_SHIELDS)] = []
@@ -103,8 +106,13 @@ class ModelShields(Wire):
     window: Annotated[int, Field(ge=1, le=100_000)] = 200
 
 
-def require_shields_fit(shields: Iterable[Shield], classifiers: set[str], models: Mapping[str, ModelShields]) -> None:
-    """Raises ValueError for an id of a shield that is used twice or unknown, and for classifiers that are not there."""
+def require_shields_fit(
+    shields: Iterable[Shield], classifiers: set[str], shielded: Mapping[str, ModelShields], models: Collection[str]
+) -> None:
+    """Raises ValueError unless all ids fit: those of shields are used once and known, classifiers and models are there.
+
+    A mistyped one would shield nothing. `models` are the config's language models.
+    """
     known: dict[str, Shield] = {}
     for shield in shields:
         if shield.id in known:
@@ -115,7 +123,12 @@ def require_shields_fit(shields: Iterable[Shield], classifiers: set[str], models
             listed = ", ".join(sorted(classifiers)) or "none"
             raise ValueError(f"shields: {shield.id!r} has the model {shield.model!r}; classifiers: {listed}")
         known[shield.id] = shield
-    for model, wanted in models.items():
+    for model, wanted in shielded.items():
+        if model != EVERY_OTHER and not any(model == one or model.startswith(f"{one}:") for one in models):
+            raise ValueError(
+                f"model_shields: there is no model {model!r}; allowed: {', '.join(models)}, an adapter of one of them "
+                f"(base:job_uuid), and {EVERY_OTHER!r} for all others, also those that are added"
+            )
         for name in (*wanted.input, *wanted.output):
             if name not in known:
                 raise ValueError(f"model_shields: {model!r} has {name!r}; shields: {', '.join(known) or 'none'}")

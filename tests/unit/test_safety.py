@@ -227,6 +227,9 @@ def test_the_shields_are_listed_with_what_they_are(context: Context) -> None:
         ({"shields": [SHIELDS[0] | {"threshold": 2}]}, "threshold"),
         ({"shields": [SHIELDS[0] | {"type": "magic"}]}, "magic"),
         ({"model_shields": {"small": {"input": ["nothing"]}}}, "'small' has 'nothing'; shields: detector"),
+        ({"model_shields": {"smal": {"input": ["detector"]}}}, "there is no model 'smal'; allowed: small, an adapter"),
+        ({"model_shields": {"smal:tune-1": {"input": ["detector"]}}}, "there is no model 'smal:tune-1'"),
+        ({"model_shields": {"classifier": {"input": ["detector"]}}}, "there is no model 'classifier'"),
     ],
 )
 def test_a_config_that_cannot_shield_is_refused(
@@ -335,6 +338,22 @@ async def test_an_adapter_has_its_base_model_s_shields(shielded: Context, engine
     add_adapter(shielded.store, "small:tune-1", "small", "tune-1")
     with pytest.raises(ShieldViolation):
         await openai_chats.answer(shielded, {"model": "small:tune-1", "messages": [EVIL]})
+
+
+async def test_models_that_are_not_named_have_the_shields_of_all_others_also_added_ones(
+    home: Path, store_url: str, engine: ScriptedEngine
+) -> None:
+    guard = {"input": ["detector"]}
+    context = opened(engine, store_url, model_shields={"*": guard, "small": {}, "small:tune-2": guard})
+    context.store.models.add("added", "default", {"id": "added", "path": "models/small"}, 1)
+    add_adapter(context.store, "small:tune-1", "small", "tune-1")
+    add_adapter(context.store, "small:tune-2", "small", "tune-2")
+    for model in ("small", "small:tune-1"):
+        await openai_chats.answer(context, {"model": model, "messages": [EVIL]})
+    for model in ("added", "small:tune-2"):
+        with pytest.raises(ShieldViolation):
+            await openai_chats.answer(context, {"model": model, "messages": [EVIL]})
+    context.close()
 
 
 async def test_tools_and_their_results_are_judged_as_they_were_sent(shielded: Context, engine: ScriptedEngine) -> None:
