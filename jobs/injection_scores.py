@@ -48,6 +48,7 @@ class SplitScores:
     """Of the rows of a split: how many are told right, and the shares of injections and of harmless ones found bad."""
 
     rows: int
+    injections: int
     accuracy: float
     recall: float
     false_positives: float
@@ -88,6 +89,7 @@ def scores_of(judge: Judge, data: Path, limit: float = 0.5) -> InjectionScores:
         labels, found = np.array([row.label for row in rows]) == 1, chances >= limit
         splits[name] = SplitScores(
             len(rows),
+            int(labels.sum()),
             accuracy=float((found == labels).mean()),
             recall=float(found[labels].mean()),
             false_positives=float(found[~labels].mean()),
@@ -114,12 +116,17 @@ def sha256_of(data: Path) -> dict[str, str]:
     return {name: hashlib.sha256((data / file).read_bytes()).hexdigest() for name, file in FILES.items()}
 
 
-def main() -> int:
+def shipped() -> InjectionScores:
+    """The scores of the shield that ships. Raises OSError where the data or the embedding model is not there."""
     from jobs.train_injection_shield import encoder, probabilities
 
     head, weight, bias = heads.load(HEAD)
     encode, _ = encoder(home() / head.encoder)
-    print(scores_of(lambda texts: probabilities(encode(texts), weight, bias), home() / DATA).report())
+    return scores_of(lambda texts: probabilities(encode(texts), weight, bias), home() / DATA)
+
+
+def main() -> int:
+    print(shipped().report())
     return 0
 
 

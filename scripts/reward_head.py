@@ -36,8 +36,7 @@ Array = NDArray[np.float64]
 def main() -> int:
     arguments = _arguments()
     source = home() / PAIRS
-    vectors = [vectors_of(json.loads(source.read_text()), answer) for answer in ("chosen", "rejected")]
-    differences = vectors[0] - vectors[1]
+    differences = differences_in(source)
     accuracy = held_out_accuracy(differences)
     print(f"{len(differences)} pairs; of those that were held out, {accuracy:.1%} are told apart")
     head = Head(
@@ -59,6 +58,12 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("folder", nargs="?", type=Path, default=FOLDER)
     return parser.parse_args()
+
+
+def differences_in(source: Path) -> Array:
+    """Of each pair in a file the vector of the chosen answer less that of the rejected one."""
+    rows = json.loads(source.read_text())
+    return vectors_of(rows, "chosen") - vectors_of(rows, "rejected")
 
 
 def vectors_of(rows: list[dict[str, Any]], answer: str) -> Array:

@@ -16,6 +16,7 @@ PAGES = [
     ROOT / "docs" / "inference.md",
     ROOT / "docs" / "jobs-and-data.md",
     ROOT / "docs" / "post-training.md",
+    ROOT / "docs" / "safety-and-rewards.md",
 ]
 EXAMPLES = [
     example
@@ -38,7 +39,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 18
+    assert len(outputs) == 20
     for output in outputs[:4]:
         assert "Paris" in output
 
@@ -85,3 +86,19 @@ def test_metrics_logs_and_files_are_kept_and_found(outputs: list[str]) -> None:
 
 def test_prometheus_is_served(outputs: list[str]) -> None:
     assert "# TYPE" in outputs[16]
+
+
+def test_answers_are_scored_in_their_order(outputs: list[str]) -> None:
+    (row,) = json.loads(outputs[18])["scored_generations"]
+    assert [one["message"]["content"] for one in row["scored_generations"]] == ["Paris.", "Who knows."]
+    assert len({one["score"] for one in row["scored_generations"]}) == 2
+
+
+def test_shields_judge_messages_and_are_listed(outputs: list[str]) -> None:
+    judged, end = json.JSONDecoder().raw_decode(outputs[19])
+    assert [(one["shield_type"], one["is_violation"]) for one in judged["responses"]] == [
+        ("injection_shield", True),
+        ("code_scanner_guard", False),
+    ]
+    listed = {one["shield_type"] for one in json.loads(outputs[19][end:])["data"]}
+    assert listed == {"injection_shield", "code_scanner_guard", "third_party_shield"}

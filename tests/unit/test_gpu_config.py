@@ -11,6 +11,7 @@ import ray
 import yaml
 from ray.util.accelerators import accelerators
 
+from scripts.local_stack import read_serve_file
 from stack.config import DEFAULT_FILE, GATEWAY, Accelerator, Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput
 
@@ -86,6 +87,17 @@ def test_the_models_of_the_gpu_file_fit_on_its_8_gpus_at_once() -> None:
     models = Config.from_file(GPU_FILE).models
     assert [model.id for model in models] == [SMALL, LARGE]
     assert sum(model.gpus * model.most_replicas for model in models) == 8
+
+
+def test_the_gpu_file_has_a_shield_with_the_lines_that_are_comments(tmp_path: Path) -> None:
+    file = tmp_path / "guarded.yaml"
+    text = GPU_FILE.read_text().replace("#: ", "").replace("max_replicas: 4 # GPUs 1 to 4", "max_replicas: 3 #")
+    file.write_text(text)
+    config = read_serve_file(file).config
+    assert sum(model.gpus * model.most_replicas for model in config.models) == 8
+    (shield,) = config.shields
+    assert config.model_shields[SMALL].output == [shield.id]
+    assert built(application("Llama-Guard-3-8B", file)).name
 
 
 def test_the_small_model_has_several_replicas_of_one_gpu_each() -> None:
