@@ -138,8 +138,9 @@ def served(folder: Path, only: set[str]) -> Figures:
     with serving(folder) as url, ProcessPoolExecutor(1, mp_context=get_context("spawn")) as peer:
         if "rows" in only:
             say("rows")
-            figures.append(compare_rows(model, peer))
-            print(write_comparisons([figures[-1]], "called directly", "deployment"), end="\n\n", flush=True)
+            rows = compare_rows(model, peer)
+            figures.append(rows)
+            print(write_comparisons([rows], "called directly", "deployment"), end="\n\n", flush=True)
         with httpx.Client(base_url=url, timeout=60) as client:
             if "shield" in only:
                 say("a shield")
