@@ -138,10 +138,12 @@ def parallelism_of(training: TrainingConfig) -> Parallelism:
 def micro_batch_size(training: TrainingConfig, *, on_cpu: bool) -> int:
     """How many examples a worker takes at a time, if the request does not say so: as many as it can on GPUs.
 
-    A CPU is busy with two or three already, and more would only be padded to the longest and take memory.
+    A CPU is busy with two or three already, and more would only be padded to the longest and take memory. A packed row
+    is a whole batch by itself, which may be as long as the model's context.
     """
     share = training.batch_size // training.workers
-    most = max(size for size in range(1, MICRO_BATCH_ON_CPU + 1) if share % size == 0) if on_cpu else share
+    limit = 1 if training.packing else MICRO_BATCH_ON_CPU
+    most = max(size for size in range(1, limit + 1) if share % size == 0) if on_cpu else share
     return training.micro_batch_size or most
 
 

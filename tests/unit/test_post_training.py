@@ -354,6 +354,8 @@ def test_a_worker_takes_its_whole_share_on_gpus_and_a_few_examples_on_cpus() -> 
     assert (size(False), size(False, workers=2)) == (8, 4)
     assert (size(True), size(True, batch_size=6), size(True, batch_size=7)) == (4, 3, 1)
     assert size(False, workers=2, micro_batch_size=1) == size(True, workers=2, micro_batch_size=1) == 1
+    assert (size(True, packing=True), size(True, packing=True, micro_batch_size=2)) == (1, 2)
+    assert size(False, packing=True) == 8, "a packed row is a batch by itself on a CPU"
 
 
 def test_examples_are_no_longer_than_the_context(context: Context, data: dict[str, Any]) -> None:
