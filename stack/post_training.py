@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,13 +47,19 @@ OUTPUT_MODULE = "lm_head"
 MICRO_BATCH_ON_CPU = 4
 # The folder, within what a training has made, of the checkpoint with the lowest validation loss if it is not the last.
 BEST = "best"
+# What DPO's loss is made of. Its `reward_clip` is always 0.
+DPO_LOSS = ("beta", "reward_scale", "epsilon", "gamma", "reward_clip")
 # What a search may vary.
 SEARCHABLE = ("optimizer_config", "training_config", "algorithm_config", "lora_config")
-# What is the same in all trials: what examples are made of, what they run on, and what becomes of the result.
+# What is the same in all trials: what examples are made of, what they run on, and what becomes of the result. And what
+# DPO's loss is, by which trials are compared: the lowest of several losses would be that of another scale.
 NOT_SEARCHABLE = (
     *("max_length", "too_long", "packing", "merge", "workers", "parallelism"),
     *("checkpoint_iters", "keep_checkpoints", "memory_efficient_fsdp_wrap", "fsdp_cpu_offload"),
+    *DPO_LOSS,
 )
+# What makes an adapter larger, of what a search may vary.
+LARGER = (".rank", ".apply_lora_to_mlp")
 MAX_TRIALS = 1_000
 _KINDS: dict[str, type[TrainingRequest]] = {
     jobs.SUPERVISED_FINE_TUNE: PostTrainingSFTRequest,
@@ -154,7 +161,8 @@ def with_values(request: R, values: dict[str, Any]) -> R:
         section, _, field = path.partition(".")
         known = [f"{name}.{key}" for name in SEARCHABLE for key in body.get(name) or () if key not in NOT_SEARCHABLE]
         if path not in known:
-            message = f"{path!r} cannot be searched over; allowed: {', '.join(known)}"
+            why = ": trials are compared by the loss, and it makes that another one" if field in DPO_LOSS else ""
+            message = f"{path!r} cannot be searched over{why}; allowed: {', '.join(known)}"
             raise BadInput(message, param="hyperparam_search_config.parameters")
         body[section][field] = value
     try:
@@ -162,6 +170,16 @@ def with_values(request: R, values: dict[str, Any]) -> R:
     except ValidationError as error:
         message = f"a trial cannot have these values: {describe(error)}"
         raise BadInput(message, param="hyperparam_search_config.parameters") from error
+
+
+def check_trial(context: Context, request: TrainingRequest) -> None:
+    """Raises BadInput for the request of a trial whose values do not go together."""
+    _check_fields(request, start_of(context, request))
+
+
+def combinations(search: HyperparamSearch) -> int:
+    """How many there are of the values that a search names."""
+    return math.prod(len(values) for values in search.parameters.values())
 
 
 def job_status(context: Context, job_uuid: str) -> PostTrainingJobStatusResponse:
@@ -321,21 +339,36 @@ def _require_free_id(context: Context, id: str) -> None:
 
 
 def _check_search(request: TrainingRequest, search: HyperparamSearch, start: Start) -> None:
-    for field in ("trials", "seed"):
-        if search.algorithm == SearchAlgorithm.grid and getattr(search, field) is not None:
-            message = f"a grid search draws nothing: leave out {field}, or search with random or asha"
-            raise BadInput(message, param=f"hyperparam_search_config.{field}")
-    combinations = 1
-    for values in search.parameters.values():
-        combinations *= len(values)
-    if search.algorithm == SearchAlgorithm.grid and combinations > MAX_TRIALS:
-        message = f"a grid search would have {combinations} trials; allowed: {MAX_TRIALS}"
-        raise BadInput(message, param="hyperparam_search_config")
+    if request.validation_dataset is None:
+        message = "a search compares trials by what they have not learned from: it needs a validation_dataset"
+        raise BadInput(message, param="validation_dataset")
+    if request.logger_config.report_to:
+        message = "the figures of single trials are not reported: leave out report_to, or hyperparam_search_config"
+        raise BadInput(message, param="logger_config.report_to")
+    for name, values in search.parameters.items():
+        if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
+            message = f"{name} has the value {json.dumps(repeated[0])} twice; allowed: each value once"
+            raise BadInput(message, param="hyperparam_search_config.parameters")
+    _check_trials(search)
     first = {name: values[0] for name, values in search.parameters.items()}
     # Each value is tried once; combinations of them that do not go together end as failed trials.
     for name, values in search.parameters.items():
         for value in values:
             _check_fields(with_values(request, first | {name: value}), start)
+
+
+def _check_trials(search: HyperparamSearch) -> None:
+    field, count = "hyperparam_search_config", combinations(search)
+    if search.algorithm == SearchAlgorithm.grid:
+        for name in ("trials", "seed"):
+            if getattr(search, name) is not None:
+                message = f"a grid search draws nothing: leave out {name}, or search with random or asha"
+                raise BadInput(message, param=f"{field}.{name}")
+        if count > MAX_TRIALS:
+            raise BadInput(f"a grid search would have {count} trials; allowed: {MAX_TRIALS}", param=field)
+    elif search.trials is not None and search.trials > count:
+        message = f"there are {count} combinations of these values, and each is tried once; allowed: at most {count}"
+        raise BadInput(f"trials is {search.trials}: {message}", param=f"{field}.trials")
 
 
 def _check_fields(request: TrainingRequest, start: Start) -> None:
@@ -446,11 +479,15 @@ def linear_modules(base: LanguageModel) -> set[str]:
 
 def _require_room(context: Context, request: TrainingRequest, sizes: list[Size]) -> None:
     """Raises StorageFull unless there is room for what is kept, and for what the training writes meanwhile."""
-    start = start_of(context, request)
+    start, search = start_of(context, request), request.hyperparam_search_config
+    if search is not None:  # its largest trial
+        sizes_of = {name: max(values) for name, values in search.parameters.items() if name.endswith(LARGER)}
+        request = with_values(request, sizes_of)
     trained = _trained_bytes(context, request, start)
     kept = _weights_bytes(start.base) if is_whole(request, start) else trained
     checkpoints = CHECKPOINTS + request.training_config.keep_checkpoints
-    temporary = checkpoints * 3 * trained + COPIES * sum(size.text for size in sizes)
+    trainings = 1 if search is None else 2  # a trial, and the best one so far
+    temporary = trainings * checkpoints * 3 * trained + COPIES * sum(size.text for size in sizes)
     work = jobs.work_folder(context.tenant, request.job_uuid)
     # The best checkpoint is kept beside the last one.
     quotas.require_room_for_job(context, kept=2 * kept, temporary=temporary, work=work)
