@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from ray import tune
 from ray.exceptions import RayTaskError
-from ray.train import Checkpoint, Result
+from ray.train import Checkpoint, ControllerError, Result, WorkerGroupError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
 
@@ -36,7 +36,8 @@ from stack.errors import StackError
 R = TypeVar("R", bound=TrainingRequest)
 NAME, TRIALS = "search", "trials.json"
 TRIALS_DRAWN = 8
-METRIC, PERCENT = "validation_loss", "percent"
+# What a trial tells Ray Tune: its loss, how far it is, and by what it has failed.
+METRIC, PERCENT, FAILED = "validation_loss", "percent", "failed"
 
 
 def search(metrics: Metrics, request: R, plan: Plan) -> tuple[Result, R]:
@@ -51,8 +52,6 @@ def search(metrics: Metrics, request: R, plan: Plan) -> tuple[Result, R]:
     ledger = Ledger(plan, metrics, trials)
     if left := [number for number, told in enumerate(ledger.told) if told is None]:
         _run(request, plan, wanted.algorithm, trials, left, ledger)
-    if ledger.lost:
-        raise ledger.lost[0]
     for number, told in enumerate(ledger.told, start=1):
         if told is not None and told[METRIC] is not None:
             metrics.log(number, [(f"trial_{METRIC}", told[METRIC])])
@@ -91,8 +90,8 @@ def _combination(parameters: dict[str, list[Any]], number: int) -> dict[str, Any
 class Ledger(tune.Callback):
     """Writes down how each trial has ended, as it ends: in the file of all trials, the log and the job's progress.
 
-    `told` is that by trial, None for those that have not ended or were lost, and `lost` what these were lost by. Of
-    what trials save only that of the best so far is kept, and that of lost ones.
+    `told` is that by trial, None for those that have not ended or were lost. Of what trials save only that of the best
+    so far is kept, and that of lost ones.
     """
 
     def __init__(self, plan: Plan, metrics: Metrics, trials: list[dict[str, Any]]) -> None:
@@ -101,7 +100,6 @@ class Ledger(tune.Callback):
         self._trials = trials
         self._file = plan.folder / TRIALS
         self.told: list[dict[str, Any] | None] = [None] * len(trials)
-        self.lost: list[BaseException] = []
         if self._file.is_file():  # an attempt that was lost
             self.told = json.loads(self._file.read_text())
 
@@ -110,17 +108,26 @@ class Ledger(tune.Callback):
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, None)
+        number, last = trial.config["number"], trial.last_result
+        loss = last.get(METRIC, math.nan)
+        told = {
+            "values": self._trials[number],
+            METRIC: loss if math.isfinite(loss) else None,
+            "steps": last.get("steps"),
+            "finished": last.get(PERCENT, 0) >= 100,
+            "error": last.get(FAILED),
+        }
+        self.told[number] = told
+        written = self._file.with_suffix(".new")
+        written.write_text(json.dumps(self.told, indent=2) + "\n")
+        os.replace(written, self._file)
+        print(f"trial {number + 1} of {len(self.told)}: {told}")
+        self._metrics.progress(sum(told is not None for told in self.told), len(self.told), "trials")
+        self._remove()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error = trial.get_pickled_error() or StackError(trial.get_error())
-        error = error.cause if isinstance(error, RayTaskError) else error
-        if driver.is_lost(error):
-            self.lost.append(error)
-            print(f"trial {trial.config['number'] + 1} of {len(self.told)} was lost: {driver.reason(error)}")
-            self._remove()
-        else:
-            self._end(trial, driver.reason(error))
+        print(f"trial {trial.config['number'] + 1} of {len(self.told)} was lost")
+        self._remove()
 
     def best(self) -> int | None:
         """The number of the trial with the lowest loss, of those that were trained to their end."""
@@ -130,24 +137,6 @@ class Ledger(tune.Callback):
             if told is not None and told["finished"] and told[METRIC] is not None
         ]
         return min(ranked)[1] if ranked else None
-
-    def _end(self, trial: Any, error: str | None) -> None:
-        number, last = trial.config["number"], trial.last_result
-        loss = last.get(METRIC, math.nan)
-        told = {
-            "values": self._trials[number],
-            METRIC: loss if math.isfinite(loss) else None,
-            "steps": last.get("steps"),
-            "finished": error is None and last.get(PERCENT, 0) >= 100,
-            "error": error,
-        }
-        self.told[number] = told
-        written = self._file.with_suffix(".new")
-        written.write_text(json.dumps(self.told, indent=2) + "\n")
-        os.replace(written, self._file)
-        print(f"trial {number + 1} of {len(self.told)}: {told}")
-        self._metrics.progress(sum(told is not None for told in self.told), len(self.told), "trials")
-        self._remove()
 
     def _remove(self) -> None:
         """Removes what is not needed any more. What a trial that was stopped early may write yet goes the next time."""
@@ -183,10 +172,10 @@ def _run(
     left: list[int],
     ledger: Ledger,
 ) -> None:
-    """Runs the trials that are left, in their order."""
+    """Runs the trials that are left, in their order. Raises what any was lost by, once all have ended."""
     shutil.rmtree(plan.folder / NAME, ignore_errors=True)
     run = partial(_trial, plan=plan, request=request, trials=trials)
-    tune.Tuner(
+    found = tune.Tuner(
         # What waits for the workers of a trial takes next to nothing, but Ray Tune wants it to take something.
         tune.with_resources(run, {"CPU": 0.01}),
         param_space={"number": tune.grid_search(left)},
@@ -198,6 +187,10 @@ def _run(
         ),
         run_config=tune.RunConfig(name=NAME, storage_path=str(plan.folder), verbose=0, callbacks=[ledger]),
     ).fit()
+    for error in found.errors:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+            raise error.cause
+        raise error if isinstance(error, BaseException) else StackError(error)  # that it cannot save is its text
 
 
 def _asha() -> AsyncHyperBandScheduler:
@@ -210,11 +203,17 @@ def _asha() -> AsyncHyperBandScheduler:
 
 def _trial(values: dict[str, Any], plan: Plan, request: TrainingRequest, trials: list[dict[str, Any]]) -> None:
     number = values["number"]
-    chosen = post_training.with_values(request, trials[number])
-    with closing(Context.open(Config.parse(plan.settings.config, "config"))) as context:
-        post_training.check_trial(context.of_tenant(plan.settings.tenant), chosen)
-    reports = TrialReports(total_steps(chosen, plan.settings.examples))
-    trainer_of(plan, chosen, _folder(plan, number).name, [reports], trial=True).fit()
+    try:
+        chosen = post_training.with_values(request, trials[number])
+        with closing(Context.open(Config.parse(plan.settings.config, "config"))) as context:
+            post_training.check_trial(context.of_tenant(plan.settings.tenant), chosen)
+        reports = TrialReports(total_steps(chosen, plan.settings.examples))
+        trainer_of(plan, chosen, _folder(plan, number).name, [reports], trial=True).fit()
+    except (StackError, ControllerError, WorkerGroupError) as error:
+        if driver.is_lost(error):
+            raise
+        # That it failed by itself is what has come of it: what is raised is tried again.
+        tune.report({METRIC: math.nan, FAILED: driver.reason(error)})
 
 
 def _folder(plan: Plan, number: int) -> Path:

@@ -46,6 +46,6 @@ def test_eight_trials_are_drawn_or_all_there_are() -> None:
 
 def test_few_are_drawn_of_more_combinations_than_could_be_counted() -> None:
     parameters = {f"training_config.field_{number}": list(range(100)) for number in range(20)}
-    found = drawn(HyperparamSearch(algorithm="random", parameters=parameters))  # type: ignore[arg-type]
+    found = drawn(HyperparamSearch(algorithm="random", parameters=parameters))
     assert len({tuple(one.values()) for one in found}) == 8
     assert all(list(one) == list(parameters) for one in found)
