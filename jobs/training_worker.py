@@ -124,6 +124,15 @@ def total_steps(request: TrainingRequest, examples: int) -> int:
     return min(steps, training.n_iters) if training.n_iters else steps
 
 
+def algorithm_of(request: TrainingRequest, adapter: str | None) -> FinetuningAlgorithm:
+    """What is trained of a model, or on an adapter of it: a preference optimization does not name it."""
+    if isinstance(request, PostTrainingRLHFRequest):
+        is_whole = request.lora_config is None and adapter is None
+        return FinetuningAlgorithm.full if is_whole else FinetuningAlgorithm.lora
+    assert isinstance(request, PostTrainingSFTRequest | RewardModelRequest)
+    return request.algorithm
+
+
 def loading(algorithm: FinetuningAlgorithm) -> dict[str, Any]:
     """How a model is loaded: in which precision, and in 4 bits where an adapter is trained on such weights.
 
@@ -280,8 +289,7 @@ def _dpo_trainer(
 
     dpo, lora = request.algorithm_config, request.lora_config
     losses = {"robust" if dpo.epsilon else "sigmoid": 1.0} | ({"sft": dpo.gamma} if dpo.gamma else {})
-    is_whole = lora is None and settings.adapter is None
-    algorithm = FinetuningAlgorithm.full if is_whole else FinetuningAlgorithm.lora
+    algorithm = algorithm_of(request, settings.adapter)
     model = AutoModelForCausalLM.from_pretrained(settings.model, **loading(algorithm))
     if settings.adapter is not None:
         from peft import PeftModel
@@ -296,7 +304,7 @@ def _dpo_trainer(
         label_smoothing=dpo.epsilon,
         # Where there is an adapter, the model without it, or with it as it was, is the reference. Otherwise that would
         # be a second model in the memory.
-        precompute_ref_log_probs=is_whole,
+        precompute_ref_log_probs=algorithm == FinetuningAlgorithm.full,
     )
     return Preferences(
         model=model,

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from jobs import driver
 from jobs.trainer import ON_CPU
 from jobs.training_data import IGNORED, Kind
-from jobs.training_worker import loading
-from stack.api.post_training import FinetuningAlgorithm
+from jobs.training_worker import algorithm_of, loading
 from stack.config import Config
 from stack.context import Context
 from tests.tiny_training import Ran, Trainings, example, save_model
+from tests.unit.test_post_training import dpo, reward_model, sft
 
 # Two epochs of four steps, and a checkpoint in the middle of the second one.
 TRAINING: dict[str, Any] = {"n_epochs": 2, "batch_size": 6, "checkpoint_iters": 6}
@@ -318,11 +318,26 @@ def test_an_adapter_has_the_rank_the_scale_and_the_layers_that_are_asked_for(
     assert ran.losses[1] == pytest.approx(plain_loss(model, 1).item(), abs=1e-5)
 
 
-def test_weights_that_are_trained_are_not_rounded_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    full, lora, dora = FinetuningAlgorithm.full, FinetuningAlgorithm.lora, FinetuningAlgorithm.dora
-    assert [loading(one)["dtype"] for one in (full, lora, dora)] == [torch.float32] * 3
+@pytest.mark.parametrize(
+    ("request_of", "changes", "adapter", "dtype"),
+    [
+        (sft, {"algorithm": "full", "algorithm_config": None}, None, torch.float32),
+        (sft, {"algorithm": "lora"}, None, torch.bfloat16),
+        (sft, {"algorithm": "dora"}, None, torch.bfloat16),
+        (reward_model, {"algorithm": "full", "algorithm_config": None}, None, torch.float32),
+        (reward_model, {"algorithm": "lora"}, None, torch.bfloat16),
+        (dpo, {"lora_config": None}, None, torch.float32),
+        (dpo, {}, None, torch.bfloat16),
+        (dpo, {"lora_config": None}, "an-adapter", torch.bfloat16),
+    ],
+)
+def test_weights_that_are_trained_are_not_rounded_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, request_of: Any, changes: dict[str, Any], adapter: str | None, dtype: Any
+) -> None:
+    algorithm = algorithm_of(request_of("data", **changes), adapter)
+    assert loading(algorithm)["dtype"] == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert [loading(one)["dtype"] for one in (full, lora, dora)] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert loading(algorithm)["dtype"] == dtype
 
 
 def test_activations_that_are_computed_again_change_no_loss(unbroken: Run) -> None:
