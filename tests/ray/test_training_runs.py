@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
@@ -17,6 +18,7 @@ from stack import post_training
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.config import Config
 from stack.context import Context
+from stack.errors import Diverged
 from stack.store import Job
 from tests import samples
 from tests.running_stack import command_of, processes_of, wait_for
@@ -172,3 +174,18 @@ def test_a_training_goes_on_where_its_killed_worker_has_left_it_and_its_best_che
         assert all(weight.isfinite().all() for weight in weights.values())
     # The two that did best and the last one, and perhaps what was being written as the worker was killed.
     assert len([kept for kept in (folder / "train").glob("checkpoint_*") if kept.is_dir()]) <= 4
+
+
+def test_a_training_whose_loss_is_no_number_any_more_fails_and_its_last_good_checkpoint_is_kept(
+    context: Context, accept: Accept, train: Train
+) -> None:
+    request = accept("diverging", "poisoned", shuffle=False, checkpoint_iters=1)
+    with pytest.raises(
+        Diverged, match="the loss is nan at step 4: lower the learning rate; the checkpoint of step 3 is"
+    ):
+        train(request)
+    (kept,) = job_of(context, "diverging").checkpoints or []
+    assert kept["iters"] == 3
+    weights = load_file(made_of(kept["path"]) / "adapter_model.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+    assert any(torch.count_nonzero(weight) for name, weight in weights.items() if "lora_B" in name)
