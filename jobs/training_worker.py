@@ -198,7 +198,7 @@ def _trainer(settings: Settings, request: TrainingRequest) -> Any:
 def _sampler(training: TrainingConfig, data: Any) -> StepSampler:
     """The order of the examples: of shuffled ones the same that Accelerate makes of the Trainer's own sampler."""
     import pyarrow.compute
-    from accelerate.data_loader import SeedableRandomSampler
+    from accelerate.data_loader import SeedableRandomSampler  # type: ignore[import-untyped]
     from torch.utils.data import SequentialSampler
 
     order = SeedableRandomSampler(data, data_seed=training.seed) if training.shuffle else SequentialSampler(data)
@@ -411,6 +411,9 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
             # What was counted up to the checkpoint, which has all that was logged.
             logs = [log for log in state.log_history if COUNTED in log]
             self.earlier: dict[str, float] = logs[-1][COUNTED] if logs else dict.fromkeys(("seconds", "tokens"), 0.0)
+            for log in state.log_history:  # what was measured last, if nothing more is
+                self.loss = log.get("loss", self.loss)
+                self.validation_loss = log.get("eval_loss", self.validation_loss)
             # Where a node is about to be taken away, Ray Train starts the workers anew within an attempt.
             if (number > 1 or self.first) and writes:
                 print(f"going on from step {self.first}, where the last checkpoint is")

@@ -298,9 +298,12 @@ def _made_by_job(context: Context, named: str) -> str | None:
 
 def _checkpoints(job: Job) -> list[Checkpoint]:
     """Those that the job has published; before its end those from which another attempt would go on."""
+    known = job.result["checkpoints"] if job.result else job.checkpoints or []
     return [
         Checkpoint(**dict(checkpoint, files=[ArtifactFile(**file) for file in checkpoint["files"]]))
-        for checkpoint in (job.result["checkpoints"] if job.result else job.checkpoints or [])
+        for checkpoint in known
+        # When a job has ended, what it worked in is removed, and with it what was not published.
+        if job.completed_at is None or "://" in checkpoint["path"]
     ]
 
 

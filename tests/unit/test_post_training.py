@@ -518,10 +518,13 @@ def test_an_adapter_that_a_failed_training_has_left_is_trained_on_by_its_address
         tune(context, data, job_uuid=uuid, **changes)
         addresses[uuid] = f"file:///kept/{uuid}"
         job = samples.start(context.store, uuid)
-        kept = [{"path": addresses[uuid], "iters": 2, "files": []}]
+        kept = [{"path": path, "iters": 2, "files": []} for path in (f"/work/{uuid}/checkpoint_1", addresses[uuid])]
         assert context.store.jobs.record(job.id, 1, checkpoints=kept)
         assert isinstance(refusal(prefer, context, pairs, finetuned_model=addresses[uuid]), NotFound)
+        assert len(post_training.job_status(context, uuid).checkpoints) == 2
         assert context.store.jobs.fail(job.id, 1, "the loss is nan")
+        # What was in the folder that it worked in is gone with that.
+        assert [one.path for one in post_training.job_status(context, uuid).checkpoints] == [addresses[uuid]]
     start = post_training.start_of(context, dpo(pairs, finetuned_model=addresses["bad"]))
     assert (start.base.id, start.adapter) == ("small", post_training.artifact_name("default", "bad", whole=False))
     error = refusal(prefer, context, pairs, finetuned_model=addresses["bad-whole"])
