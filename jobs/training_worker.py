@@ -343,12 +343,11 @@ def _lora(lora: LoraFinetuningConfig | None, algorithm: FinetuningAlgorithm, tas
     if lora is None:
         return None
     mlp = post_training.MLP_MODULES if lora.apply_lora_to_mlp else ()
-    output = (post_training.OUTPUT_MODULE,) if lora.apply_lora_to_output else ()
     return LoraConfig(
         task_type=task,
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=[*lora.lora_attn_modules, *mlp, *output],
+        target_modules=[*lora.lora_attn_modules, *mlp],
         use_dora=algorithm == FinetuningAlgorithm.dora,
     )
 

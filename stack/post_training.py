@@ -43,7 +43,6 @@ CHECKPOINTS = 4
 # bytes for each token, twice: as they come, and as they are mapped into memory.
 COPIES = 8
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-OUTPUT_MODULE = "lm_head"
 MICRO_BATCH_ON_CPU = 4
 # The folder, within what a training has made, of the checkpoint with the lowest validation loss if it is not the last.
 BEST = "best"
@@ -407,7 +406,10 @@ def _check_algorithm(algorithm: FinetuningAlgorithm, lora: LoraFinetuningConfig 
 
 def _check_lora(request: TrainingRequest, lora: LoraFinetuningConfig, start: Start) -> None:
     field = "lora_config" if isinstance(request, PostTrainingRLHFRequest) else "algorithm_config"
-    if not lora.lora_attn_modules and not lora.apply_lora_to_mlp and not lora.apply_lora_to_output:
+    if lora.apply_lora_to_output:
+        message = "apply_lora_to_output is true; allowed: false, as TRL trains no adapter of the output layer"
+        raise BadInput(message, param=f"{field}.apply_lora_to_output")
+    if not lora.lora_attn_modules and not lora.apply_lora_to_mlp:
         message = "no layer would get an adapter: name lora_attn_modules, or set apply_lora_to_mlp"
         raise BadInput(message, param=field)
     linear = linear_modules(start.base)
@@ -418,24 +420,12 @@ def _check_lora(request: TrainingRequest, lora: LoraFinetuningConfig, start: Sta
         at_fault = "lora_attn_modules" if unknown[0] in lora.lora_attn_modules else "apply_lora_to_mlp"
         raise BadInput(message, param=f"{field}.{at_fault}")
     whole = is_whole(request, start)
-    if lora.apply_lora_to_output:
-        _check_output(request, start.base, whole, f"{field}.apply_lora_to_output")
     if not whole and lora.rank > start.base.adapter_rank:
         message = (
             f"{start.base.id} serves adapters up to rank {start.base.adapter_rank} (adapter_rank in the config), not "
             f"{lora.rank}"
         )
         raise BadInput(message, param=f"{field}.rank")
-
-
-def _check_output(request: TrainingRequest, base: LanguageModel, whole: bool, field: str) -> None:
-    if isinstance(request, RewardModelRequest):
-        raise BadInput("a reward model has no output layer but its head, which is trained; allowed: false", param=field)
-    if not whole:
-        raise BadInput("an adapter of the output layer is not served; allowed: false, or merge", param=field)
-    if _shape(base).get("tie_word_embeddings"):
-        message = "the output layer of this model is its input layer too, and gets no adapter; allowed: false"
-        raise BadInput(message, param=field)
 
 
 def _check_training(request: TrainingRequest, start: Start) -> None:

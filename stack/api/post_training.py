@@ -21,7 +21,10 @@ class FinetuningAlgorithm(StrEnum):
 
 
 class LoraFinetuningConfig(Wire):
-    """Which linear layers get an adapter, of which rank, scaled by alpha / rank (Hu et al. 2021, arXiv 2106.09685)."""
+    """Which linear layers get an adapter, of which rank, scaled by alpha / rank (Hu et al. 2021, arXiv 2106.09685).
+
+    `apply_lora_to_output` must be false: TRL trains no adapter of the output layer.
+    """
 
     lora_attn_modules: Annotated[list[Annotated[str, Field(max_length=100)]], at_most(100)]
     apply_lora_to_mlp: bool

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -290,24 +289,22 @@ def test_a_rank_above_what_is_served_is_for_what_becomes_a_whole_model(
     reward(context, pairs, algorithm_config=high)
 
 
-def test_the_output_layer_gets_an_adapter_where_that_is_merged(
-    context: Context, home: Path, data: dict[str, Any], pairs: dict[str, Any]
+def test_an_adapter_of_the_output_layer_is_refused(
+    context: Context, data: dict[str, Any], pairs: dict[str, Any]
 ) -> None:
-    output = lora(apply_lora_to_output=True)
-    field = "algorithm_config.apply_lora_to_output"
-    not_served = [({"algorithm_config": output}, field, ["not served", "allowed: false, or merge"])]
-    require_refusals(tune, context, data, not_served)
-    require_refusals(prefer, context, pairs, [({"lora_config": output}, "lora_config.apply_lora_to_output", ["merge"])])
-    require_refusals(reward, context, pairs, [({"algorithm_config": output}, field, ["its head", "allowed: false"])])
-    merged = {"algorithm_config": output} | training(merge=True)
-    alone = lora(lora_attn_modules=[], apply_lora_to_mlp=False, apply_lora_to_output=True)
-    accept_all(tune, context, data, [merged, merged | {"algorithm_config": alone}])
-    prefer(context, pairs, lora_config=output, **training(merge=True))
-
-    config = home / "models" / "small" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
-    tied: Refused = [(merged | {"job_uuid": "tied"}, field, ["input layer too", "allowed: false"])]
-    require_refusals(tune, context, data, tied)
+    wrong = {"apply_lora_to_output": True}
+    alone = wrong | {"lora_attn_modules": [], "apply_lora_to_mlp": False}
+    words = ["apply_lora_to_output is true", "allowed: false", "TRL"]
+    for accept, rows, name in (
+        (tune, data, "algorithm_config"),
+        (prefer, pairs, "lora_config"),
+        (reward, pairs, "algorithm_config"),
+    ):
+        field = f"{name}.apply_lora_to_output"
+        refused: Refused = [
+            ({name: lora(**one)} | more, field, words) for one in (wrong, alone) for more in ({}, training(merge=True))
+        ]
+        require_refusals(accept, context, rows, refused)
 
 
 def test_a_model_whose_mlp_has_other_names_gets_no_adapter_there(
