@@ -144,8 +144,8 @@ def parallelism_of(training: TrainingConfig) -> Parallelism:
 def micro_batch_size(training: TrainingConfig, *, on_cpu: bool) -> int:
     """How many examples a worker takes at a time, if the request does not say so: as many as it can on GPUs.
 
-    A CPU is busy with two or three already, and more would only be padded to the longest and take memory. A packed row
-    is a whole batch by itself, which may be as long as the model's context.
+    On a CPU more than four at a time were not faster, and took half as much memory again. A packed row is a whole batch
+    by itself, which may be as long as the model's context.
     """
     share = training.batch_size // training.workers
     limit = 1 if training.packing else MICRO_BATCH_ON_CPU

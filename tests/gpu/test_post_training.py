@@ -121,7 +121,6 @@ def test_the_adapter_answers_on_the_gpu_as_it_has_learned(client: httpx.Client, 
 def test_an_adapter_on_weights_of_4_bits_comes_near_the_losses_of_one_on_16(
     client: httpx.Client, data: dict[str, Any], one_gpu: Trained
 ) -> None:
-    pytest.importorskip("bitsandbytes")
     status, losses = trained(client, data, "one-qlora", "qlora")
     _, expected = one_gpu["lora"]
     assert losses[0] == pytest.approx(expected[0], rel=0.2)
@@ -193,7 +192,6 @@ def test_two_gpus_come_to_the_losses_of_one_with_an_adapter(
 
 @on_two
 def test_weights_of_4_bits_are_sharded_over_two_gpus(client: httpx.Client, data: dict[str, Any]) -> None:
-    pytest.importorskip("bitsandbytes")
     status, losses = trained(client, data, "two-qlora", "qlora", workers=2, memory_efficient_fsdp_wrap=True)
     assert losses[-1] < losses[0] / 2
     assert_finite_adapter(status)

@@ -133,7 +133,7 @@ def test_a_whole_model_and_a_merged_adapter_are_models_that_transformers_loads_a
             for folder in (files(done[name]), stack.home / "models" / MODEL)
         )
     assert trained.isfinite().all()
-    assert (trained - base).abs().max() > 2e-3
+    assert (trained - base).abs().max() > 0.01
     assert done[name]["checkpoints"][0]["model"] == f"{MODEL}-{name}"
 
 
