@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -162,8 +161,7 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
             given.context.artifacts.remove(outcome.artifact.path)
         return _report_earlier(given.context, job)
     shutil.rmtree(given.folder, ignore_errors=True)
-    print(f"the job {job.uuid!r} is completed")
-    return 0
+    return _report(given.context, job, "")
 
 
 def publish(work: Work, name: str, folder: Path) -> list[File]:
@@ -196,18 +194,21 @@ def _give_up(why: str) -> None:
 
 def _report_earlier(context: Context, job: Job) -> int:
     """Says how a job stands that is not this process's to do, or no longer."""
-    now = context.store.jobs.get(job.tenant, job.uuid) or job
-    print(f"the job {now.uuid!r} is {now.status} already" + (f": {now.error}" if now.error else ""))
+    return _report(context, job, " already")
+
+
+def _report(context: Context, job: Job, when: str) -> int:
+    now = steadily(lambda: context.store.jobs.get(job.tenant, job.uuid)) or job
+    print(f"the job {now.uuid!r} is {now.status}{when}" + (f": {now.error}" if now.error else ""))
     return 1 if now.status in (JobStatus.failed, JobStatus.cancelled) else 0
 
 
 def is_lost(error: BaseException) -> bool:
     """Whether something ended through no fault of the job, so that another attempt may go well."""
     if isinstance(error, WorkerGroupError):
-        # Of a worker that died Ray Train says so in an error of its own, around the one that Ray raised; and a moment
-        # later the others miss it, each in its own words.
-        causes = [getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values()]
-        gone = [isinstance(cause, LOST) or _is_of(cause, Unavailable) or _has_hung(cause) for cause in causes]
+        causes = _causes(error)
+        # A moment after a worker has died the others miss it, each in its own words.
+        gone = [isinstance(cause, LOST) or _has_hung(cause) for cause in causes]
         return any(gone) or all(_misses_another(cause) for cause in causes)
     error = _cause(error)
     if isinstance(error, SQLAlchemyError):
@@ -222,7 +223,7 @@ def _has_hung(cause: BaseException) -> bool:
 
 def _misses_another(cause: BaseException) -> bool:
     """Whether a worker failed because another one that it talked to is not there any more."""
-    return any(sign in str(cause) for sign in _MISSING)
+    return any(sign in _said(cause) for sign in _MISSING)
 
 
 # How gloo, NCCL and the store by which workers find each other say it.
@@ -240,30 +241,29 @@ def _cause(error: BaseException) -> BaseException:
             return error
 
 
-def _raised(failure: BaseException) -> str:
-    """What a worker of Ray Train raised: it arrives as the text of its traceback, which ends with the error itself."""
-    lines = str(failure).rsplit("Traceback (most recent call last):", 1)[-1].strip("\n").splitlines()
-    return "\n".join(dropwhile(lambda line: line[:1].isspace(), lines))
+def _causes(error: WorkerGroupError) -> list[BaseException]:
+    """What the workers of Ray Train that failed have raised; of one that died, what Ray raised, which it wraps."""
+    return [getattr(cause, "health_check_failure", cause) for cause in error.worker_failures.values()]
+
+
+def _said(error: BaseException) -> str:
+    """An error by its kind and in its words."""
+    words = faults.reason(error) if isinstance(error, SQLAlchemyError) else error
+    return f"{type(error).__module__}.{type(error).__name__}: {words}"
 
 
 def raised_in_workers(error: WorkerGroupError, kind: type[StackError]) -> bool:
-    """Whether all workers that failed raised an error of this kind."""
-    return all(_is_of(one, kind) for one in error.worker_failures.values())
-
-
-def _is_of(failure: BaseException, kind: type[StackError]) -> bool:
-    return _raised(failure).startswith(f"{kind.__module__}.{kind.__name__}:")
+    """Whether all workers that failed by themselves raised an error of this kind."""
+    causes = [cause for cause in _causes(error) if not _misses_another(cause)]
+    return bool(causes) and all(isinstance(cause, kind) for cause in causes)
 
 
 def reason(error: BaseException) -> str:
     """Why a job failed, in one line: the cause below what Ray wraps around it."""
     if isinstance(error, WorkerGroupError):
-        failures = list(error.worker_failures.values())
-        cause = _raised(next((one for one in failures if not _misses_another(one)), failures[0]))
-    else:
-        error = _cause(error)
-        words = faults.reason(error) if isinstance(error, SQLAlchemyError) else error
-        cause = f"{type(error).__module__}.{type(error).__name__}: {words}"
+        causes = _causes(error)
+        error = next((cause for cause in causes if not _misses_another(cause)), causes[0] if causes else error)
+    cause = _said(_cause(error))
     kind, _, message = " ".join(cause.split()).partition(": ")
     if any(sign in cause for sign in _FULL_DISK):
         return f"the disk is full: {message}"

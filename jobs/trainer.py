@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs.training_worker import Settings, train_on_worker
 from stack.api.post_training import TrainingRequest
@@ -33,9 +33,12 @@ def trainer_of(
     told = replace(
         settings, request=request.model_dump(mode="json"), temporary=f"{settings.temporary}/{name}", trial=trial
     )
+    # What is kept in the memory of the machine is summed up there, which NCCL cannot do.
+    backend = "cpu:gloo,cuda:nccl" if plan.use_gpu and training.fsdp_cpu_offload else None
     return TorchTrainer(
         train_on_worker,
         train_loop_config=asdict(told),
+        torch_config=TorchConfig(backend=backend),
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=plan.use_gpu, resources_per_worker=plan.per_worker
         ),

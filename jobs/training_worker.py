@@ -44,6 +44,8 @@ from stack.store import Job, faults
 # last checkpoint: the folder of what was made in the end, and its figures.
 CHECKPOINTS = 10
 MADE, FIGURES = "made", "figures.json"
+# Under which name it is in what the trainer has logged how long a training took so far, and how many tokens.
+COUNTED = "counted"
 REQUESTS: dict[Kind, type[TrainingRequest]] = {
     "sft": PostTrainingSFTRequest,
     "dpo": PostTrainingRLHFRequest,
@@ -116,10 +118,43 @@ def _train(settings: Settings) -> None:
 
 
 def total_steps(request: TrainingRequest, examples: int) -> int:
-    """After how many steps a training with so many examples ends."""
+    """After how many steps a training with so many examples ends. Each epoch ends with a whole step (StepSampler)."""
     training = request.training_config
     steps = -(-examples // training.batch_size) * training.n_epochs
     return min(steps, training.n_iters) if training.n_iters else steps
+
+
+def algorithm_of(request: TrainingRequest, adapter: str | None) -> FinetuningAlgorithm:
+    """What is trained of a model, or on an adapter of it: a preference optimization does not name it."""
+    if isinstance(request, PostTrainingRLHFRequest):
+        is_whole = request.lora_config is None and adapter is None
+        return FinetuningAlgorithm.full if is_whole else FinetuningAlgorithm.lora
+    assert isinstance(request, PostTrainingSFTRequest | RewardModelRequest)
+    return request.algorithm
+
+
+def loading(algorithm: FinetuningAlgorithm) -> dict[str, Any]:
+    """How a model is loaded: in which precision, and in 4 bits where an adapter is trained on such weights.
+
+    Weights that are trained are in float32 on GPUs too, which compute in bfloat16 then (the argument `bf16`): in that
+    an optimizer's small steps would be lost in rounding.
+    """
+    import torch
+
+    is_rough = torch.cuda.is_available() and algorithm != FinetuningAlgorithm.full
+    dtype = torch.bfloat16 if is_rough else torch.float32
+    if algorithm != FinetuningAlgorithm.qlora:
+        return {"dtype": dtype}
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # so that FSDP can shard them with the others
+    )
+    return {"dtype": dtype, "quantization_config": quantization}
 
 
 def drop_figures(context: Context, job: Job, number: int, after_step: int) -> None:
@@ -163,7 +198,7 @@ def _trainer(settings: Settings, request: TrainingRequest) -> Any:
 def _sampler(training: TrainingConfig, data: Any) -> StepSampler:
     """The order of the examples: of shuffled ones the same that Accelerate makes of the Trainer's own sampler."""
     import pyarrow.compute
-    from accelerate.data_loader import SeedableRandomSampler
+    from accelerate.data_loader import SeedableRandomSampler  # type: ignore[import-untyped]
     from torch.utils.data import SequentialSampler
 
     order = SeedableRandomSampler(data, data_seed=training.seed) if training.shuffle else SequentialSampler(data)
@@ -187,7 +222,7 @@ def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
         gradient_accumulation_steps=training.batch_size // (training.workers * micro),
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": request.optimizer_config.lr_min / request.optimizer_config.lr},
-        warmup_steps=max(1, round(0.03 * steps)),
+        warmup_steps=round(0.03 * steps),  # none for a few: the first of them would learn nothing
         learning_rate=request.optimizer_config.lr,
         weight_decay=request.optimizer_config.weight_decay,
         gradient_checkpointing=training.enable_activation_checkpointing,
@@ -217,9 +252,10 @@ def _arguments(settings: Settings, request: TrainingRequest) -> dict[str, Any]:
 def _sft_trainer(
     settings: Settings, request: PostTrainingSFTRequest, arguments: dict[str, Any], given: dict[str, Any]
 ) -> Any:
+    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    model = _causal_model(settings, request.algorithm)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, **loading(request.algorithm))
     # The examples are tokens with their labels, and packed if they are to be.
     prepared = dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
     return SFTTrainer(
@@ -233,6 +269,7 @@ def _sft_trainer(
 def _dpo_trainer(
     settings: Settings, request: PostTrainingRLHFRequest, arguments: dict[str, Any], given: dict[str, Any]
 ) -> Any:
+    from transformers import AutoModelForCausalLM
     from trl import DPOConfig, DPOTrainer
 
     class Preferences(DPOTrainer):  # type: ignore[misc]  # TRL is untyped here
@@ -241,10 +278,19 @@ def _dpo_trainer(
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
 
+        def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+            """Where an adapter is trained on, a copy of it, "ref", is the reference, and is saved in a folder within
+            the checkpoint. The Trainer loads what is in such folders, and not the adapter beside them. The reference
+            needs no loading: it is as it was."""
+            if settings.adapter is None or self.is_fsdp_enabled:  # FSDP has all in one file
+                super()._load_from_checkpoint(checkpoint, model)
+            else:
+                self.model.load_adapter(checkpoint, "default", is_trainable=True)
+
     dpo, lora = request.algorithm_config, request.lora_config
     losses = {"robust" if dpo.epsilon else "sigmoid": 1.0} | ({"sft": dpo.gamma} if dpo.gamma else {})
-    is_whole = lora is None and settings.adapter is None
-    model = _causal_model(settings)
+    algorithm = algorithm_of(request, settings.adapter)
+    model = AutoModelForCausalLM.from_pretrained(settings.model, **loading(algorithm))
     if settings.adapter is not None:
         from peft import PeftModel
 
@@ -258,12 +304,12 @@ def _dpo_trainer(
         label_smoothing=dpo.epsilon,
         # Where there is an adapter, the model without it, or with it as it was, is the reference. Otherwise that would
         # be a second model in the memory.
-        precompute_ref_log_probs=is_whole,
+        precompute_ref_log_probs=algorithm == FinetuningAlgorithm.full,
     )
     return Preferences(
         model=model,
         args=_ready(config, request),
-        peft_config=_lora(lora, FinetuningAlgorithm.lora, "CAUSAL_LM"),
+        peft_config=_lora(lora, algorithm, "CAUSAL_LM"),
         **given,
     )
 
@@ -275,8 +321,9 @@ def _reward_trainer(
     from trl import RewardConfig, RewardTrainer
 
     set_seed(request.training_config.seed)  # by which the new head is drawn
-    load = _loading(request.algorithm)
-    model = AutoModelForSequenceClassification.from_pretrained(settings.model, num_labels=1, **load)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        settings.model, num_labels=1, **loading(request.algorithm)
+    )
     return RewardTrainer(
         model=model,
         args=_ready(RewardConfig(**arguments, max_length=None), request),
@@ -290,43 +337,17 @@ def _ready(config: Any, request: TrainingRequest) -> Any:
     return config
 
 
-def _causal_model(settings: Settings, algorithm: FinetuningAlgorithm = FinetuningAlgorithm.lora) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(settings.model, **_loading(algorithm))
-
-
-def _loading(algorithm: FinetuningAlgorithm) -> dict[str, Any]:
-    """How a model is loaded: in which precision, and in 4 bits where an adapter is trained on such weights."""
-    import torch
-
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    if algorithm != FinetuningAlgorithm.qlora:
-        return {"dtype": dtype}
-    from transformers import BitsAndBytesConfig
-
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        bnb_4bit_quant_storage=dtype,  # so that FSDP can shard them with the others
-    )
-    return {"dtype": dtype, "quantization_config": quantization}
-
-
 def _lora(lora: LoraFinetuningConfig | None, algorithm: FinetuningAlgorithm, task: str) -> Any:
     from peft import LoraConfig
 
     if lora is None:
         return None
     mlp = post_training.MLP_MODULES if lora.apply_lora_to_mlp else ()
-    output = (post_training.OUTPUT_MODULE,) if lora.apply_lora_to_output else ()
     return LoraConfig(
         task_type=task,
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=[*lora.lora_attn_modules, *mlp, *output],
+        target_modules=[*lora.lora_attn_modules, *mlp],
         use_dora=algorithm == FinetuningAlgorithm.dora,
     )
 
@@ -386,6 +407,12 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.start = time.monotonic()
             self.first = state.global_step
+            # What was counted up to the checkpoint, which has all that was logged.
+            logs = [log for log in state.log_history if COUNTED in log]
+            self.earlier: dict[str, float] = logs[-1][COUNTED] if logs else dict.fromkeys(("seconds", "tokens"), 0.0)
+            for log in state.log_history:  # what was measured last, if nothing more is
+                self.loss = log.get("loss", self.loss)
+                self.validation_loss = log.get("eval_loss", self.validation_loss)
             # Where a node is about to be taken away, Ray Train starts the workers anew within an attempt.
             if (number > 1 or self.first) and writes:
                 print(f"going on from step {self.first}, where the last checkpoint is")
@@ -399,6 +426,8 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
                 batches = batches.batch_sampler
             if hasattr(batches.sampler, "set_epoch"):
                 batches.sampler.set_epoch(int(state.epoch))
+            # Or Accelerate takes examples of an epoch's last step for repeated ones, and their tokens are not counted.
+            train_dataloader.dataset.total_dataset_length = len(batches.sampler)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.global_step >= state.max_steps and settings.validation is not None:
@@ -418,20 +447,23 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
             values = {NAMES[name]: float(value) for name, value in logs.items() if name in NAMES}
             self.loss = values.get("loss", self.loss)
             self.validation_loss = values.get("validation_loss", self.validation_loss)
-            for name in ("loss", "gradient_norm"):  # before anything is saved of weights that are no numbers by now
+            # Before anything is saved of weights that are no numbers by now, or takes that for its score.
+            for name in ("loss", "gradient_norm", "validation_loss"):
                 if not math.isfinite(values.get(name, 0.0)):
                     raise Diverged(f"the {name} is {values[name]} at step {step}: lower the learning rate")
-            if not writes:
-                return
             if "loss" in logs:  # and not only what was measured besides, at the same step
-                values |= {"seconds": elapsed, **resources(process)}
-                if "num_tokens" in logs:
-                    values["tokens_per_second"] = logs["num_tokens"] / elapsed
-            if not values:
+                values |= self.count(elapsed, values["tokens"], state) | resources(process)
+            if not values or not writes:
                 return
             metrics.log(step, values.items())
             metrics.progress(step, total, "steps", left)
             print(f"step {step}/{total} " + " ".join(f"{name}={value:.4g}" for name, value in values.items()))
+
+        def count(self, seconds: float, tokens: float, state: Any) -> dict[str, float]:
+            """The seconds and tokens of the whole training, which are noted in what the Trainer saves."""
+            counted = {"seconds": self.earlier["seconds"] + seconds, "tokens": self.earlier["tokens"] + tokens}
+            state.log_history[-1][COUNTED] = counted
+            return counted | {"tokens_per_second": counted["tokens"] / counted["seconds"]}
 
     return Recorder()
 

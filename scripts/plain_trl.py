@@ -28,7 +28,7 @@ def train(rows: str, model: str, folder: str, batch_size: int, steps: int, lr: f
     arguments = SFTConfig(
         output_dir=folder, per_device_train_batch_size=batch_size, max_steps=steps, seed=seed, learning_rate=lr,
         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 0.0},
-        warmup_steps=max(1, round(0.03 * steps)), gradient_checkpointing=False, use_cpu=True, bf16=False,
+        warmup_steps=round(0.03 * steps), gradient_checkpointing=False, use_cpu=True, bf16=False,
         model_init_kwargs={"dtype": "float32"}, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True)
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,17 +43,22 @@ CHECKPOINTS = 4
 # bytes for each token, twice: as they come, and as they are mapped into memory.
 COPIES = 8
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
-OUTPUT_MODULE = "lm_head"
 MICRO_BATCH_ON_CPU = 4
 # The folder, within what a training has made, of the checkpoint with the lowest validation loss if it is not the last.
 BEST = "best"
+# What DPO's loss is made of. Its `reward_clip` is always 0.
+DPO_LOSS = ("beta", "reward_scale", "epsilon", "gamma", "reward_clip")
 # What a search may vary.
 SEARCHABLE = ("optimizer_config", "training_config", "algorithm_config", "lora_config")
-# What is the same in all trials: what examples are made of, what they run on, and what becomes of the result.
+# What is the same in all trials: what examples are made of, what they run on, and what becomes of the result. And what
+# DPO's loss is, by which trials are compared: the lowest of several losses would be that of another scale.
 NOT_SEARCHABLE = (
     *("max_length", "too_long", "packing", "merge", "workers", "parallelism"),
     *("checkpoint_iters", "keep_checkpoints", "memory_efficient_fsdp_wrap", "fsdp_cpu_offload"),
+    *DPO_LOSS,
 )
+# What makes an adapter larger, of what a search may vary.
+LARGER = (".rank", ".apply_lora_to_mlp")
 MAX_TRIALS = 1_000
 _KINDS: dict[str, type[TrainingRequest]] = {
     jobs.SUPERVISED_FINE_TUNE: PostTrainingSFTRequest,
@@ -138,10 +144,12 @@ def parallelism_of(training: TrainingConfig) -> Parallelism:
 def micro_batch_size(training: TrainingConfig, *, on_cpu: bool) -> int:
     """How many examples a worker takes at a time, if the request does not say so: as many as it can on GPUs.
 
-    A CPU is busy with two or three already, and more would only be padded to the longest and take memory.
+    On a CPU more than four at a time were not faster, and took half as much memory again. A packed row is a whole batch
+    by itself, which may be as long as the model's context.
     """
     share = training.batch_size // training.workers
-    most = max(size for size in range(1, MICRO_BATCH_ON_CPU + 1) if share % size == 0) if on_cpu else share
+    limit = 1 if training.packing else MICRO_BATCH_ON_CPU
+    most = max(size for size in range(1, limit + 1) if share % size == 0) if on_cpu else share
     return training.micro_batch_size or most
 
 
@@ -152,7 +160,8 @@ def with_values(request: R, values: dict[str, Any]) -> R:
         section, _, field = path.partition(".")
         known = [f"{name}.{key}" for name in SEARCHABLE for key in body.get(name) or () if key not in NOT_SEARCHABLE]
         if path not in known:
-            message = f"{path!r} cannot be searched over; allowed: {', '.join(known)}"
+            why = ": trials are compared by the loss, and it makes that another one" if field in DPO_LOSS else ""
+            message = f"{path!r} cannot be searched over{why}; allowed: {', '.join(known)}"
             raise BadInput(message, param="hyperparam_search_config.parameters")
         body[section][field] = value
     try:
@@ -160,6 +169,16 @@ def with_values(request: R, values: dict[str, Any]) -> R:
     except ValidationError as error:
         message = f"a trial cannot have these values: {describe(error)}"
         raise BadInput(message, param="hyperparam_search_config.parameters") from error
+
+
+def check_trial(context: Context, request: TrainingRequest) -> None:
+    """Raises BadInput for the request of a trial whose values do not go together."""
+    _check_fields(request, start_of(context, request))
+
+
+def combinations(search: HyperparamSearch) -> int:
+    """How many there are of the values that a search names."""
+    return math.prod(len(values) for values in search.parameters.values())
 
 
 def job_status(context: Context, job_uuid: str) -> PostTrainingJobStatusResponse:
@@ -278,9 +297,12 @@ def _made_by_job(context: Context, named: str) -> str | None:
 
 def _checkpoints(job: Job) -> list[Checkpoint]:
     """Those that the job has published; before its end those from which another attempt would go on."""
+    known = job.result["checkpoints"] if job.result else job.checkpoints or []
     return [
         Checkpoint(**dict(checkpoint, files=[ArtifactFile(**file) for file in checkpoint["files"]]))
-        for checkpoint in (job.result["checkpoints"] if job.result else job.checkpoints or [])
+        for checkpoint in known
+        # When a job has ended, what it worked in is removed, and with it what was not published.
+        if job.completed_at is None or "://" in checkpoint["path"]
     ]
 
 
@@ -320,21 +342,36 @@ def _require_free_id(context: Context, id: str) -> None:
 
 
 def _check_search(request: TrainingRequest, search: HyperparamSearch, start: Start) -> None:
-    for field in ("trials", "seed"):
-        if search.algorithm == SearchAlgorithm.grid and getattr(search, field) is not None:
-            message = f"a grid search draws nothing: leave out {field}, or search with random or asha"
-            raise BadInput(message, param=f"hyperparam_search_config.{field}")
-    combinations = 1
-    for values in search.parameters.values():
-        combinations *= len(values)
-    if search.algorithm == SearchAlgorithm.grid and combinations > MAX_TRIALS:
-        message = f"a grid search would have {combinations} trials; allowed: {MAX_TRIALS}"
-        raise BadInput(message, param="hyperparam_search_config")
+    if request.validation_dataset is None:
+        message = "a search compares trials by what they have not learned from: it needs a validation_dataset"
+        raise BadInput(message, param="validation_dataset")
+    if request.logger_config.report_to:
+        message = "the figures of single trials are not reported: leave out report_to, or hyperparam_search_config"
+        raise BadInput(message, param="logger_config.report_to")
+    for name, values in search.parameters.items():
+        if repeated := [value for number, value in enumerate(values) if value in values[:number]]:
+            message = f"{name} has the value {json.dumps(repeated[0])} twice; allowed: each value once"
+            raise BadInput(message, param="hyperparam_search_config.parameters")
+    _check_trials(search)
     first = {name: values[0] for name, values in search.parameters.items()}
     # Each value is tried once; combinations of them that do not go together end as failed trials.
     for name, values in search.parameters.items():
         for value in values:
             _check_fields(with_values(request, first | {name: value}), start)
+
+
+def _check_trials(search: HyperparamSearch) -> None:
+    field, count = "hyperparam_search_config", combinations(search)
+    if search.algorithm == SearchAlgorithm.grid:
+        for name in ("trials", "seed"):
+            if getattr(search, name) is not None:
+                message = f"a grid search draws nothing: leave out {name}, or search with random or asha"
+                raise BadInput(message, param=f"{field}.{name}")
+        if count > MAX_TRIALS:
+            raise BadInput(f"a grid search would have {count} trials; allowed: {MAX_TRIALS}", param=field)
+    elif search.trials is not None and search.trials > count:
+        message = f"there are {count} combinations of these values, and each is tried once; allowed: at most {count}"
+        raise BadInput(f"trials is {search.trials}: {message}", param=f"{field}.trials")
 
 
 def _check_fields(request: TrainingRequest, start: Start) -> None:
@@ -370,7 +407,10 @@ def _check_algorithm(algorithm: FinetuningAlgorithm, lora: LoraFinetuningConfig 
 
 def _check_lora(request: TrainingRequest, lora: LoraFinetuningConfig, start: Start) -> None:
     field = "lora_config" if isinstance(request, PostTrainingRLHFRequest) else "algorithm_config"
-    if not lora.lora_attn_modules and not lora.apply_lora_to_mlp and not lora.apply_lora_to_output:
+    if lora.apply_lora_to_output:
+        message = "apply_lora_to_output is true; allowed: false, as TRL trains no adapter of the output layer"
+        raise BadInput(message, param=f"{field}.apply_lora_to_output")
+    if not lora.lora_attn_modules and not lora.apply_lora_to_mlp:
         message = "no layer would get an adapter: name lora_attn_modules, or set apply_lora_to_mlp"
         raise BadInput(message, param=field)
     linear = linear_modules(start.base)
@@ -381,24 +421,12 @@ def _check_lora(request: TrainingRequest, lora: LoraFinetuningConfig, start: Sta
         at_fault = "lora_attn_modules" if unknown[0] in lora.lora_attn_modules else "apply_lora_to_mlp"
         raise BadInput(message, param=f"{field}.{at_fault}")
     whole = is_whole(request, start)
-    if lora.apply_lora_to_output:
-        _check_output(request, start.base, whole, f"{field}.apply_lora_to_output")
     if not whole and lora.rank > start.base.adapter_rank:
         message = (
             f"{start.base.id} serves adapters up to rank {start.base.adapter_rank} (adapter_rank in the config), not "
             f"{lora.rank}"
         )
         raise BadInput(message, param=f"{field}.rank")
-
-
-def _check_output(request: TrainingRequest, base: LanguageModel, whole: bool, field: str) -> None:
-    if isinstance(request, RewardModelRequest):
-        raise BadInput("a reward model has no output layer but its head, which is trained; allowed: false", param=field)
-    if not whole:
-        raise BadInput("an adapter of the output layer is not served; allowed: false, or merge", param=field)
-    if _shape(base).get("tie_word_embeddings"):
-        message = "the output layer of this model is its input layer too, and gets no adapter; allowed: false"
-        raise BadInput(message, param=field)
 
 
 def _check_training(request: TrainingRequest, start: Start) -> None:
@@ -445,11 +473,15 @@ def linear_modules(base: LanguageModel) -> set[str]:
 
 def _require_room(context: Context, request: TrainingRequest, sizes: list[Size]) -> None:
     """Raises StorageFull unless there is room for what is kept, and for what the training writes meanwhile."""
-    start = start_of(context, request)
+    start, search = start_of(context, request), request.hyperparam_search_config
+    if search is not None:  # its largest trial
+        sizes_of = {name: max(values) for name, values in search.parameters.items() if name.endswith(LARGER)}
+        request = with_values(request, sizes_of)
     trained = _trained_bytes(context, request, start)
     kept = _weights_bytes(start.base) if is_whole(request, start) else trained
     checkpoints = CHECKPOINTS + request.training_config.keep_checkpoints
-    temporary = checkpoints * 3 * trained + COPIES * sum(size.text for size in sizes)
+    trainings = 1 if search is None else 2  # a trial, and the best one so far
+    temporary = trainings * checkpoints * 3 * trained + COPIES * sum(size.text for size in sizes)
     work = jobs.work_folder(context.tenant, request.job_uuid)
     # The best checkpoint is kept beside the last one.
     quotas.require_room_for_job(context, kept=2 * kept, temporary=temporary, work=work)

@@ -101,22 +101,27 @@ class Trainings:
         training: dict[str, Any] | None = None,
         optimizer: dict[str, Any] | None = None,
         algorithm: str = "full",
+        lora: dict[str, Any] | None = None,
+        loss: dict[str, Any] | None = None,
+        adapter: Path | None = None,
         rows: int = 24,
+        validation: int = 0,
         stop_after: int | None = None,
         go_on: bool = False,
         memory: int | None = None,
         model: Path | None = None,
         fails: bool = False,
     ) -> Ran:
-        """Trains, with changes of the request's fields.
+        """Trains, with changes of the request's fields: `lora` are those of the new adapter, `loss` those of DPO's.
 
+        An `adapter` is trained on. There are so many `rows`, and so many of `validation`.
         `stop_after` a checkpoint of that step the workers are killed; with `go_on` the job of the name is another
         attempt at what was stopped so. With `memory` workers have at most so many bytes of memory more than they start
         with.
         """
         folder = self._folder / name
         attempt = 2 if go_on else 1
-        request = _request(kind, name, training or {}, optimizer or {}, algorithm)
+        request = _request(kind, name, training or {}, optimizer or {}, algorithm, lora or {}, loss or {})
         job = self._job(name, request.model_dump(mode="json"), attempt)
         shutil.rmtree(folder / "temporary", ignore_errors=True)
         (folder / "temporary").mkdir(parents=True)
@@ -128,10 +133,10 @@ class Trainings:
             kind=kind,
             request=request.model_dump(mode="json"),
             model=str(model or self._model),
-            adapter=None,
+            adapter=str(adapter) if adapter else None,
             train=str(train),
             examples=rows // 2 if request.training_config.packing else rows,
-            validation=None,
+            validation=str(write_examples(folder / "validation.arrow", kind, validation)) if validation else None,
             temporary=str(folder / "temporary"),
             tensorboard=str(folder / "tensorboard"),
         )
@@ -178,15 +183,24 @@ class Trainings:
         return [process.exitcode for process in processes], log.read_text()
 
 
-def _request(kind: Kind, name: str, training: dict[str, Any], optimizer: dict[str, Any], algorithm: str) -> Any:
+def _request(
+    kind: Kind,
+    name: str,
+    training: dict[str, Any],
+    optimizer: dict[str, Any],
+    algorithm: str,
+    lora: dict[str, Any],
+    loss: dict[str, Any],
+) -> Any:
     body = BODIES[kind]("data", job_uuid=name)
     body["training_config"] |= {"seed": 3} | training
     body["optimizer_config"] |= {"lr": 0.003} | optimizer
-    lora = samples.lora(**ATTENTION) if algorithm != "full" else None
+    made = samples.lora(**ATTENTION | lora) if algorithm != "full" else None
     if kind == "dpo":
-        body["lora_config"] = lora
+        body["lora_config"] = made
+        body["algorithm_config"] |= loss
     else:
-        body |= {"algorithm": algorithm, "algorithm_config": lora}
+        body |= {"algorithm": algorithm, "algorithm_config": made}
     return REQUESTS[kind].model_validate(body)
 
 

@@ -21,7 +21,10 @@ class FinetuningAlgorithm(StrEnum):
 
 
 class LoraFinetuningConfig(Wire):
-    """Which linear layers get an adapter, of which rank, scaled by alpha / rank (Hu et al. 2021, arXiv 2106.09685)."""
+    """Which linear layers get an adapter, of which rank, scaled by alpha / rank (Hu et al. 2021, arXiv 2106.09685).
+
+    `apply_lora_to_output` must be false: TRL trains no adapter of the output layer.
+    """
 
     lora_attn_modules: Annotated[list[Annotated[str, Field(max_length=100)]], at_most(100)]
     apply_lora_to_mlp: bool
@@ -120,9 +123,10 @@ class HyperparamSearch(Wire):
     """Trainings of the same request with other values, one of which becomes the job's result.
 
     `parameters` names fields (optimizer_config.lr, algorithm_config.rank, training_config.batch_size, for example) and
-    the values to try. The trial with the lowest last loss is the best: the validation's where there is a
-    `validation_dataset`, the training's otherwise. Of all combinations `trials` are drawn, by `seed` (8 by 0 if they
-    are not set), for the algorithms random and asha alone.
+    the values to try. Of the trials that are trained to their end the one with the lowest validation loss is the best,
+    so that a `validation_dataset` is needed, and what makes the loss itself another one cannot be searched over: the
+    algorithm_config of DPO. The algorithms random and asha draw so many different combinations as `trials` says, by
+    `seed` (8 by 0 if they are not set, or all if there are fewer).
     """
 
     algorithm: SearchAlgorithm = SearchAlgorithm.grid

@@ -22,7 +22,7 @@ def data(stack: Stack) -> dict[str, Any]:
 
 def submit(client: httpx.Client, data: dict[str, Any], uuid: str) -> None:
     """A training of 24 steps, with a checkpoint every third."""
-    training = {"n_epochs": 8, "n_iters": 0, "batch_size": 8, "shuffle": True}
+    training = {"n_epochs": 2, "n_iters": 0, "batch_size": 2, "shuffle": True}
     request = samples.fine_tuning(data, job_uuid=uuid, model=MODEL, training_config=training)
     reply = client.post("/post_training/supervised_fine_tune", json=request)
     assert reply.status_code == 200, reply.text

@@ -45,15 +45,12 @@ def requests(stack: Stack) -> dict[str, tuple[str, dict[str, Any]]]:
         return "supervised_fine_tune", common | body | {"training_config": TRAINING | training}
 
     preferences = common | {"dataset": pairs, "validation_dataset": pairs, "training_config": TRAINING}
-    _, searched = fine_tuning(n_iters=1)
-    searched["hyperparam_search_config"] = {"parameters": {"optimizer_config.lr": [1e-3, 1e-5]}}
     return {
         "one": fine_tuning(),
         "two-fsdp": fine_tuning(workers=2, memory_efficient_fsdp_wrap=True),
         "two-zero2": fine_tuning(workers=2, parallelism="zero2"),
         "whole": fine_tuning("full", None, n_iters=2),
         "dora": fine_tuning("dora", n_iters=2),
-        "searched": ("supervised_fine_tune", searched),
         "preferred": (
             "preference_optimize",
             preferences
@@ -138,19 +135,6 @@ def test_a_whole_model_and_a_merged_adapter_are_models_that_transformers_loads_a
     assert trained.isfinite().all()
     assert (trained - base).abs().max() > 0.01
     assert done[name]["checkpoints"][0]["model"] == f"{MODEL}-{name}"
-
-
-def test_a_search_takes_the_better_trial_and_tells_of_all(
-    client: httpx.Client, done: dict[str, dict[str, Any]]
-) -> None:
-    trials = json.loads((files(done["searched"]) / "trials.json").read_text())
-    assert [trial["values"]["optimizer_config.lr"] for trial in trials] == [1e-3, 1e-5]
-    assert all(trial["error"] is None and trial["steps"] == 1 for trial in trials)
-    points = client.get("/post_training/job/artifacts", params={"job_uuid": "searched"}).json()["metrics"]
-    # The steps of single trials are not mixed in the job's run.
-    assert {point["name"] for point in points} == {"trial_loss"}
-    assert [point["value"] for point in points] == [trial["loss"] for trial in trials]
-    assert done["searched"]["checkpoints"][0]["model"] == f"{MODEL}:searched"
 
 
 def test_a_preference_optimization_measures_pairs_and_its_adapter_answers(

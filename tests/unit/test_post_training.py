@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from stack import datasets, post_training
+from stack import datasets, post_training, quotas
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import (
     Parallelism,
@@ -290,24 +289,22 @@ def test_a_rank_above_what_is_served_is_for_what_becomes_a_whole_model(
     reward(context, pairs, algorithm_config=high)
 
 
-def test_the_output_layer_gets_an_adapter_where_that_is_merged(
-    context: Context, home: Path, data: dict[str, Any], pairs: dict[str, Any]
+def test_an_adapter_of_the_output_layer_is_refused(
+    context: Context, data: dict[str, Any], pairs: dict[str, Any]
 ) -> None:
-    output = lora(apply_lora_to_output=True)
-    field = "algorithm_config.apply_lora_to_output"
-    not_served = [({"algorithm_config": output}, field, ["not served", "allowed: false, or merge"])]
-    require_refusals(tune, context, data, not_served)
-    require_refusals(prefer, context, pairs, [({"lora_config": output}, "lora_config.apply_lora_to_output", ["merge"])])
-    require_refusals(reward, context, pairs, [({"algorithm_config": output}, field, ["its head", "allowed: false"])])
-    merged = {"algorithm_config": output} | training(merge=True)
-    alone = lora(lora_attn_modules=[], apply_lora_to_mlp=False, apply_lora_to_output=True)
-    accept_all(tune, context, data, [merged, merged | {"algorithm_config": alone}])
-    prefer(context, pairs, lora_config=output, **training(merge=True))
-
-    config = home / "models" / "small" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
-    tied: Refused = [(merged | {"job_uuid": "tied"}, field, ["input layer too", "allowed: false"])]
-    require_refusals(tune, context, data, tied)
+    wrong = {"apply_lora_to_output": True}
+    alone = wrong | {"lora_attn_modules": [], "apply_lora_to_mlp": False}
+    words = ["apply_lora_to_output is true", "allowed: false", "TRL"]
+    for accept, rows, name in (
+        (tune, data, "algorithm_config"),
+        (prefer, pairs, "lora_config"),
+        (reward, pairs, "algorithm_config"),
+    ):
+        field = f"{name}.apply_lora_to_output"
+        refused: Refused = [
+            ({name: lora(**one)} | more, field, words) for one in (wrong, alone) for more in ({}, training(merge=True))
+        ]
+        require_refusals(accept, context, rows, refused)
 
 
 def test_a_model_whose_mlp_has_other_names_gets_no_adapter_there(
@@ -354,6 +351,8 @@ def test_a_worker_takes_its_whole_share_on_gpus_and_a_few_examples_on_cpus() -> 
     assert (size(False), size(False, workers=2)) == (8, 4)
     assert (size(True), size(True, batch_size=6), size(True, batch_size=7)) == (4, 3, 1)
     assert size(False, workers=2, micro_batch_size=1) == size(True, workers=2, micro_batch_size=1) == 1
+    assert (size(True, packing=True), size(True, packing=True, micro_batch_size=2)) == (1, 2)
+    assert size(False, packing=True) == 8, "a packed row is a batch by itself on a CPU"
 
 
 def test_examples_are_no_longer_than_the_context(context: Context, data: dict[str, Any]) -> None:
@@ -516,10 +515,13 @@ def test_an_adapter_that_a_failed_training_has_left_is_trained_on_by_its_address
         tune(context, data, job_uuid=uuid, **changes)
         addresses[uuid] = f"file:///kept/{uuid}"
         job = samples.start(context.store, uuid)
-        kept = [{"path": addresses[uuid], "iters": 2, "files": []}]
+        kept = [{"path": path, "iters": 2, "files": []} for path in (f"/work/{uuid}/checkpoint_1", addresses[uuid])]
         assert context.store.jobs.record(job.id, 1, checkpoints=kept)
         assert isinstance(refusal(prefer, context, pairs, finetuned_model=addresses[uuid]), NotFound)
+        assert len(post_training.job_status(context, uuid).checkpoints) == 2
         assert context.store.jobs.fail(job.id, 1, "the loss is nan")
+        # What was in the folder that it worked in is gone with that.
+        assert [one.path for one in post_training.job_status(context, uuid).checkpoints] == [addresses[uuid]]
     start = post_training.start_of(context, dpo(pairs, finetuned_model=addresses["bad"]))
     assert (start.base.id, start.adapter) == ("small", post_training.artifact_name("default", "bad", whole=False))
     error = refusal(prefer, context, pairs, finetuned_model=addresses["bad-whole"])
@@ -682,6 +684,11 @@ def search(parameters: dict[str, list[Any]], **changes: Any) -> dict[str, Any]:
     return {"hyperparam_search_config": {"parameters": parameters} | changes}
 
 
+def validated(submit: Submit) -> Submit:
+    """Submits with a validation data set, as a search needs it."""
+    return lambda context, data, **changes: submit(context, data, **{"validation_dataset": data} | changes)
+
+
 def test_an_empty_search_is_none(context: Context, data: dict[str, Any], pairs: dict[str, Any]) -> None:
     none: list[dict[str, Any]] = [{"hyperparam_search_config": {}}, {"hyperparam_search_config": None}, {}]
     jobs = accept_all(tune, context, data, none)
@@ -691,17 +698,33 @@ def test_an_empty_search_is_none(context: Context, data: dict[str, Any], pairs: 
 
 def test_a_search_varies_numbers_and_choices(context: Context, data: dict[str, Any], pairs: dict[str, Any]) -> None:
     accept_all(
-        tune, context, data,
+        validated(tune), context, data,
         [
             search({"optimizer_config.lr": [0.01, 0.001], "algorithm_config.rank": [4, 8]}),
-            search({"training_config.batch_size": [4, 8]}, algorithm="random", trials=1_000, seed=1),
+            search({"training_config.batch_size": [4, 8]}, algorithm="random", trials=2, seed=1),
             search({"optimizer_config.optimizer_type": ["adam", "sgd"]}, algorithm="asha"),
             search({"training_config.shuffle": [True, False]}),
             search({"optimizer_config.lr": [n / 1_000 for n in range(1, 101)], "training_config.seed": [*range(10)]}),
         ],
     )  # fmt: skip
-    prefer(context, pairs, **search({"algorithm_config.beta": [0.1, 0.5], "lora_config.rank": [4, 16]}))
-    reward(context, pairs, **FULL, **search({"optimizer_config.weight_decay": [0.0, 0.1]}))
+    validated(prefer)(context, pairs, **search({"optimizer_config.lr": [0.1, 0.5], "lora_config.rank": [4, 16]}))
+    validated(reward)(context, pairs, **FULL, **search({"optimizer_config.weight_decay": [0.0, 0.1]}))
+
+
+def test_a_search_does_not_vary_the_loss_by_which_it_compares(context: Context, pairs: dict[str, Any]) -> None:
+    field, words = "hyperparam_search_config.parameters", ["cannot be searched over", "trials are compared by the loss"]
+    for name in ("beta", "reward_scale", "epsilon", "gamma"):
+        changes = search({f"algorithm_config.{name}": [0.1, 0.2]})
+        require_refusals(validated(prefer), context, pairs, [(changes, field, [name, *words, "lora_config.rank"])])
+
+
+def test_a_search_needs_a_validation_and_no_reports(context: Context, data: dict[str, Any]) -> None:
+    rates = search({"optimizer_config.lr": [0.1, 0.2]})
+    require_refusals(tune, context, data, [(rates, "validation_dataset", ["needs a validation_dataset"])])
+    reported = rates | {"logger_config": {"report_to": ["tensorboard"]}}
+    require_refusals(
+        validated(tune), context, data, [(reported, "logger_config.report_to", ["leave out report_to"])]
+    )  # fmt: skip
 
 
 def test_a_search_that_cannot_be_made_is_refused(context: Context, data: dict[str, Any], pairs: dict[str, Any]) -> None:
@@ -723,7 +746,7 @@ def test_a_search_that_cannot_be_made_is_refused(context: Context, data: dict[st
     known = ["optimizer_config.lr", "training_config.batch_size", "algorithm_config.rank"]
     too_many = {"optimizer_config.lr": [n / 1_000 for n in range(1, 92)], "training_config.seed": [*range(11)]}
     require_refusals(
-        tune, context, data,
+        validated(tune), context, data,
         [
             *((search({name: [1]}), field, [repr(name), "cannot be searched over", *known])
               for name in (*unknown, *forbidden)),
@@ -738,10 +761,16 @@ def test_a_search_that_cannot_be_made_is_refused(context: Context, data: dict[st
             (search(too_many), "hyperparam_search_config", ["1001 trials", "allowed: 1000"]),
             (search({"optimizer_config.lr": [0.1]}, trials=3), "hyperparam_search_config.trials", ["draws nothing"]),
             (search({"optimizer_config.lr": [0.1]}, seed=3), "hyperparam_search_config.seed", ["draws nothing"]),
+            (search({"optimizer_config.lr": [0.1, 0.2, 0.1]}), field, ["optimizer_config.lr", "0.1 twice"]),
+            *((search({"optimizer_config.lr": [0.1, 0.2], "training_config.seed": [1, 2]}, algorithm=name, trials=5),
+               "hyperparam_search_config.trials", ["trials is 5", "4 combinations", "at most 4"])
+              for name in ("random", "asha")),
         ],
     )  # fmt: skip
-    assert tune(context, data, **search(too_many, algorithm="random")).status == "scheduled"
-    require_refusals(prefer, context, pairs, [(search({"lora_config.rank": [17]}), "lora_config.rank", ["17"])])
+    assert validated(tune)(context, data, **search(too_many, algorithm="random")).status == "scheduled"
+    require_refusals(
+        validated(prefer), context, pairs, [(search({"lora_config.rank": [17]}), "lora_config.rank", ["17"])]
+    )
     for wrong in ({"parameters": {}}, {"parameters": {"optimizer_config.lr": []}}, {"algorithm": "grid"}):
         assert "hyperparam_search_config.parameters" in problem(sft, hyperparam_search_config=wrong)
     for key, value in {"trials": 0, "seed": -1, "algorithm": "best", "metric": "loss"}.items():
@@ -761,9 +790,6 @@ def test_the_request_of_a_trial_has_its_values_and_no_search(data: dict[str, Any
     )
     assert trial == expected
     assert request.optimizer_config.lr == 0.001
-    assert post_training.with_values(dpo(data), {"algorithm_config.beta": 0.5}) == dpo(
-        data, algorithm_config=DPO | {"beta": 0.5}
-    )
 
 
 def test_figures_are_reported_to_tools_that_are_installed(context: Context, data: dict[str, Any]) -> None:
@@ -960,6 +986,23 @@ def test_room_is_needed_for_all_that_is_trained_and_kept(
     prefer(context, pairs)
     adapter = add_adapter(context, home)
     prefer(context, pairs, job_uuid="on", finetuned_model=context.artifacts.url(adapter), lora_config=None)
+
+
+def test_a_search_needs_room_for_two_of_its_largest_trial(
+    context: Context, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        quotas, "require_room_for_job", lambda _, kept, temporary, work: asked.append((kept, temporary))
+    )  # fmt: skip
+    largest = lora(rank=16, apply_lora_to_mlp=True)
+    post_training.resources(context, sft(data, validation_dataset=data, algorithm_config=largest))
+    ranks = {"algorithm_config.rank": [4, 16, 8], "algorithm_config.apply_lora_to_mlp": [True, False]}
+    post_training.resources(context, sft(data, validation_dataset=data, **search(ranks)))
+    (kept, alone), (kept_of_search, searching) = asked
+    assert kept_of_search == kept
+    weights_and_moments = 3 * kept // 2  # of what is kept there are two
+    assert searching == alone + (post_training.CHECKPOINTS + 1) * weights_and_moments
 
 
 def test_jobs_are_listed(context: Context, data: dict[str, Any]) -> None:

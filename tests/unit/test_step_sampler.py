@@ -1,5 +1,7 @@
 """In which order a training takes its examples: the steps that plain TRL has, each sorted by length."""
 
+import math
+
 import pytest
 from torch.utils.data import SequentialSampler
 
@@ -20,14 +22,16 @@ class Backwards(SequentialSampler):
         return iter([(index + self.epoch) % len(LENGTHS) for index in reversed(range(len(LENGTHS)))])
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 10, 99])
+@pytest.mark.parametrize("step", [1, 3, 4, 10, 27])
 def test_a_step_has_the_examples_that_it_would_have_and_the_longest_comes_first(step: int) -> None:
     order = list(Backwards(LENGTHS))
-    taken = list(StepSampler(Backwards(LENGTHS), LENGTHS, step))
-    assert len(taken) == len(order)
-    for start in range(0, len(order), step):
+    sampler = StepSampler(Backwards(LENGTHS), LENGTHS, step)
+    taken = list(sampler)
+    assert len(taken) == len(sampler) == step * math.ceil(len(order) / step)
+    for start in range(0, len(taken), step):
         mine = taken[start : start + step]
-        assert sorted(mine) == sorted(order[start : start + step])
+        # The last one is completed with the first examples.
+        assert sorted(mine) == sorted((order * 3)[start : start + step])
         assert [LENGTHS[index] for index in mine] == sorted((LENGTHS[index] for index in mine), reverse=True)
 
 
@@ -38,7 +42,6 @@ def test_each_epoch_has_its_own_order_also_when_a_training_is_gone_on_with() -> 
     assert list(sampler) != first
     sampler.set_epoch(0)
     assert list(sampler) == first
-    assert len(sampler) == len(LENGTHS)
 
 
 def test_an_order_that_is_the_same_in_all_epochs_needs_not_be_told_of_them() -> None:
