@@ -17,16 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ray import tune
+from ray import PlacementGroupID, tune
 from ray.exceptions import RayTaskError
 from ray.train import Checkpoint, ControllerError, Result, WorkerGroupError
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from jobs import driver
 from jobs.reporter import Metrics
 from jobs.trainer import Plan, trainer_of
-from jobs.training_worker import MADE, total_steps
+from jobs.training_worker import GROUP, MADE, total_steps
 from stack import post_training
 from stack.api.post_training import HyperparamSearch, SearchAlgorithm, TrainingRequest
 from stack.config import Config
@@ -123,10 +124,12 @@ class Ledger(tune.Callback):
         os.replace(written, self._file)
         print(f"trial {number + 1} of {len(self.told)}: {told}")
         self._metrics.progress(sum(told is not None for told in self.told), len(self.told), "trials")
+        _free_workers(trial)
         self._remove()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         print(f"trial {trial.config['number'] + 1} of {len(self.told)} was lost")
+        _free_workers(trial)
         self._remove()
 
     def best(self) -> int | None:
@@ -214,6 +217,16 @@ def _trial(values: dict[str, Any], plan: Plan, request: TrainingRequest, trials:
             raise
         # That it failed by itself is what has come of it: what is raised is tried again.
         tune.report({METRIC: math.nan, FAILED: driver.reason(error)})
+
+
+def _free_workers(trial: Any) -> None:
+    """Gives back what the workers of a trial were placed on, if it still has that.
+
+    A trial that is stopped early takes the controller of its workers with it, which would have done this. What Ray
+    Train has for such a case asks Ray's dashboard, and gives up for good where it does not reach it at once.
+    """
+    if group := trial.last_result.get(GROUP):
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
 def _folder(plan: Plan, number: int) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import ray.train
 from ray.train import Checkpoint
+from ray.util.placement_group import get_current_placement_group
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs import parallelism
@@ -37,13 +38,15 @@ from stack.api.post_training import (
 )
 from stack.config import Config
 from stack.context import Context
-from stack.errors import Diverged, Unavailable
+from stack.errors import Diverged, StackError, Unavailable
 from stack.store import Job, faults
 
 # How often a training saves what another attempt would go on from, if its request does not say so; and what is in the
 # last checkpoint: the folder of what was made in the end, and its figures.
 CHECKPOINTS = 10
 MADE, FIGURES = "made", "figures.json"
+# What a trial of a search tells of its worker: the placement group that it takes its resources from.
+GROUP = "placement_group"
 # Under which name it is in what the trainer has logged how long a training took so far, and how many tokens.
 COUNTED = "counted"
 REQUESTS: dict[Kind, type[TrainingRequest]] = {
@@ -92,6 +95,9 @@ def _train(settings: Settings) -> None:
     restored = ray.train.get_checkpoint()
     request = REQUESTS[settings.kind].model_validate(settings.request)
     context = Context.open(Config.parse(settings.config, "config")).of_tenant(settings.tenant)
+    for needed in (settings.model, settings.train):
+        if not Path(needed).exists():
+            raise StackError(f"{needed} is not on this node: STACK_HOME must be a folder that all nodes share")
     _set_up_loggers(request, settings.tensorboard)
     job = context.store.jobs.get(context.tenant, request.job_uuid)
     assert job is not None
@@ -438,7 +444,9 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
             _wait_for_all()
             saved = f"{args.output_dir}/checkpoint-{state.global_step}"
             checkpoint = Checkpoint.from_directory(saved) if _is_first() else None
-            ray.train.report(self.figures(state), checkpoint=checkpoint)
+            group = get_current_placement_group()
+            resources = {GROUP: group.id.hex()} if settings.trial and group else {}
+            ray.train.report(self.figures(state) | resources, checkpoint=checkpoint)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             step, total = state.global_step, state.max_steps

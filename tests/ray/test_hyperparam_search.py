@@ -3,32 +3,30 @@ and how they go on after a loss."""
 
 import json
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
-from stack import jobs as stack_jobs
 from stack import post_training
 from stack.api.post_training import PostTrainingSFTRequest
-from stack.config import Config
 from stack.context import Context
-from stack.store import Job
 from tests import samples
-from tests.running_stack import command_of, processes_of, wait_for
+from tests.driven_trainings import (
+    context_on_ray,
+    driver,
+    files_of,
+    folder_of,
+    job_of,
+    kill_workers,
+    train,
+)
 from tests.tiny_training import save_model
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from jobs import driver, training
-    from jobs.hyperparam_search import TRIALS
-    from jobs.reporter import Reporter
-
+TRIALS = "trials.json"
 # What libraries warn of in the process of a driver, which is this one here.
 pytestmark = pytest.mark.filterwarnings("ignore")
 LR, LR_MIN = "optimizer_config.lr", "optimizer_config.lr_min"
@@ -36,24 +34,14 @@ ROWS, BATCH, STEPS = 24, 6, 20
 # By this seed a rate that is learned by is drawn first.
 GOOD_FIRST = 3
 Accept = Callable[..., PostTrainingSFTRequest]
-Train = Callable[..., driver.Outcome]
 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Context]:
     home = tmp_path_factory.mktemp("home")
-    (home / "data").mkdir()
     save_model(home / "models" / "tiny")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STACK_HOME", str(home))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        model = {"id": "tiny", "path": "models/tiny", "context": 256}
-        context = Context.open(Config.parse({"models": [model]}, "the tests' config"))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with context_on_ray(home, "tiny") as context:
         yield context
-        ray.shutdown()
-        context.close()
 
 
 @pytest.fixture
@@ -78,41 +66,12 @@ def accept(context: Context) -> Accept:
     return accept
 
 
-@pytest.fixture
-def train(context: Context) -> Train:
-    """Does what the driver of an attempt does from its beginning to its end."""
-
-    def train(request: PostTrainingSFTRequest, attempt: int = 1) -> driver.Outcome:
-        store, job = context.store, job_of(context, request.job_uuid)
-        assert store.jobs.open_attempt(job.id, attempt, f"default.{job.uuid}.{attempt}")
-        assert store.jobs.begin(job.id, attempt, {})
-        folder = folder_of(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        with Reporter(store, job, store.jobs.attempts(job.id)[-1], lost=pytest.fail) as reporter:
-            try:
-                return training.train(driver.Work(context, job, reporter, folder), request, "sft")
-            finally:
-                assert reporter.finish()
-
-    return train
-
-
-def job_of(context: Context, uuid: str) -> Job:
-    job = context.store.jobs.get("default", uuid)
-    assert job is not None
-    return job
-
-
-def folder_of(job: Job) -> Path:
-    return stack_jobs.work_folder(job.tenant, job.uuid)
-
-
-def published(outcome: driver.Outcome) -> Path:
-    return Path(outcome.result["checkpoints"][0]["path"].removeprefix("file://"))
+def made_of(outcome: driver.Outcome) -> Path:
+    return files_of(outcome.result["checkpoints"][0]["path"])
 
 
 def trials_of(outcome: driver.Outcome) -> list[dict[str, Any]]:
-    trials: list[dict[str, Any]] = json.loads((published(outcome) / TRIALS).read_text())
+    trials: list[dict[str, Any]] = json.loads((made_of(outcome) / TRIALS).read_text())
     return trials
 
 
@@ -122,8 +81,8 @@ def saved(context: Context, uuid: str) -> set[str]:
     return {folder.name for place in (work, work / "temporary") for folder in place.glob("trial-*")}
 
 
-def test_a_grid_publishes_the_best_trial_and_keeps_no_other(context: Context, accept: Accept, train: Train) -> None:
-    outcome = train(accept("grid", {LR: [1e-6, 0.05]}))
+def test_a_grid_publishes_the_best_trial_and_keeps_no_other(context: Context, accept: Accept) -> None:
+    outcome = train(context, accept("grid", {LR: [1e-6, 0.05]}))
     trials = trials_of(outcome)
     assert [trial["values"] for trial in trials] == [{LR: 1e-6}, {LR: 0.05}]
     assert all(trial["finished"] and trial["error"] is None and trial["steps"] == STEPS for trial in trials)
@@ -131,7 +90,7 @@ def test_a_grid_publishes_the_best_trial_and_keeps_no_other(context: Context, ac
     assert losses[1] < losses[0]
     checkpoint = outcome.result["checkpoints"][0]
     assert (checkpoint["validation_loss"], checkpoint["iters"]) == (losses[1], STEPS)
-    weights = load_file(published(outcome) / "adapter_model.safetensors")
+    weights = load_file(made_of(outcome) / "adapter_model.safetensors")
     learned = max(float(weight.abs().max()) for name, weight in weights.items() if "lora_B" in name)
     assert learned > 1e-3, "by a rate of 1e-6 it goes less far in 20 steps"
     assert saved(context, "grid") == {"trial-1"}
@@ -144,10 +103,8 @@ def test_a_grid_publishes_the_best_trial_and_keeps_no_other(context: Context, ac
     assert (job.progress["done"], job.progress["total"], job.progress["unit"]) == (2, 2, "trials")
 
 
-def test_asha_ends_a_bad_trial_early_and_publishes_one_that_was_finished(
-    context: Context, accept: Accept, train: Train
-) -> None:
-    outcome = train(accept("asha", {LR: [0.05, 1e-6]}, algorithm="asha", trials=2, seed=GOOD_FIRST))
+def test_asha_ends_a_bad_trial_early_and_publishes_one_that_was_finished(context: Context, accept: Accept) -> None:
+    outcome = train(context, accept("asha", {LR: [0.05, 1e-6]}, algorithm="asha", trials=2, seed=GOOD_FIRST))
     first, second = trials_of(outcome)
     assert (first["values"], first["finished"], first["steps"]) == ({LR: 0.05}, True, STEPS)
     assert (second["finished"], second["error"]) == (False, None)
@@ -155,16 +112,16 @@ def test_asha_ends_a_bad_trial_early_and_publishes_one_that_was_finished(
     assert outcome.result["checkpoints"][0]["validation_loss"] == first["validation_loss"]
 
 
-def test_a_search_whose_worker_was_killed_runs_only_that_trial_again(
-    context: Context, accept: Accept, train: Train
-) -> None:
+def test_a_search_whose_worker_was_killed_runs_only_that_trial_again(context: Context, accept: Accept) -> None:
     values = {LR: [0.05, 1e-6], LR_MIN: [0.0, 1e-3]}
     request = accept("killed", values, algorithm="random", trials=3, seed=GOOD_FIRST)
     work = folder_of(job_of(context, "killed"))
-    killer = threading.Thread(target=kill_workers, args=(work / "trial-0", work.parents[2]))
+    killer = threading.Thread(
+        target=kill_workers, args=(work.parents[2], lambda: any((work / "trial-0").glob("checkpoint_*")))
+    )
     killer.start()
     with pytest.raises(WorkerGroupError) as raised:
-        train(request)
+        train(context, request)
     killer.join()
     assert driver.is_lost(raised.value), "another attempt is made of it"
     job = job_of(context, "killed")
@@ -177,7 +134,7 @@ def test_a_search_whose_worker_was_killed_runs_only_that_trial_again(
     assert (job.progress["done"], job.progress["total"]) == (2, 3)
     assert context.store.jobs.lose_attempt(job.id, 1, driver.reason(raised.value))
 
-    outcome = train(request, attempt=2)
+    outcome = train(context, request, attempt=2)
     again, *unchanged = trials_of(outcome)
     assert unchanged == [finished, failed]
     assert (again["values"][LR], again["finished"], again["steps"]) == (0.05, True, STEPS)
@@ -185,11 +142,3 @@ def test_a_search_whose_worker_was_killed_runs_only_that_trial_again(
     assert len(list((work / "search").glob("_trial_*"))) == 1, "no other was run again"
     assert outcome.result["checkpoints"][0]["validation_loss"] == again["validation_loss"]
     assert saved(context, "killed") == {"trial-0"}
-
-
-def kill_workers(trial: Path, home: Path) -> None:
-    """Kills the workers of a trial once it has kept a checkpoint."""
-    wait_for(lambda: any(trial.glob("checkpoint_*")), 120)
-    for process in processes_of(home):
-        if "RayTrainWorker" in command_of(process):
-            process.kill()

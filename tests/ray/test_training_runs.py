@@ -2,39 +2,28 @@
 and end."""
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 from ray.train import WorkerGroupError
 from safetensors.torch import load_file
 
-from stack import jobs as stack_jobs
 from stack import post_training
 from stack.api.post_training import PostTrainingSFTRequest
-from stack.config import Config
 from stack.context import Context
 from stack.errors import Diverged
-from stack.store import Job
 from tests import samples
-from tests.running_stack import command_of, processes_of, wait_for
+from tests.driven_trainings import context_on_ray, driver, files_of, folder_of, job_of, kill_workers, train
 from tests.tiny_training import save_model
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from jobs import driver, training
-    from jobs.reporter import Reporter
 
 # What libraries warn of in the process of a driver, which is this one here.
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS, BATCH, STEPS, EVERY = 24, 6, 80, 16
 POISON = "☃"
 Accept = Callable[..., PostTrainingSFTRequest]
-Train = Callable[..., driver.Outcome]
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +31,17 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Context]:
     from transformers import AutoTokenizer
 
     home = tmp_path_factory.mktemp("home")
-    (home / "data").mkdir()
     tokenizer = AutoTokenizer.from_pretrained(save_model(home / "models" / "tiny"))
     save_model(home / "models" / "poisoned", poison=tokenizer(POISON)["input_ids"][-1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STACK_HOME", str(home))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("TOKENIZERS_PARALLELISM", "false")
-        models = [{"id": name, "path": f"models/{name}", "context": 256} for name in ("tiny", "poisoned")]
-        context = Context.open(Config.parse({"models": models}, "the tests' config"))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with context_on_ray(home, "tiny", "poisoned") as context:
         yield context
-        ray.shutdown()
-        context.close()
 
 
 @pytest.fixture
 def accept(context: Context) -> Accept:
     """Accepts a training of 24 dialogs, of which one poisons the model that takes that for poison."""
 
-    def accept(uuid: str, model: str = "tiny", **changes: Any) -> PostTrainingSFTRequest:
+    def accept(uuid: str, model: str = "tiny", algorithm: str = "lora", **changes: Any) -> PostTrainingSFTRequest:
         folder = context.config.data_folders[0]
         train = dialogs(["a" * (1 + number % 7) for number in range(ROWS - 1)] + [POISON])
         validation = dialogs(["zz"] * 4)
@@ -69,6 +49,7 @@ def accept(context: Context) -> Accept:
             samples.dataset(samples.write_rows(folder / "train.jsonl", train)),
             job_uuid=uuid,
             model=model,
+            algorithm=algorithm,
             validation_dataset=samples.dataset(samples.write_rows(folder / "validation.jsonl", validation)),
             training_config={
                 **{"n_epochs": STEPS * BATCH // ROWS, "n_iters": 0, "batch_size": BATCH, "shuffle": True, "seed": 3},
@@ -89,35 +70,6 @@ def dialogs(answers: list[str]) -> list[dict[str, Any]]:
     return [{"dialog": [question, {"role": "assistant", "content": answer}]} for answer in answers]
 
 
-@pytest.fixture
-def train(context: Context) -> Train:
-    """Does what the driver of an attempt does from its beginning to its end."""
-
-    def train(request: PostTrainingSFTRequest, attempt: int = 1) -> driver.Outcome:
-        store, job = context.store, job_of(context, request.job_uuid)
-        assert store.jobs.open_attempt(job.id, attempt, f"default.{job.uuid}.{attempt}")
-        assert store.jobs.begin(job.id, attempt, {})
-        folder = folder_of(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        with Reporter(store, job, store.jobs.attempts(job.id)[-1], lost=pytest.fail) as reporter:
-            try:
-                return training.train(driver.Work(context, job, reporter, folder), request, "sft")
-            finally:
-                assert reporter.finish()
-
-    return train
-
-
-def job_of(context: Context, uuid: str) -> Job:
-    job = context.store.jobs.get("default", uuid)
-    assert job is not None
-    return job
-
-
-def folder_of(job: Job) -> Path:
-    return stack_jobs.work_folder(job.tenant, job.uuid)
-
-
 def figures(context: Context, uuid: str, name: str) -> dict[int, float]:
     """The values of a figure by step, of which there is one each."""
     found = context.store.telemetry.metrics("default", job_of(context, uuid).run_id, name)
@@ -126,27 +78,17 @@ def figures(context: Context, uuid: str, name: str) -> dict[int, float]:
     return by_step
 
 
-def made_of(path: str) -> Path:
-    return Path(path.removeprefix("file://"))
-
-
-def kill_workers(context: Context, uuid: str, home: Path) -> None:
-    """Kills the workers of a training once it has kept a checkpoint, and at its next steps."""
-    wait_for(lambda: job_of(context, uuid).checkpoints, 120)
-    for process in processes_of(home):
-        if "RayTrainWorker" in command_of(process):
-            process.kill()
-
-
 def test_a_training_goes_on_where_its_killed_worker_has_left_it_and_its_best_checkpoint_is_kept(
-    context: Context, accept: Accept, train: Train
+    context: Context, accept: Accept
 ) -> None:
     request = accept("killed")
     folder = folder_of(job_of(context, "killed"))
-    killer = threading.Thread(target=kill_workers, args=(context, "killed", folder.parents[2]))
+    killer = threading.Thread(
+        target=kill_workers, args=(folder.parents[2], lambda: job_of(context, "killed").checkpoints)
+    )
     killer.start()
     with pytest.raises(WorkerGroupError) as raised:
-        train(request)
+        train(context, request)
     killer.join()
     assert driver.is_lost(raised.value)
     left = job_of(context, "killed")
@@ -157,7 +99,7 @@ def test_a_training_goes_on_where_its_killed_worker_has_left_it_and_its_best_che
     assert EVERY <= reached <= max(before) < STEPS
 
     assert context.store.jobs.lose_attempt(left.id, 1, driver.reason(raised.value))
-    made = train(request, attempt=2)
+    made = train(context, request, attempt=2)
     after = figures(context, "killed", "loss")
     assert list(after) == list(range(1, STEPS + 1))
     # Those of the steps behind the checkpoint, which are done again, are what they were.
@@ -170,22 +112,36 @@ def test_a_training_goes_on_where_its_killed_worker_has_left_it_and_its_best_che
     assert best["iters"] == min(measured, key=lambda step: measured[step])
     assert best["validation_loss"] == pytest.approx(min(measured.values()))
     for checkpoint in (last, best):
-        weights = load_file(made_of(checkpoint["path"]) / "adapter_model.safetensors")
+        weights = load_file(files_of(checkpoint["path"]) / "adapter_model.safetensors")
         assert all(weight.isfinite().all() for weight in weights.values())
     # The two that did best and the last one, and perhaps what was being written as the worker was killed.
     assert len([kept for kept in (folder / "train").glob("checkpoint_*") if kept.is_dir()]) <= 4
 
 
 def test_a_training_whose_loss_is_no_number_any_more_fails_and_its_last_good_checkpoint_is_kept(
-    context: Context, accept: Accept, train: Train
+    context: Context, accept: Accept
 ) -> None:
     request = accept("diverging", "poisoned", shuffle=False, checkpoint_iters=1)
     with pytest.raises(
         Diverged, match="the loss is nan at step 4: lower the learning rate; the checkpoint of step 3 is"
     ):
-        train(request)
+        train(context, request)
     (kept,) = job_of(context, "diverging").checkpoints or []
     assert kept["iters"] == 3
-    weights = load_file(made_of(kept["path"]) / "adapter_model.safetensors")
+    weights = load_file(files_of(kept["path"]) / "adapter_model.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
     assert any(torch.count_nonzero(weight) for name, weight in weights.items() if "lora_B" in name)
+
+
+def test_an_adapter_that_cannot_be_served_is_merged_into_a_whole_model(context: Context, accept: Accept) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = train(context, accept("merged", algorithm="dora", n_epochs=1))
+    merged, base = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (files_of(made.result["checkpoints"][0]["path"]), context.config.models[0].folder)
+    )
+    changed = {name for name, weight in merged.items() if not torch.equal(weight, base[name])}
+    assert changed == {name for name in base if "q_proj" in name or ".mlp." in name}
+    assert made.model is not None
+    assert made.model.id == "tiny-merged"

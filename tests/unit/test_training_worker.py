@@ -374,3 +374,8 @@ def test_a_validation_loss_that_is_no_number_ends_the_training_before_it_is_a_sc
     assert "stack.errors.Diverged: the validation_loss is nan at step 2: lower the learning rate" in ran.output
     assert len(ran.losses) == 2
     assert not (ran.folder / "kept").exists()
+
+
+def test_a_worker_that_does_not_find_the_files_says_what_nodes_must_share(home: Path, trainings: Trainings) -> None:
+    ran = trainings.run("astray", model=home / "nowhere", fails=True)
+    assert f"{home}/nowhere is not on this node: STACK_HOME must be a folder that all nodes share" in ran.output
