@@ -1,5 +1,6 @@
 """How a training is run: the trainer of Ray Train, whose workers do what jobs/training_worker.py says."""
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from stack.api.post_training import TrainingRequest
 # speed each that one has alone, and if they sleep at once, one alone has a sixth less. And DeepSpeed does not find out
 # by itself that there is no GPU.
 ON_CPU = {"GOMP_SPINCOUNT": "1000", "DS_ACCELERATOR": "cpu"}
+# How often workers are looked at, in seconds. A worker that reports a checkpoint waits for that: two seconds, which is
+# what Ray Train takes, are much of a short training.
+LOOK_S = "0.5"
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ def trainer_of(
     plan: Plan, request: TrainingRequest, name: str, callbacks: list[UserCallback], *, trial: bool = False
 ) -> TorchTrainer:
     """The trainer of a run. One of this name by an attempt that was lost is gone on with from its last checkpoint."""
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", LOOK_S)
     training, settings = request.training_config, plan.settings
     told = replace(
         settings, request=request.model_dump(mode="json"), temporary=f"{settings.temporary}/{name}", trial=trial
