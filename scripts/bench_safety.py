@@ -4,9 +4,10 @@
 
 rows      the injection shield's classifier as a deployment, asked by 64 for a row at a time, beside the same model
           called in a loop, with batches of the same size
-shield    /safety/run_shields with that shield, one request after the other, beside the same model called directly. So
-          what a shield adds is all that lies between: the gateway, the way to the deployment, and its wait for others
-          in its batch. The deployment asked by its handle stands beside them, as it holds a part of that
+shield    /safety/run_shields with that shield, one request after the other, beside the same model called directly, and
+          beside a request that runs no shield. What a shield adds to a request is what is left of its time without
+          these two: the way from the gateway to the deployment and back, and what is done with text and verdict. The
+          deployment asked by its handle stands beside them, as it holds the largest part of that
 together  four shields in one request with Python code, beside the slowest of them alone: the injection shield, a
           jailbreak shield (the same head as another deployment), the code scanner, and llama_guard on the scripted
           engine, whose answer takes a tenth of a second and no CPU, as that of a model on another machine would. A
@@ -168,27 +169,31 @@ def compare_rows(model: SequenceClassifier, peer: ProcessPoolExecutor) -> Compar
 
 def added_by_shield(client: httpx.Client, model: SequenceClassifier, peer: ProcessPoolExecutor) -> list[Figure]:
     texts = drawn(ALONE)
-    direct, deployed, shield = list[float](), list[float](), list[float]()
+    direct, deployed, shield, without = list[float](), list[float](), list[float](), list[float]()
     run(client, ["injection_shield"], texts[0])
     for _ in range(TURNS):
         direct += peer.submit(times_directly, model, texts).result()
         deployed += asyncio.run(times_of_deployment(model, texts))
         shield += times_of(lambda text: run(client, ["injection_shield"], text), texts)
-    return figures_of_shield(direct, deployed, shield)
+        without += times_of(lambda _: client.get("/safety/shields").raise_for_status(), texts)
+    return figures_of_shield(direct, deployed, shield, without)
 
 
-def figures_of_shield(direct: list[float], deployed: list[float], shield: list[float]) -> list[Figure]:
-    """Their medians, from milliseconds, and what the shield adds to the model's own time."""
+def figures_of_shield(
+    direct: list[float], deployed: list[float], shield: list[float], without: list[float]
+) -> list[Figure]:
+    """Their medians, from milliseconds, and what the shield adds to a request and to the model's own time."""
 
     def p50(name: str, values: list[float]) -> Figure:
         return Figure(name, "ms", statistics.median(values))
 
-    added = statistics.median(shield) - statistics.median(direct)
+    added = statistics.median(shield) - statistics.median(without) - statistics.median(direct)
     return [
         p50("a row, the model called directly", direct),
         p50("its deployment, asked by its handle", deployed),
         p50("/safety/run_shields with one shield", shield),
-        Figure("added by the shield to the model's own time", "ms", added, most=MOST_MS),
+        p50("/safety/shields, which runs none", without),
+        Figure("added by the shield to a request and the model's own time", "ms", added, most=MOST_MS),
     ]
 
 
@@ -222,7 +227,7 @@ def drawn(rows: int) -> list[str]:
     return [" ".join(drawing.choices(WORDS, k=drawing.randint(10, 80))) for _ in range(rows)]
 
 
-def times_of(do: Callable[[str], None], texts: Sequence[str]) -> list[float]:
+def times_of(do: Callable[[str], object], texts: Sequence[str]) -> list[float]:
     """The milliseconds that it takes for each text, one after the other."""
     times = []
     for text in texts:

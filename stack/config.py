@@ -190,7 +190,8 @@ class EmbeddingModel(ServedModel):
     `dimensions` is the length of its vectors, that of the model where it is not given; where it is another than the
     model's, the model does not start. With `matryoshka` a request may ask for fewer dimensions: only for models that
     were trained such that the beginnings of their vectors are vectors too. A replica encodes up to `max_batch` texts at
-    once, of one or of several requests, and waits up to `batch_wait_s` seconds for so many.
+    once, of one or of several requests: those that came while it computed, and if it was idle, those that come within
+    `batch_wait_s` seconds.
 
     A replica takes `cpus`, which is also its number of threads, and `gpus`.
     """
@@ -198,7 +199,7 @@ class EmbeddingModel(ServedModel):
     dimensions: Annotated[int, Field(ge=1, le=100_000)] | None = None
     matryoshka: bool = False
     max_batch: Annotated[int, Field(ge=1, le=4_096)] = 32
-    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.005
+    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0
     target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
     gpus: Annotated[float, Field(ge=0, le=1)] = 0
@@ -209,8 +210,8 @@ class SequenceClassifier(ServedModel):
 
     Its folder is one of a sequence classifier of transformers with safetensors, or that of a small head on an embedding
     model (serve_apps/classifiers.py). It takes texts of up to `max_tokens` tokens, and fewer where its files say so. A
-    replica scores up to `max_batch` texts at once, of one or of several requests, and waits up to `batch_wait_s`
-    seconds for so many.
+    replica scores up to `max_batch` texts at once, of one or of several requests: those that came while it computed,
+    and if it was idle, those that come within `batch_wait_s` seconds.
 
     A `path` that begins with stack/ is that of a head which comes with the stack.
 
@@ -219,7 +220,7 @@ class SequenceClassifier(ServedModel):
 
     max_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 512
     max_batch: Annotated[int, Field(ge=1, le=4_096)] = 32
-    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.005
+    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0
     target_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 16
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 64
     gpus: Annotated[float, Field(ge=0, le=1)] = 0

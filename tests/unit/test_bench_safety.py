@@ -16,10 +16,10 @@ from scripts.local_stack import read_serve_file
 
 
 def test_a_shield_is_compared_with_the_model_s_own_time() -> None:
-    *measured, added = figures_of_shield([4, 5, 90], [8, 9, 10], [13, 14, 15])
-    assert [one.p50 for one in measured] == [5, 9, 14]
+    *measured, added = figures_of_shield([4, 5, 90], [8, 9, 10], [23, 24, 25], [9, 10, 11])
+    assert [one.p50 for one in measured] == [5, 9, 24, 10]
     assert (added.p50, added.met) == (9, True)
-    assert not figures_of_shield([4], [9], [14.5])[-1].met
+    assert not figures_of_shield([4], [9], [24.5], [10])[-1].met
 
 
 def test_the_scores_are_shares_with_the_targets_of_the_split_of_the_training_s_kind() -> None:
