@@ -35,6 +35,8 @@ SCRIPTED_MODEL = {
     "adapters": 0,
     "cpus": 0.1,
 }
+GUARDED = "guarded"
+GUARD = {"id": "guard", "type": "llama_guard", "model": MODEL}
 JUDGE = {"kind": "judge", "id": "judge", "model": MODEL, "rubric": "How well does the answer fit the question?"}
 START_S = 400
 # Ray's agents of a node notice after a minute or so that it is gone.
@@ -61,7 +63,7 @@ class Stack:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        file = with_scripted_model(write_config(self.home / "serve.yaml", otlp_address=self.traces.address))
+        file = with_scripted_models(write_config(self.home / "serve.yaml", otlp_address=self.traces.address))
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 [
@@ -145,20 +147,26 @@ def write_config(file: Path, **changes: Any) -> Path:
     return file
 
 
-def with_scripted_model(file: Path) -> Path:
-    """Adds a judge to a Serve config file, and a model of the scripted engine without a replica until somebody asks."""
+def with_scripted_models(file: Path) -> Path:
+    """Adds to a Serve config file two models of the scripted engine, which have no replica until somebody asks, the
+    injection shield before one of them, a judge, and a Llama Guard on a model that is none."""
     document = yaml.safe_load(file.read_text())
     (gateway,) = (one for one in document["applications"] if one["name"] == config.GATEWAY)
-    gateway["args"]["models"].append(SCRIPTED_MODEL)
-    gateway["args"].setdefault("reward_models", []).append(JUDGE)
-    args = {"model": SCRIPTED_MODEL, "artifacts": gateway["args"]["artifacts"]}
-    application = {
-        "name": SCRIPTED,
-        "import_path": local_stack.SCRIPTED_IMPORT_PATH,
-        "route_prefix": None,
-        "args": args,
-    }
-    document["applications"].append(application)
+    args = gateway["args"]
+    args.setdefault("reward_models", []).append(JUDGE)
+    args["shields"].append(GUARD)
+    args["model_shields"] = {GUARDED: {"input": ["injection_shield"], "output": ["injection_shield"]}}
+    for name in (SCRIPTED, GUARDED):
+        model = SCRIPTED_MODEL | {"id": name}
+        args["models"].append(model)
+        document["applications"].append(
+            {
+                "name": name,
+                "import_path": local_stack.SCRIPTED_IMPORT_PATH,
+                "route_prefix": None,
+                "args": {"model": model, "artifacts": args["artifacts"]},
+            }
+        )
     file.write_text(yaml.safe_dump(document))
     return file
 
