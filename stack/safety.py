@@ -27,7 +27,7 @@ from stack.api.safety import (
     ShieldList,
     ShieldResponse,
 )
-from stack.attachments import resolve_text
+from stack.attachments import StackContent, resolve_texts
 from stack.context import Context
 from stack.errors import BadInput, ShieldViolation, StackError
 from stack.models import Endpoint
@@ -347,22 +347,24 @@ async def _tasks() -> AsyncGenerator[asyncio.TaskGroup]:
 
 async def _said_in(messages: Sequence[Message]) -> list[Said]:
     """Messages of the Llama Stack, with their attachments in place. Raises BadInput for images."""
-    said: list[Said] = []
-    for at, message in enumerate(messages):
-        try:
-            said += await _said_by(message)
-        except StackError as error:
-            error.param = f"messages.{at}.content"
-            raise
-    return said
+    contents = [
+        (content, f"messages.{at}.{field}")
+        for at, message in enumerate(messages)
+        for field, content in (("content", message.content), ("context", _context_of(message)))
+    ]
+    texts = await resolve_texts(contents)
+    pairs = zip(messages, texts[::2], texts[1::2], strict=True)
+    return [one for message, text, more in pairs for one in _said_by(message, text, more)]
 
 
-async def _said_by(message: Message) -> list[Said]:
-    text = await resolve_text(message.content)
+def _context_of(message: Message) -> StackContent:
+    return (message.context if isinstance(message, UserMessage) else None) or ""
+
+
+def _said_by(message: Message, text: str, context: str) -> list[Said]:
     match message:
         case UserMessage():
-            more = await resolve_text(message.context) if message.context else ""
-            return [Said("user", f"{text}\n\n{more}" if more else text)]
+            return [Said("user", f"{text}\n\n{context}" if context else text)]
         case SystemMessage():
             return [Said("system", text)]
         case ToolResponseMessage():

@@ -130,6 +130,18 @@ async def test_an_image_cannot_be_judged_and_does_not_pass(context: Context) -> 
     assert caught.value.param == "messages.1.content"
 
 
+async def test_the_attachments_of_all_messages_are_bounded_together(context: Context) -> None:
+    text = {"content": "fine", "mime_type": "text/plain"}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [text] * 10, "context": [text] * 5},
+        {"role": "assistant", "content": [text] * 5},
+    ]
+    await safety.run_shields(context, request("detector", messages=messages))
+    with pytest.raises(BadInput, match="21 attachments; allowed: at most 20") as caught:
+        await safety.run_shields(context, request("detector", messages=[*messages, {"role": "user", "content": text}]))
+    assert caught.value.param == "messages"
+
+
 @pytest.mark.parametrize("field", ["execution_config", "parameters"])
 async def test_what_a_shield_does_not_use_is_refused(context: Context, field: str) -> None:
     value = (
