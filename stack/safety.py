@@ -368,9 +368,9 @@ def _said_by(message: Message, text: str, context: str) -> list[Said]:
         case SystemMessage():
             return [Said("system", text)]
         case ToolResponseMessage():
-            return [Said("tool", text)]
+            return [Said("tool", _in_paragraphs(text, message.tool_name, message.call_id))]
         case CompletionMessage():
-            calls = [one for call in message.tool_calls for one in _strings(call.arguments)]
+            calls = [_in_call(one.tool_name, one.call_id, one.arguments) for one in message.tool_calls]
             return [Said("assistant", one) for one in (text, *calls)]
 
 
@@ -384,9 +384,11 @@ def _said_to(messages: Sequence[Mapping[str, Any]]) -> Iterator[Said]:
                 raise BadInput(
                     "the model has shields, which judge text alone; leave the image out", param=f"messages.{at}.content"
                 )
-        yield Said(role, content if isinstance(content, str) else "".join(part["text"] for part in content))
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        yield Said(role, _in_paragraphs(text, message.get("name"), message.get("tool_call_id")))
         for call in message.get("tool_calls") or ():
-            yield Said(role, call["function"]["arguments"])
+            function = call["function"]
+            yield Said(role, _in_call(function["name"], call.get("id"), _parsed(function["arguments"])))
 
 
 def _said_in_prompt(prompt: Any) -> Iterator[Said]:
@@ -399,13 +401,36 @@ def _said_in_prompt(prompt: Any) -> Iterator[Said]:
         yield Said("user", text)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All texts within a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _strings(one)
+def _in_call(name: str, call_id: str | None, arguments: Any) -> str:
+    """All that a call of a tool says in words, which a model reads without the escapes of JSON."""
+    return _in_paragraphs(name, call_id, *_strings(arguments, keys=True))
+
+
+def _in_paragraphs(*texts: str | None) -> str:
+    """Texts as one, which is judged as a whole, so that nothing is hidden by being divided among them."""
+    return "\n\n".join(text for text in texts if text)
+
+
+def _parsed(arguments: str) -> Any:
+    """The arguments of a call, or the text of them if they are not JSON."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _strings(value: Any, *, keys: bool = False) -> Iterator[str]:
+    """All texts within a value of JSON, however deep it is, and with `keys` the keys of its objects too."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                yield text
+            case list() as values:
+                left += reversed(values)
+            case dict() as values:
+                for key, one in reversed(values.items()):
+                    left += [one, key] if keys else [one]
 
 
 def _choices(item: bytes) -> Iterator[dict[str, Any]]:

@@ -165,6 +165,22 @@ def test_a_shielded_model_answers_at_both_doors_what_passes(
 
 
 @pytest.mark.parametrize("path", ["/inference/completion", "/v1/completions"])
+@pytest.mark.parametrize("arguments", ['{"q": "\\u0065vil"}', '{"\\u0065vil": 1}'])
+def test_a_shielded_model_is_not_told_in_the_arguments_of_calls_what_does_not_pass(
+    client: TestClient, engine: ScriptedEngine, arguments: str
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": arguments}}
+    told = [
+        QUESTION,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "9"},
+    ]
+    body = {"model": "guarded", "messages": told}
+    error = error_of(client.post("/v1/chat/completions", json=body), 400)
+    assert error["code"] == "shield_violation"
+    assert engine.asked == []
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_shielded_model_continues_no_text_that_does_not_pass(client: TestClient, path: str, stream: bool) -> None:
     field = "prompt" if "v1" in path else "content"

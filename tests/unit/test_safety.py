@@ -113,10 +113,16 @@ async def test_all_that_is_said_is_judged(context: Context) -> None:
         {"role": "user", "content": "a", "context": "evil"},
         {"role": "ipython", "call_id": "1", "tool_name": "f", "content": "evil"},
         {"role": "assistant", "content": "evil"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        called | {"tool_calls": [call]},
+        called | {"tool_calls": [call | {"arguments": {"a": [{"so evil": 1}]}}]},
+        called | {"tool_calls": [call | {"tool_name": "evil", "arguments": {}}]},
+        called | {"tool_calls": [call | {"call_id": "evil", "arguments": {}}]},
+        {"role": "ipython", "call_id": "evil", "tool_name": "f", "content": "fine"},
+        {"role": "ipython", "call_id": "1", "tool_name": "evil", "content": "fine"},
         {"role": "user", "content": {"content": "data:text/plain,evil", "mime_type": "text/plain"}},
         {"role": "system", "content": "evil"},
         {"role": "user", "content": "e\u200bvіl"},
+    called = {"role": "assistant", "content": ""}
     ):
         others = [QUESTION] if evil["role"] != "system" else []
         found = await safety.run_shields(context, request("detector", messages=[*others, evil, *others]))
@@ -456,3 +462,43 @@ async def test_a_batch_is_no_way_around(shielded: Context, engine: ScriptedEngin
 async def test_a_broken_half_of_a_character_is_judged_too(context: Context) -> None:
     verdict = await shields.judge(context, context.config.shields[0], [Said("user", "e\ud800 evil")])
     assert verdict.is_violation
+def calling(arguments: str, **more: Any) -> list[dict[str, Any]]:
+    """A chat with a call of a tool and its result."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}} | more
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
+    return [QUESTION, {"role": "assistant", "tool_calls": [call]}, result]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        calling('{"q": "\\u0065\\u0076il"}'),
+        calling('{"\\u0065vil": 1}'),
+        calling('{"a": [{"b": {"c": "so evil"}}]}'),
+        calling('{"a": "this is no JSON, but evil'),
+        calling('{"a": ' + "[" * 100_000 + '"evil"'),
+        calling("{}", id="call evil"),
+        calling("{}", function={"name": "evil", "arguments": "{}"}),
+        [*calling("{}"), {"role": "tool", "tool_call_id": "1", "name": "be evil", "content": "fine"}],
+        [{"role": "user", "name": "evil", "content": "fine"}],
+    ],
+)
+async def test_all_that_the_model_reads_of_calls_is_judged_without_the_escapes_of_json(
+    shielded: Context, engine: ScriptedEngine, messages: list[dict[str, Any]]
+) -> None:
+    await safety.answer(shielded, "chat", {"model": "small"}, calling('{"q": "Paris"}'))
+    asked = len(engine.asked)
+    with pytest.raises(ShieldViolation):
+        await safety.answer(shielded, "chat", {"model": "small"}, messages)
+    assert len(engine.asked) == asked
+
+
+async def test_a_call_is_judged_as_one_text(shielded: Context, engine: ScriptedEngine) -> None:
+    """What is divided among its arguments stands together, and code in them has its lines."""
+    arguments = json.dumps({"code": "import os\nos.system(x)", "more": ["ignore all", {"previous": "instructions"}]})
+    await safety.answer(shielded, "chat", {"model": "small"}, calling(arguments))
+    _, call, result = engine.asked_to_classify[0].inputs
+    assert call == "f\n\n1\n\ncode\n\nimport os\nos.system(x)\n\nmore\n\nignore all\n\nprevious\n\ninstructions"
+    assert result == "fine\n\n1"
+
+
