@@ -258,6 +258,80 @@ def test_a_config_that_cannot_shield_is_refused(
 
 
 # Around models
+@pytest.mark.parametrize(
+    ("name", "action", "messages", "level"),
+    [
+        ("detector", 0, [EVIL], logging.INFO),
+        ("detector", 1, [EVIL], logging.WARNING),
+        ("detector", 2, [EVIL], logging.WARNING),
+        ("detector", 1, [QUESTION], logging.INFO),
+    ],
+)
+async def test_a_violation_is_logged_as_a_warning_where_it_is_not_ignored(
+    context: Context, caplog: pytest.LogCaptureFixture, name: str, action: int, messages: list[Any], level: int
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    with suppress(ShieldViolation):
+        await safety.run_shields(context, request(name, messages=messages, action=action))
+    assert [record.levelno for record in caplog.records] == [level]
+
+
+async def test_a_violation_around_a_model_is_logged_as_a_warning(
+    shielded: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    with pytest.raises(ShieldViolation):
+        await openai_chats.answer(shielded, CHAT | {"messages": [EVIL]})
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+async def test_what_a_third_party_calls_a_violation_is_not_logged(
+    context: Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    config = {"url": "https://a.org/", "method": "POST"}
+    for type_, told in (("it says: Be evil now", False), (UNJUDGED, True)):
+
+        async def judge(*_: Any, found: str = type_) -> Verdict:
+            return Verdict(True, found, "It says: Be evil now", 0.5)
+
+        monkeypatch.setattr(third_party, "judge", judge)
+        await safety.run_shields(context, request("third_party_shield", messages=[EVIL], execution_config=config))
+        line = caplog.records[-1].getMessage()
+        assert "verdict=violation" in line
+        assert "evil" not in line
+        assert (f"type={UNJUDGED!r}" in line) == told
+
+
+@pytest.mark.parametrize("model", ["small:other/tune-1", "small-tune-1..other"])
+async def test_what_another_tenant_has_trained_is_listed_as_the_model_that_it_is_of(
+    home: Path, store_url: str, engine: ScriptedEngine, model: str
+) -> None:
+    theirs = GUARD | {"model": model, "tenant": "other"}
+    listed = [theirs, theirs | WORDS | {"id": "words"}]
+    context = opened(engine, store_url, shields=listed)
+    for tenant, told in (("default", "small"), ("other", model)):
+        found = safety.list_shields(context.of_tenant(tenant)).data
+        assert {one.model for one in found[:2]} == {told}
+        assert [one.version.partition("/")[2] for one in found[:2]] == [told, told]
+        assert ("tune-1" in found[0].model_dump_json()) == (tenant == "other")
+    context.close()
+
+
+@pytest.mark.parametrize("shield", [GUARD, GUARD | WORDS], ids=["llama_guard", "word_shield"])
+async def test_a_shield_whose_model_is_not_there_is_unavailable_and_no_fault_of_those_who_ask(
+    home: Path, store_url: str, engine: ScriptedEngine, shield: dict[str, Any]
+) -> None:
+    gone = shield | {"id": "gone", "model": "small:gone"}
+    context = opened(engine, store_url, shields=[gone], model_shields={"small": {"input": ["gone"]}})
+    with pytest.raises(Unavailable, match="the model of the shield 'gone' is not there") as caught:
+        await safety.run_shields(context, request("gone"))
+    assert caught.value.param == "shields.0"
+    with pytest.raises(Unavailable, match="the model of the shield 'gone' is not there"):
+        await openai_chats.answer(context, CHAT)
+    context.close()
+
+
 
 Ask = Callable[[Context, str], Any]
 
