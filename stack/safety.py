@@ -76,6 +76,7 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
         _act(definition, verdict, f"shields.{at}")
     return RunShieldsResponse(
         responses=[
+    _require_different(runs)
             ShieldResponse(
                 shield_type=definition.shield_type,
                 is_violation=verdict.is_violation,
@@ -292,6 +293,18 @@ async def _judge_all(context: Context, runs: Sequence[_Run], said: Sequence[Said
 
 async def _judge(context: Context, at: int, run: _Run, said: Sequence[Said]) -> Verdict:
     """The verdict of one shield, which is logged."""
+def _require_different(runs: Sequence[_Run]) -> None:
+    """Raises BadInput where a shield would judge the same twice. Third parties can be different ones."""
+    ids = [run.shield.id for run in runs]
+    for at, run in enumerate(runs):
+        first = ids.index(run.shield.id)
+        if first < at and not isinstance(run.shield, ThirdPartyShield):
+            raise BadInput(
+                f"the shield {run.shield.id!r} is there already, as shields.{first}; allowed: each once",
+                param=f"shields.{at}.shield_type",
+            )
+
+
     started = time.perf_counter()
     try:
         with tracing.leaf("shield", shield=run.shield.id):

@@ -72,6 +72,7 @@ def test_a_shield_that_raises_is_a_typed_error(client: TestClient) -> None:
         ({"messages": None}, "messages", "list"),
         ({"shields": []}, "shields", "at least 1"),
         ({"shields": [CODE] * 21}, "shields", "at most 20"),
+        ({"shields": [INJECTION, CODE, CODE]}, "shields.2.shield_type", "is there already, as shields.1"),
         ({"shields": [CODE | {"on_violation_action": 3}]}, "shields.0.on_violation_action", "0, 1 or 2"),
         ({"shields": [CODE | {"shield_type": "nothing"}]}, "shields.0.shield_type", "there are: detector"),
         ({"shields": [CODE | {"shield_type": "llama_guard"}]}, "shields.0.shield_type", "there are: detector"),

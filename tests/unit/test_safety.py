@@ -17,7 +17,8 @@ from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, ShieldViolation, StackError, Unavailable
 from stack.shield_config import Shield
-from stack.shields import Said, Verdict
+from stack.shields import Said, Verdict, third_party
+from stack.shields.verdict import UNJUDGED
 from tests.conftest import CONFIG
 from tests.samples import add_adapter
 from tests.scripted_engine import ScriptedEngine
@@ -116,6 +117,7 @@ async def test_all_that_is_said_is_judged(context: Context) -> None:
         called | {"tool_calls": [call]},
         called | {"tool_calls": [call | {"arguments": {"a": [{"so evil": 1}]}}]},
         called | {"tool_calls": [call | {"tool_name": "evil", "arguments": {}}]},
+    called = {"role": "assistant", "content": ""}
         called | {"tool_calls": [call | {"call_id": "evil", "arguments": {}}]},
         {"role": "ipython", "call_id": "evil", "tool_name": "f", "content": "fine"},
         {"role": "ipython", "call_id": "1", "tool_name": "evil", "content": "fine"},
