@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import Counter, Histogram
 
@@ -29,10 +29,20 @@ from stack.api.safety import (
 )
 from stack.attachments import StackContent, resolve_texts
 from stack.context import Context
-from stack.errors import BadInput, ShieldViolation, StackError
+from stack.errors import BadInput, NotFound, ShieldViolation, StackError, Unavailable
 from stack.models import Endpoint
-from stack.shield_config import EVERY_OTHER, CodeScannerShield, ModelShields, Shield, ThirdPartyShield
+from stack.shield_config import (
+    EVERY_OTHER,
+    CodeScannerShield,
+    LlamaGuardShield,
+    ModelShields,
+    Shield,
+    ThirdPartyShield,
+    WordShield,
+    base_of,
+)
 from stack.shields import Said, Verdict
+from stack.shields.verdict import UNJUDGED
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,9 +73,10 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
     on_violation_action is raise finds something, and what keeps a shield from judging: TooManyRequests, Unavailable.
     """
     runs = [
-        _Run(_shield_of(context, definition, at), definition.execution_config)
+        _Run(_shield_of(context, definition, at), definition.execution_config, definition.on_violation_action)
         for at, definition in enumerate(request.shields)
     ]
+    _require_different(runs)
     said = await _said_in(request.messages)
     try:
         verdicts = await _judge_all(context, runs, said)
@@ -76,7 +87,6 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
         _act(definition, verdict, f"shields.{at}")
     return RunShieldsResponse(
         responses=[
-    _require_different(runs)
             ShieldResponse(
                 shield_type=definition.shield_type,
                 is_violation=verdict.is_violation,
@@ -91,6 +101,7 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
 
 def list_shields(context: Context) -> ShieldList:
     """The shields that a request can name."""
+    known = {name: _as_told(context, shield) for name, shield in _known(context).items()}
     return ShieldList(
         data=[
             ShieldInfo(
@@ -101,7 +112,7 @@ def list_shields(context: Context) -> ShieldList:
                 model=getattr(shield, "model", None),
                 threshold=getattr(shield, "threshold", None),
             )
-            for name, shield in _known(context).items()
+            for name, shield in known.items()
         ]
     )
 
@@ -142,10 +153,11 @@ async def stream(
 
 @dataclass(frozen=True)
 class _Run:
-    """A shield that is to judge something."""
+    """A shield that is to judge something, and what becomes of a violation."""
 
     shield: Shield
     execution: RestAPIExecutionConfig | None = None
+    action: OnViolationAction = OnViolationAction.raise_
 
 
 class _Failed(Exception):
@@ -250,6 +262,14 @@ def _known(context: Context) -> dict[str, Shield]:
     return known
 
 
+def _as_told(context: Context, shield: Shield) -> Shield:
+    """A shield as the tenant may know it: of what another one has trained only the model that it was made of."""
+    if isinstance(shield, LlamaGuardShield | WordShield) and shield.tenant != context.tenant:
+        base = base_of(shield.model, (model.id for model in context.config.models))
+        return shield.model_copy(update={"model": base})
+    return shield
+
+
 def _shield_of(context: Context, definition: ShieldDefinition, at: int) -> Shield:
     known = _known(context)
     shield = known.get(definition.shield_type)
@@ -273,6 +293,18 @@ def _shield_of(context: Context, definition: ShieldDefinition, at: int) -> Shiel
     return shield
 
 
+def _require_different(runs: Sequence[_Run]) -> None:
+    """Raises BadInput where a shield would judge the same twice. Third parties can be different ones."""
+    ids = [run.shield.id for run in runs]
+    for at, run in enumerate(runs):
+        first = ids.index(run.shield.id)
+        if first < at and not isinstance(run.shield, ThirdPartyShield):
+            raise BadInput(
+                f"the shield {run.shield.id!r} is there already, as shields.{first}; allowed: each once",
+                param=f"shields.{at}.shield_type",
+            )
+
+
 def _require_parameters(definition: ShieldDefinition, asked: RestAPIExecutionConfig | None, at: int) -> None:
     """The parameters are what the third party is to be given: required ones must stand in its params or body."""
     given = {**((asked and asked.params) or {}), **((asked and asked.body) or {})}
@@ -293,38 +325,34 @@ async def _judge_all(context: Context, runs: Sequence[_Run], said: Sequence[Said
 
 async def _judge(context: Context, at: int, run: _Run, said: Sequence[Said]) -> Verdict:
     """The verdict of one shield, which is logged."""
-def _require_different(runs: Sequence[_Run]) -> None:
-    """Raises BadInput where a shield would judge the same twice. Third parties can be different ones."""
-    ids = [run.shield.id for run in runs]
-    for at, run in enumerate(runs):
-        first = ids.index(run.shield.id)
-        if first < at and not isinstance(run.shield, ThirdPartyShield):
-            raise BadInput(
-                f"the shield {run.shield.id!r} is there already, as shields.{first}; allowed: each once",
-                param=f"shields.{at}.shield_type",
-            )
-
-
     started = time.perf_counter()
     try:
         with tracing.leaf("shield", shield=run.shield.id):
             verdict = await shields.judge(context, run.shield, said, run.execution)
     except StackError as error:
-        _log(run.shield, "failed", started, said, reason=error.code)
-        raise _Failed(at, error) from error
-    _log(run.shield, "violation" if verdict.is_violation else "passed", started, said, verdict.score, verdict.type)
+        _log(run, "failed", started, said, reason=error.code)
+        raise _Failed(at, _told(run.shield, error)) from error
+    outcome: Literal["violation", "passed"] = "violation" if verdict.is_violation else "passed"
+    # The type that a third party tells is its own text, and may be one that it was sent.
+    is_own = not isinstance(run.shield, ThirdPartyShield) or verdict.type == UNJUDGED
+    _log(run, outcome, started, said, verdict.score, verdict.type if is_own else None)
     return verdict
 
 
+def _told(shield: Shield, error: StackError) -> StackError:
+    """Whoever asks has named the shield, and no model: that it is not there is no fault of theirs."""
+    return Unavailable(f"the model of the shield {shield.id!r} is not there") if isinstance(error, NotFound) else error
+
+
 def _log(
-    shield: Shield,
-    outcome: str,
+    run: _Run,
+    outcome: Literal["violation", "passed", "failed"],
     started: float,
     said: Sequence[Said],
     score: float | None = None,
     reason: str | None = None,
 ) -> None:
-    seconds = time.perf_counter() - started
+    shield, seconds = run.shield, time.perf_counter() - started
     VERDICTS.labels(shield.id, outcome).inc()
     SECONDS.labels(shield.id).observe(seconds)
     told = f"shield={shield.id} version={shields.version(shield)} verdict={outcome} ms={seconds * 1_000:.1f}"
@@ -332,7 +360,8 @@ def _log(
     told += "" if reason is None else f" type={reason[:100]!r}"
     if shield.log_text:
         told += f" text={json.dumps([one.text for one in said if one.is_judged])[:10_000]}"
-    logger.log(logging.INFO if outcome == "passed" else logging.WARNING, "%s", told)
+    is_ignored = outcome == "violation" and run.action == OnViolationAction.ignore
+    logger.log(logging.INFO if outcome == "passed" or is_ignored else logging.WARNING, "%s", told)
 
 
 def _act(definition: ShieldDefinition, verdict: Verdict, place: str) -> None:

@@ -165,7 +165,6 @@ def test_a_shielded_model_answers_at_both_doors_what_passes(
     assert client.post(path, json={"model": "small", "messages": [EVIL]}).status_code == 200
 
 
-@pytest.mark.parametrize("path", ["/inference/completion", "/v1/completions"])
 @pytest.mark.parametrize("arguments", ['{"q": "\\u0065vil"}', '{"\\u0065vil": 1}'])
 def test_a_shielded_model_is_not_told_in_the_arguments_of_calls_what_does_not_pass(
     client: TestClient, engine: ScriptedEngine, arguments: str
@@ -182,6 +181,7 @@ def test_a_shielded_model_is_not_told_in_the_arguments_of_calls_what_does_not_pa
     assert engine.asked == []
 
 
+@pytest.mark.parametrize("path", ["/inference/completion", "/v1/completions"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_shielded_model_continues_no_text_that_does_not_pass(client: TestClient, path: str, stream: bool) -> None:
     field = "prompt" if "v1" in path else "content"

@@ -26,7 +26,7 @@ REWARD_MODELS: list[dict[str, Any]] = [
     {"kind": "classifier", "id": "reward", "path": "models/reward", "max_tokens": 64},
     {"kind": "classifier", "id": "several", "path": "models/several", "heads": {"kind": 0.5, "true": 2, "long": -1}},
     {"kind": "judge", "id": "judge", "model": "small", "rubric": "Is it right?"},
-    {"kind": "judge", "id": "astray", "model": "gone", "rubric": "Is it right?"},
+    {"kind": "judge", "id": "astray", "model": "small:gone", "rubric": "Is it right?"},
 ]
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -247,7 +247,7 @@ async def test_what_a_judges_model_refuses_is_told_with_the_place(context: Conte
 
 
 async def test_a_judge_without_its_model_says_so(context: Context) -> None:
-    with pytest.raises(NotFound, match="the judge 'astray' has lost its model: there is no model 'gone'"):
+    with pytest.raises(NotFound, match="the judge 'astray' has lost its model: there is no model 'small:gone'"):
         await reward_scoring.score(context, request([answer("one")], model="astray"))
 
 
