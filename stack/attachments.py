@@ -8,7 +8,7 @@ import asyncio
 import base64
 import binascii
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -54,9 +54,10 @@ _ROLES_WITH_IMAGES = ("user", "tool")
 
 # A content in OpenAI's shape. Beside OpenAI's kinds of parts there may be {"type": "attachment", "attachment": {…}}.
 OpenAIContent = str | list[dict[str, Any]]
+StackContent = str | Attachment | list[str | Attachment]
 
 
-def openai_content(*contents: str | Attachment | list[str | Attachment] | None) -> OpenAIContent:
+def openai_content(*contents: StackContent | None) -> OpenAIContent:
     """Contents in OpenAI's shape, behind one another with an empty line between: a text, or parts for `resolve`."""
     parts: list[str | Attachment] = []
     for content in contents:
@@ -88,13 +89,30 @@ async def resolve(context: Context, model: str, messages: list[dict[str, Any]]) 
     return [_with(message, had) for message in messages]
 
 
-async def resolve_text(content: str | Attachment | list[str | Attachment]) -> str:
+async def resolve_text(content: StackContent) -> str:
     """A content as one text, with every attachment in place. Raises as `resolve` does, and BadInput for images."""
-    message = {"role": "user", "content": openai_content(content)}
-    wanted = [_Wanted.of(message, part, "content") for part in _parts(message) if not _is_text(part)]
-    if any(one.is_image for one in wanted):
-        raise BadInput("an image cannot be continued as a text; images stand in the messages of chats", param="content")
-    return str(_with(message, iter(await _get_all(wanted)))["content"])
+    (text,) = await resolve_texts([(content, "content")])
+    return text
+
+
+async def resolve_texts(contents: Sequence[tuple[StackContent, str]]) -> list[str]:
+    """Contents of one request as a text each, as `resolve_text` gives it: the bounds are those of all together.
+
+    Each comes with its place, which errors name.
+    """
+    messages = [{"role": "user", "content": openai_content(content)} for content, _ in contents]
+    wanted = [
+        _Wanted.of(message, part, place)
+        for message, (_, place) in zip(messages, contents, strict=True)
+        for part in _parts(message)
+        if not _is_text(part)
+    ]
+    if image := next((one for one in wanted if one.is_image), None):
+        raise BadInput(
+            "an image cannot be continued as a text; images stand in the messages of chats", param=image.place
+        )
+    had = iter(await _get_all(wanted))
+    return [str(_with(message, had)["content"]) for message in messages]
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from stack.api.batch_inference import (
 )
 from stack.api.inference import ChatCompletionRequest, ChatCompletionResponse, CompletionRequest, CompletionResponse
 from stack.api.messages import CompletionMessage, StopReason
+from stack.config import SequenceClassifier
 from stack.context import Context
 from stack.errors import BadInput, StackError, TooManyRequests
-from stack.models import Endpoint, Engine, Model
+from stack.models import Classifiable, Endpoint, Engine, Model, Scores
 
 # How many rows of a batch are with the engine at once, so that there is room for others in its queue.
 AT_ONCE = 64
@@ -96,12 +97,14 @@ async def _ask_all(
 
 
 class PatientEngine:
-    """An engine that is asked again while its queue is full: the engine alone, as what a row holds was fetched once."""
+    """An engine that is asked again while its queue is full: the engine alone, as what a row holds was fetched once.
+
+    So are the classifiers of the shields that a row passes.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.embed = engine.embed
-        self.classify = engine.classify
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         waited = 0
@@ -112,11 +115,27 @@ class PatientEngine:
                         yield item
                 return
             except TooManyRequests as error:
-                seconds = error.retry_after or 1
-                waited += seconds
-                if waited > PATIENCE_S:
-                    raise
+                seconds = _more_patience(waited, error)
+            waited += seconds
             await pause(seconds)
+
+    async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], windows: bool) -> Scores:
+        waited = 0
+        while True:
+            try:
+                return await self._engine.classify(model, inputs, windows)
+            except TooManyRequests as error:
+                seconds = _more_patience(waited, error)
+            waited += seconds
+            await pause(seconds)
+
+
+def _more_patience(waited: int, error: TooManyRequests) -> int:
+    """For how many more seconds to wait. Raises the error where there is no patience left."""
+    seconds = error.retry_after or 1
+    if waited + seconds > PATIENCE_S:
+        raise error
+    return seconds
 
 
 def _require_not_all_in_vain(outcomes: list[Answer | StackError]) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError
 
 from stack.api.wire import ModelId, Wire, at_most, describe, without_nul
 from stack.errors import BadInput
-from stack.shield_config import ModelShields, Shield, require_shields_fit
+from stack.shield_config import ModelShields, Shield, require_base, require_shields_fit
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_FILE = ROOT / "serve_apps" / "local.yaml"
@@ -338,6 +338,12 @@ class Config(Wire):
     def _shields_fit(self) -> "Config":
         classifiers = {model.id for model in self.classifiers}
         require_shields_fit(self.shields, classifiers, self.model_shields, [model.id for model in self.models])
+        return self
+
+    @model_validator(mode="after")
+    def _judges_fit(self) -> "Config":
+        for judge in self.judges:
+            require_base(judge.model, [model.id for model in self.models], f"reward_models: the judge {judge.id!r}")
         return self
 
     @field_validator("store")

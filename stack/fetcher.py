@@ -81,7 +81,7 @@ class Fetcher:
         with self._our_errors(host, deadline), self._connected(host, port, addresses, deadline) as connection:
             connection.request("GET", target, headers=_HEADERS)
             with connection.getresponse() as response:
-                _check(response, url, most)
+                _check(response, url, most, target=response.headers.get("location", "nowhere"))
                 self._copy(response, into, most, deadline)
 
     def send(self, url: str, method: str, headers: Mapping[str, str], content: bytes, most: int) -> bytes:
@@ -89,6 +89,7 @@ class Fetcher:
 
         Raises BadInput for an address that is not allowed, and Unavailable for all that the far side does not do as it
         should: it does not answer in time, redirects, or answers another status than 200 or more than `most` bytes.
+        They name the host alone: the address may be the config's, and hold a key that is not for those who ask.
         """
         host, port, target = self._parts(url)
         addresses = self._addresses(host, port)
@@ -99,7 +100,7 @@ class Fetcher:
                 sent = {**headers, **_HEADERS, "Content-Type": "application/json"}
                 connection.request(method, target, body=content, headers=sent)
                 with connection.getresponse() as response:
-                    _check(response, url, most)
+                    _check(response, host, most)
                     self._copy(response, into, most, deadline)
         except (BadInput, TooLarge) as error:
             raise Unavailable(error.message) from error
@@ -124,9 +125,9 @@ class Fetcher:
             host, port = parts.hostname or "", parts.port or 443
             host.encode("idna")
         except ValueError as error:
-            raise BadInput(f"{url!r} is no address: {error}") from error
+            raise BadInput(f"{_without_query(url)!r} is no address: {error}") from error
         if parts.scheme != "https" or not host:
-            raise BadInput(f"{url!r} cannot be fetched; allowed: https://host/path")
+            raise BadInput(f"{_without_query(url)!r} cannot be fetched; allowed: https://host/path")
         if parts.username is not None or parts.password is not None:
             raise BadInput("an address must not hold a user name or a password")
         if port not in self.ports:
@@ -134,7 +135,7 @@ class Fetcher:
             raise BadInput(f"the port {port} may not be asked; allowed: {allowed}")
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         if not target.isascii() or not target.isprintable() or " " in target or "\\" in url:
-            raise BadInput(f"{url!r} holds characters that must be percent-encoded in an address")
+            raise BadInput(f"{_without_query(url)!r} holds characters that must be percent-encoded in an address")
         return host, port, target
 
     def _addresses(self, host: str, port: int) -> list[str]:
@@ -184,10 +185,15 @@ class Fetcher:
             raise Unavailable(f"the content broke off after {total} bytes")
 
 
-def _check(response: http.client.HTTPResponse, url: str, most: int) -> None:
+def _without_query(url: str) -> str:
+    """An address without its parameters, among which keys may be."""
+    return url.partition("?")[0]
+
+
+def _check(response: http.client.HTTPResponse, url: str, most: int, target: str = "") -> None:
     if 300 <= response.status < 400:
-        target = response.headers.get("location", "nowhere")
-        raise BadInput(f"{url} redirects to {target[:500]!r}; redirects are not followed: name that address")
+        to = f" to {target[:500]!r}" if target else ""
+        raise BadInput(f"{url} redirects{to}; redirects are not followed: name that address")
     if response.status >= 500:
         raise Unavailable(f"{url} answers with the status {response.status}")
     if response.status != 200:

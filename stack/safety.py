@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import Counter, Histogram
 
@@ -27,12 +27,22 @@ from stack.api.safety import (
     ShieldList,
     ShieldResponse,
 )
-from stack.attachments import resolve_text
+from stack.attachments import StackContent, resolve_texts
 from stack.context import Context
-from stack.errors import BadInput, ShieldViolation, StackError
+from stack.errors import BadInput, NotFound, ShieldViolation, StackError, Unavailable
 from stack.models import Endpoint
-from stack.shield_config import EVERY_OTHER, CodeScannerShield, ModelShields, Shield, ThirdPartyShield
+from stack.shield_config import (
+    EVERY_OTHER,
+    CodeScannerShield,
+    LlamaGuardShield,
+    ModelShields,
+    Shield,
+    ThirdPartyShield,
+    WordShield,
+    base_of,
+)
 from stack.shields import Said, Verdict
+from stack.shields.verdict import UNJUDGED
 
 logger = logging.getLogger("ray.serve")
 
@@ -63,9 +73,10 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
     on_violation_action is raise finds something, and what keeps a shield from judging: TooManyRequests, Unavailable.
     """
     runs = [
-        _Run(_shield_of(context, definition, at), definition.execution_config)
+        _Run(_shield_of(context, definition, at), definition.execution_config, definition.on_violation_action)
         for at, definition in enumerate(request.shields)
     ]
+    _require_different(runs)
     said = await _said_in(request.messages)
     try:
         verdicts = await _judge_all(context, runs, said)
@@ -90,6 +101,7 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
 
 def list_shields(context: Context) -> ShieldList:
     """The shields that a request can name."""
+    known = {name: _as_told(context, shield) for name, shield in _known(context).items()}
     return ShieldList(
         data=[
             ShieldInfo(
@@ -100,7 +112,7 @@ def list_shields(context: Context) -> ShieldList:
                 model=getattr(shield, "model", None),
                 threshold=getattr(shield, "threshold", None),
             )
-            for name, shield in _known(context).items()
+            for name, shield in known.items()
         ]
     )
 
@@ -141,10 +153,11 @@ async def stream(
 
 @dataclass(frozen=True)
 class _Run:
-    """A shield that is to judge something."""
+    """A shield that is to judge something, and what becomes of a violation."""
 
     shield: Shield
     execution: RestAPIExecutionConfig | None = None
+    action: OnViolationAction = OnViolationAction.raise_
 
 
 class _Failed(Exception):
@@ -249,6 +262,14 @@ def _known(context: Context) -> dict[str, Shield]:
     return known
 
 
+def _as_told(context: Context, shield: Shield) -> Shield:
+    """A shield as the tenant may know it: of what another one has trained only the model that it was made of."""
+    if isinstance(shield, LlamaGuardShield | WordShield) and shield.tenant != context.tenant:
+        base = base_of(shield.model, (model.id for model in context.config.models))
+        return shield.model_copy(update={"model": base})
+    return shield
+
+
 def _shield_of(context: Context, definition: ShieldDefinition, at: int) -> Shield:
     known = _known(context)
     shield = known.get(definition.shield_type)
@@ -270,6 +291,18 @@ def _shield_of(context: Context, definition: ShieldDefinition, at: int) -> Shiel
         return shield
     _require_parameters(definition, definition.execution_config or shield.execution_config, at)
     return shield
+
+
+def _require_different(runs: Sequence[_Run]) -> None:
+    """Raises BadInput where a shield would judge the same twice. Third parties can be different ones."""
+    ids = [run.shield.id for run in runs]
+    for at, run in enumerate(runs):
+        first = ids.index(run.shield.id)
+        if first < at and not isinstance(run.shield, ThirdPartyShield):
+            raise BadInput(
+                f"the shield {run.shield.id!r} is there already, as shields.{first}; allowed: each once",
+                param=f"shields.{at}.shield_type",
+            )
 
 
 def _require_parameters(definition: ShieldDefinition, asked: RestAPIExecutionConfig | None, at: int) -> None:
@@ -297,21 +330,29 @@ async def _judge(context: Context, at: int, run: _Run, said: Sequence[Said]) -> 
         with tracing.leaf("shield", shield=run.shield.id):
             verdict = await shields.judge(context, run.shield, said, run.execution)
     except StackError as error:
-        _log(run.shield, "failed", started, said, reason=error.code)
-        raise _Failed(at, error) from error
-    _log(run.shield, "violation" if verdict.is_violation else "passed", started, said, verdict.score, verdict.type)
+        _log(run, "failed", started, said, reason=error.code)
+        raise _Failed(at, _told(run.shield, error)) from error
+    outcome: Literal["violation", "passed"] = "violation" if verdict.is_violation else "passed"
+    # The type that a third party tells is its own text, and may be one that it was sent.
+    is_own = not isinstance(run.shield, ThirdPartyShield) or verdict.type == UNJUDGED
+    _log(run, outcome, started, said, verdict.score, verdict.type if is_own else None)
     return verdict
 
 
+def _told(shield: Shield, error: StackError) -> StackError:
+    """Whoever asks has named the shield, and no model: that it is not there is no fault of theirs."""
+    return Unavailable(f"the model of the shield {shield.id!r} is not there") if isinstance(error, NotFound) else error
+
+
 def _log(
-    shield: Shield,
-    outcome: str,
+    run: _Run,
+    outcome: Literal["violation", "passed", "failed"],
     started: float,
     said: Sequence[Said],
     score: float | None = None,
     reason: str | None = None,
 ) -> None:
-    seconds = time.perf_counter() - started
+    shield, seconds = run.shield, time.perf_counter() - started
     VERDICTS.labels(shield.id, outcome).inc()
     SECONDS.labels(shield.id).observe(seconds)
     told = f"shield={shield.id} version={shields.version(shield)} verdict={outcome} ms={seconds * 1_000:.1f}"
@@ -319,7 +360,8 @@ def _log(
     told += "" if reason is None else f" type={reason[:100]!r}"
     if shield.log_text:
         told += f" text={json.dumps([one.text for one in said if one.is_judged])[:10_000]}"
-    logger.log(logging.INFO if outcome == "passed" else logging.WARNING, "%s", told)
+    is_ignored = outcome == "violation" and run.action == OnViolationAction.ignore
+    logger.log(logging.INFO if outcome == "passed" or is_ignored else logging.WARNING, "%s", told)
 
 
 def _act(definition: ShieldDefinition, verdict: Verdict, place: str) -> None:
@@ -347,28 +389,30 @@ async def _tasks() -> AsyncGenerator[asyncio.TaskGroup]:
 
 async def _said_in(messages: Sequence[Message]) -> list[Said]:
     """Messages of the Llama Stack, with their attachments in place. Raises BadInput for images."""
-    said: list[Said] = []
-    for at, message in enumerate(messages):
-        try:
-            said += await _said_by(message)
-        except StackError as error:
-            error.param = f"messages.{at}.content"
-            raise
-    return said
+    contents = [
+        (content, f"messages.{at}.{field}")
+        for at, message in enumerate(messages)
+        for field, content in (("content", message.content), ("context", _context_of(message)))
+    ]
+    texts = await resolve_texts(contents)
+    pairs = zip(messages, texts[::2], texts[1::2], strict=True)
+    return [one for message, text, more in pairs for one in _said_by(message, text, more)]
 
 
-async def _said_by(message: Message) -> list[Said]:
-    text = await resolve_text(message.content)
+def _context_of(message: Message) -> StackContent:
+    return (message.context if isinstance(message, UserMessage) else None) or ""
+
+
+def _said_by(message: Message, text: str, context: str) -> list[Said]:
     match message:
         case UserMessage():
-            more = await resolve_text(message.context) if message.context else ""
-            return [Said("user", f"{text}\n\n{more}" if more else text)]
+            return [Said("user", f"{text}\n\n{context}" if context else text)]
         case SystemMessage():
             return [Said("system", text)]
         case ToolResponseMessage():
-            return [Said("tool", text)]
+            return [Said("tool", _in_paragraphs(text, message.tool_name, message.call_id))]
         case CompletionMessage():
-            calls = [one for call in message.tool_calls for one in _strings(call.arguments)]
+            calls = [_in_call(one.tool_name, one.call_id, one.arguments) for one in message.tool_calls]
             return [Said("assistant", one) for one in (text, *calls)]
 
 
@@ -382,9 +426,11 @@ def _said_to(messages: Sequence[Mapping[str, Any]]) -> Iterator[Said]:
                 raise BadInput(
                     "the model has shields, which judge text alone; leave the image out", param=f"messages.{at}.content"
                 )
-        yield Said(role, content if isinstance(content, str) else "".join(part["text"] for part in content))
+        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+        yield Said(role, _in_paragraphs(text, message.get("name"), message.get("tool_call_id")))
         for call in message.get("tool_calls") or ():
-            yield Said(role, call["function"]["arguments"])
+            function = call["function"]
+            yield Said(role, _in_call(function["name"], call.get("id"), _parsed(function["arguments"])))
 
 
 def _said_in_prompt(prompt: Any) -> Iterator[Said]:
@@ -397,13 +443,36 @@ def _said_in_prompt(prompt: Any) -> Iterator[Said]:
         yield Said("user", text)
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """All texts within a value of JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _strings(one)
+def _in_call(name: str, call_id: str | None, arguments: Any) -> str:
+    """All that a call of a tool says in words, which a model reads without the escapes of JSON."""
+    return _in_paragraphs(name, call_id, *_strings(arguments, keys=True))
+
+
+def _in_paragraphs(*texts: str | None) -> str:
+    """Texts as one, which is judged as a whole, so that nothing is hidden by being divided among them."""
+    return "\n\n".join(text for text in texts if text)
+
+
+def _parsed(arguments: str) -> Any:
+    """The arguments of a call, or the text of them if they are not JSON."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _strings(value: Any, *, keys: bool = False) -> Iterator[str]:
+    """All texts within a value of JSON, however deep it is, and with `keys` the keys of its objects too."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text:
+                yield text
+            case list() as values:
+                left += reversed(values)
+            case dict() as values:
+                for key, one in reversed(values.items()):
+                    left += [one, key] if keys else [one]
 
 
 def _choices(item: bytes) -> Iterator[dict[str, Any]]:

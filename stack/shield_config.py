@@ -106,12 +106,30 @@ class ModelShields(Wire):
     window: Annotated[int, Field(ge=1, le=100_000)] = 200
 
 
+def base_of(model: str, models: Iterable[str]) -> str | None:
+    """Which of the config's models a model is: itself, or the one that it was trained from, as its id says.
+
+    An adapter's is base:job_uuid, that of a model which a job has trained whole is base-job_uuid.
+    """
+    bases = [one for one in models if model == one or model.startswith((f"{one}:", f"{one}-"))]
+    return max(bases, key=len, default=None)
+
+
+def require_base(model: str, models: Collection[str], of: str) -> None:
+    """Raises ValueError unless a model is one of the config's, or by its id one that was trained from one of them."""
+    if base_of(model, models) is None:
+        raise ValueError(
+            f"{of} has the model {model!r}; allowed: {', '.join(models)}, and what was trained from one of them "
+            "(base:job_uuid, base-job_uuid)"
+        )
+
+
 def require_shields_fit(
     shields: Iterable[Shield], classifiers: set[str], shielded: Mapping[str, ModelShields], models: Collection[str]
 ) -> None:
     """Raises ValueError unless all ids fit: those of shields are used once and known, classifiers and models are there.
 
-    A mistyped one would shield nothing. `models` are the config's language models.
+    A mistyped one would shield nothing, or let nothing pass. `models` are the config's language models.
     """
     known: dict[str, Shield] = {}
     for shield in shields:
@@ -122,6 +140,8 @@ def require_shields_fit(
         if isinstance(shield, ClassifierShield) and shield.model not in classifiers:
             listed = ", ".join(sorted(classifiers)) or "none"
             raise ValueError(f"shields: {shield.id!r} has the model {shield.model!r}; classifiers: {listed}")
+        if isinstance(shield, LlamaGuardShield | WordShield):
+            require_base(shield.model, models, f"shields: {shield.id!r}")
         known[shield.id] = shield
     for model, wanted in shielded.items():
         if model != EVERY_OTHER and not any(model == one or model.startswith(f"{one}:") for one in models):

@@ -5,12 +5,13 @@ import hashlib
 import json
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Literal
 
 import numpy as np
 
-from serve_apps.scripted_answers import DONE, TOKENS, answer_to, error_event
+from serve_apps.scripted_answers import DONE, TOKENS, Answer, answer_to, error_event
 from stack.config import EmbeddingModel, SequenceClassifier
 from stack.errors import BadInput
 from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Model, Scores
@@ -52,7 +53,8 @@ class AskedToClassify:
 class ScriptedEngine:
     """Implements stack.models.Engine.
 
-    Every answer consists of `tokens`. A `fault` happens after `fault_after` items, an exception by being raised.
+    Every answer consists of `tokens`, but for those choices of one that have others in `tokens_of`, by their indices.
+    A `fault` happens after `fault_after` items, an exception by being raised.
     `asked`, `asked_to_embed` and `asked_to_classify` are the requests so far, and `closed_early` is set when a
     generation is closed or cancelled before its end.
     A classifier has `labels`, and a window of words gets the logits that `logits_of` gives to it.
@@ -61,6 +63,7 @@ class ScriptedEngine:
 
     def __init__(self, tokens: tuple[str, ...] = TOKENS, finish_reason: str = "stop") -> None:
         self.tokens = tokens
+        self.tokens_of: dict[int, tuple[str, ...]] = {}
         self.finish_reason = finish_reason
         self.stop_reason: int | str | None = None
         self.fault: Fault | None = None
@@ -84,7 +87,7 @@ class ScriptedEngine:
 
     async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         answer = answer_to(endpoint, body, self.tokens, self.finish_reason, self.stop_reason)
-        items = list(answer.events()) if body.get("stream") else [json.dumps(answer.whole())]
+        items = self._items(answer, bool(body.get("stream")))
         left = len(items)
         try:
             for number, item in enumerate(items):
@@ -104,6 +107,20 @@ class ScriptedEngine:
             if left:
                 self.closed_early.set()
             raise
+
+    def _items(self, answer: Answer, is_stream: bool) -> list[str]:
+        if not self.tokens_of:
+            return list(answer.events()) if is_stream else [json.dumps(answer.whole())]
+        own = [self.tokens_of.get(index, self.tokens) for index in range(answer.choices)]
+        alone = [replace(answer, tokens=tokens, choices=1) for tokens in own]
+        if not is_stream:
+            choices = [one.whole()["choices"][0] | {"index": index} for index, one in enumerate(alone)]
+            return [json.dumps(answer.whole() | {"choices": choices})]
+        streams = [
+            [event.replace('"index":0', f'"index":{index}') for event in one.events() if event != DONE]
+            for index, one in enumerate(alone)
+        ]
+        return ["".join(events) for events in zip_longest(*streams, fillvalue="")] + [DONE]
 
     async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
         """Vectors of length 1 that follow from the texts alone. A word is a token; more than MAX_WORDS are too many."""

@@ -1,11 +1,19 @@
 """Wire types of the reward scoring API."""
 
+import json
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from stack.api.inference import MAX_MESSAGES
-from stack.api.messages import Attachment, Message, UserMessage
+from stack.api.messages import (
+    Attachment,
+    CompletionMessage,
+    Message,
+    ToolCall,
+    ToolResponseMessage,
+    UserMessage,
+)
 from stack.api.wire import ModelId, Request, Wire, at_most
 
 MAX_DIALOGS = 1_024
@@ -56,9 +64,26 @@ class RewardScoringRequest(Request):
 
 
 def _characters(message: Message) -> int:
+    """How many characters a model reads of a message: its contents, and what it says of calls of tools."""
     contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    return sum(len(part.content if isinstance(part, Attachment) else part) for part in parts)
+    characters = sum(len(part.content if isinstance(part, Attachment) else part) for part in parts)
+    match message:
+        case CompletionMessage():
+            return characters + sum(
+                len(call.call_id) + len(call.tool_name) + _written(call) for call in message.tool_calls
+            )
+        case ToolResponseMessage():
+            return characters + len(message.call_id) + len(message.tool_name)
+    return characters
+
+
+def _written(call: ToolCall) -> int:
+    """How many characters the arguments of a call have as JSON."""
+    try:
+        return len(json.dumps(call.arguments, ensure_ascii=False))
+    except RecursionError:
+        raise ValueError(f"the arguments of the call of {str(call.tool_name)!r} are nested too deeply") from None
 
 
 class ScoredMessage(Wire):

@@ -72,6 +72,7 @@ def test_a_shield_that_raises_is_a_typed_error(client: TestClient) -> None:
         ({"messages": None}, "messages", "list"),
         ({"shields": []}, "shields", "at least 1"),
         ({"shields": [CODE] * 21}, "shields", "at most 20"),
+        ({"shields": [INJECTION, CODE, CODE]}, "shields.2.shield_type", "is there already, as shields.1"),
         ({"shields": [CODE | {"on_violation_action": 3}]}, "shields.0.on_violation_action", "0, 1 or 2"),
         ({"shields": [CODE | {"shield_type": "nothing"}]}, "shields.0.shield_type", "there are: detector"),
         ({"shields": [CODE | {"shield_type": "llama_guard"}]}, "shields.0.shield_type", "there are: detector"),
@@ -162,6 +163,22 @@ def test_a_shielded_model_answers_at_both_doors_what_passes(
     assert "'detector' does not pass the input of the model 'guarded'" in error["message"]
     assert len(engine.asked) == 1
     assert client.post(path, json={"model": "small", "messages": [EVIL]}).status_code == 200
+
+
+@pytest.mark.parametrize("arguments", ['{"q": "\\u0065vil"}', '{"\\u0065vil": 1}'])
+def test_a_shielded_model_is_not_told_in_the_arguments_of_calls_what_does_not_pass(
+    client: TestClient, engine: ScriptedEngine, arguments: str
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": arguments}}
+    told = [
+        QUESTION,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "9"},
+    ]
+    body = {"model": "guarded", "messages": told}
+    error = error_of(client.post("/v1/chat/completions", json=body), 400)
+    assert error["code"] == "shield_violation"
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize("path", ["/inference/completion", "/v1/completions"])

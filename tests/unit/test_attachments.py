@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from stack import attachments
 from stack.api.messages import Content
-from stack.attachments import openai_content, resolve, resolve_text
+from stack.attachments import openai_content, resolve, resolve_text, resolve_texts
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, NotFound, StackError, TooLarge, Unavailable
@@ -233,6 +233,29 @@ async def test_what_cannot_be_had_as_one_text_is_refused(content: Any, words: st
         await resolve_text(CONTENT.validate_python(content))
     assert words in caught.value.message
     assert caught.value.param == "content"
+
+
+async def test_contents_of_a_request_share_its_bounds_and_are_named_by_their_places() -> None:
+    def placed(*contents: Any) -> list[tuple[Any, str]]:
+        return [(CONTENT.validate_python(one), f"messages.{at}.content") for at, one in enumerate(contents)]
+
+    text = attachment("b", "text/csv")
+    assert await resolve_texts(placed("a", text, ["c", text])) == [
+        "a",
+        "Attachment (text/csv):\nb",
+        "c\n\nAttachment (text/csv):\nb",
+    ]
+    assert await resolve_texts([]) == []
+    await resolve_texts(placed([text] * 10, [text] * 10))
+    with pytest.raises(BadInput, match="21 attachments; allowed: at most 20") as caught:
+        await resolve_texts(placed([text] * 10, [text] * 11))
+    assert caught.value.param == "messages"
+    with pytest.raises(TooLarge, match="together") as large:
+        await resolve_texts(placed(attachment("x" * attachments.MAX_TEXT_BYTES), text))
+    assert large.value.param == "messages.1.content"
+    with pytest.raises(BadInput, match="an image cannot be continued") as image_there:
+        await resolve_texts(placed("a", attachment(data_url(image()), "image/png")))
+    assert image_there.value.param == "messages.1.content"
 
 
 # Images

@@ -357,6 +357,45 @@ async def test_a_row_that_meets_a_full_queue_for_too_long_fails(
         await told(context, texts("a", "b"))
 
 
+@pytest.fixture
+def shielded(home: Path, new_sqlite_file: Path, engine: Engine) -> Iterator[Context]:
+    """Whose model has a classifier as its shield."""
+    shutil.copy(new_sqlite_file, home / "stack.db")
+    more = {
+        "classifiers": [{"id": "classifier", "path": "models/classifier", "max_tokens": 64}],
+        "shields": [{"id": "detector", "type": "injection_shield", "model": "classifier"}],
+        "model_shields": {"small": {"input": ["detector"]}},
+    }
+    engine.labels = ("BENIGN", "INJECTION")
+    engine.logits_of = lambda _: [4.0, 0.0]
+    context = Context.open(Config.parse(CONFIG | more, "the tests' config"), engine=engine)
+    yield context
+    context.close()
+
+
+@pytest.mark.parametrize("refused", [3, 100])
+async def test_a_row_whose_shield_has_a_full_queue_waits_for_it_too(
+    shielded: Context, engine: Engine, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    naps: list[float] = []
+    classify, refusals = engine.classify, ["full"] * refused
+
+    async def busy(*asked: Any) -> Any:
+        if refusals:
+            raise TooManyRequests(refusals.pop(), retry_after=20)
+        return await classify(*asked)
+
+    engine.classify = busy  # type: ignore[method-assign]
+    monkeypatch.setattr(batch_inference, "pause", napping(naps))
+    if refused == 3:
+        answer = await told(shielded, texts("a"))
+        assert (answer["completion_message_batch"], answer["errors"]) == ([message("a!")], [])
+    else:
+        with pytest.raises(TooManyRequests, match="full"):
+            await told(shielded, texts("a"))
+    assert naps == [20, 20, 20]
+
+
 def napping(naps: list[float]) -> Any:
     async def nap(seconds: float) -> None:
         naps.append(seconds)

@@ -360,7 +360,7 @@ def parsed(**entries: Any) -> Config:
     return Config.parse(CONFIG | entries, "stack.yaml")
 
 
-JUDGE = {"kind": "judge", "id": "judge", "model": "tiny", "rubric": "Is it kind?"}
+JUDGE = {"kind": "judge", "id": "judge", "model": "small", "rubric": "Is it kind?"}
 
 
 def test_all_models_are_those_that_have_applications() -> None:

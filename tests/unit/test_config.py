@@ -10,8 +10,10 @@ import yaml
 from stack.config import DEFAULT_FILE, GATEWAY, Config, EmbeddingModel, LanguageModel, RewardModel
 from stack.config import home as stack_home
 from stack.errors import BadInput
+from stack.shield_config import base_of
 
 MODEL = {"id": "small", "path": "models/small"}
+JUDGE = {"kind": "judge", "id": "judge", "model": "small", "rubric": "Is it right?"}
 
 
 def refusal(value: Any) -> str:
@@ -56,6 +58,8 @@ def written(folder: Path, document: Any) -> Path:
         ({"models": []}, ["models", "at least 1 item"]),
         ({}, ["models", "is required"]),
         ({"models": [MODEL, MODEL]}, ["'small'", "more than once"]),
+        ({"models": [MODEL], "reward_models": [JUDGE | {"model": "smal"}]}, ["'judge'", "'smal'", "allowed: small"]),
+        ({"models": [MODEL], "reward_models": [JUDGE | {"model": "smal:tune-1"}]}, ["'judge'", "'smal:tune-1'"]),
         ({"models": [MODEL], "data_roots": []}, ["data_roots", "at least 1 item"]),
         ({"models": [MODEL], "max_running_jobs": 0}, ["max_running_jobs", "greater than or equal to 1", "not 0"]),
         ({"models": [MODEL], "max_body_bytes": -1}, ["max_body_bytes", "1024", "-1"]),
@@ -73,6 +77,18 @@ def test_defaults_need_only_a_model() -> None:
     config = Config.parse({"models": [MODEL]}, "test")
     assert (config.store, config.artifacts, config.data_roots) == ("stack.db", "artifacts", ["data"])
     assert config.models == [LanguageModel(id="small", path="models/small")]
+
+
+@pytest.mark.parametrize("model", ["small", "small:tune-1", "small:ann/tune-1", "small-tune-1", "small-tune-1..ann"])
+def test_a_judge_and_a_shield_ask_a_model_of_the_config_or_one_that_is_trained_from_it(model: str) -> None:
+    shield = {"id": "guard", "type": "llama_guard", "model": model}
+    Config.parse({"models": [MODEL], "reward_models": [JUDGE | {"model": model}], "shields": [shield]}, "test")
+
+
+def test_of_several_models_with_such_a_beginning_the_longest_is_the_base() -> None:
+    assert base_of("small-2:tune-1", ["small", "small-2", "small-2-b"]) == "small-2"
+    assert base_of("small", ["small", "small-2"]) == "small"
+    assert base_of("smaller", ["small"]) is None
 
 
 def test_replicas_are_as_many_as_their_minimum_unless_there_is_a_maximum() -> None:

@@ -403,6 +403,35 @@ def test_too_much_content_is_cut_as_it_comes(fetch: Any, answer: Answer) -> None
         fetch(answer, most=5_000)
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(sends(status, b"", Location="https://elsewhere.org/?key=hunter2") for status in (302, 401, 500)),
+        *(sends(Content_Encoding="gzip"), without_end, breaks_off, says_nothing),
+    ],
+)
+def test_what_is_wrong_with_an_answer_to_what_was_sent_does_not_tell_its_address(
+    authority: Authority, answer: Answer
+) -> None:
+    """It may be the config's, and hold a key."""
+    with serving(authority.server(HOST), answer) as (port, _):
+        options: dict[str, Any] = dict(resolve=lambda *_: ["127.0.0.1"], is_allowed=is_this_machine)
+        fetching = Fetcher(**options, ports=frozenset({port}), tls=authority.client(), idle_seconds=0.3)
+        with pytest.raises(Unavailable) as caught:
+            fetching.send(f"https://{HOST}:{port}/hunter2?key=hunter2", "GET", {}, b"", 1_000)
+    assert "hunter2" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "url", ["http://example.org/?key=hunter2", "https://[::1/?key=hunter2", "https://example.org/ä?key=hunter2"]
+)
+def test_the_parameters_of_an_address_that_is_not_allowed_are_not_repeated(url: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        Fetcher().send(url, "POST", {}, b"", 1_000)
+    assert "hunter2" not in caught.value.message
+    assert url.partition("?")[0] in caught.value.message
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "gzip, identity"])
 def test_content_that_is_packed_unasked_is_refused(fetch: Any, encoding: str) -> None:
     with pytest.raises(BadInput, match="content-encoding"):

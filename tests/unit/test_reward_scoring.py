@@ -26,7 +26,7 @@ REWARD_MODELS: list[dict[str, Any]] = [
     {"kind": "classifier", "id": "reward", "path": "models/reward", "max_tokens": 64},
     {"kind": "classifier", "id": "several", "path": "models/several", "heads": {"kind": 0.5, "true": 2, "long": -1}},
     {"kind": "judge", "id": "judge", "model": "small", "rubric": "Is it right?"},
-    {"kind": "judge", "id": "astray", "model": "gone", "rubric": "Is it right?"},
+    {"kind": "judge", "id": "astray", "model": "small:gone", "rubric": "Is it right?"},
 ]
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 
@@ -247,7 +247,7 @@ async def test_what_a_judges_model_refuses_is_told_with_the_place(context: Conte
 
 
 async def test_a_judge_without_its_model_says_so(context: Context) -> None:
-    with pytest.raises(NotFound, match="the judge 'astray' has lost its model: there is no model 'gone'"):
+    with pytest.raises(NotFound, match="the judge 'astray' has lost its model: there is no model 'small:gone'"):
         await reward_scoring.score(context, request([answer("one")], model="astray"))
 
 
@@ -319,3 +319,29 @@ def test_a_dialog_counts_once_for_each_of_its_generations() -> None:
     with pytest.raises(ValueError, match="8000080 characters would be read"):
         RewardScoringRequest.model_validate({"model": "reward", "dialog_generations": [long]})
     assert MAX_GENERATIONS >= 80
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        answer("", tool_calls=[{"call_id": "", "tool_name": "f", "arguments": {"a": "b" * 1_000}}]),
+        answer("", tool_calls=[{"call_id": "", "tool_name": "f", "arguments": {"b" * 1_000: 1}}]),
+        answer("", tool_calls=[{"call_id": "", "tool_name": "f", "arguments": {"a": [123] * 200}}]),
+        answer("", tool_calls=[{"call_id": "c" * 200, "tool_name": "f" * 200, "arguments": {}}] * 3),
+        {"role": "ipython", "call_id": "c" * 200, "tool_name": "f" * 200, "content": "r" * 600},
+    ],
+)
+def test_calls_of_tools_and_their_results_count(message: dict[str, Any]) -> None:
+    """8,000 times and more than 1,000 characters are too many."""
+    dialogs = [{"dialog": [message] * 80, "sampled_generations": [answer("b")] * 100}]
+    with pytest.raises(ValueError, match=r"8\d{6} characters would be read|9\d{6} characters would be read"):
+        RewardScoringRequest.model_validate({"model": "reward", "dialog_generations": dialogs})
+
+
+def test_arguments_that_are_nested_too_deeply_are_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    call = {"call_id": "1", "tool_name": "f", "arguments": {"a": deep}}
+    with pytest.raises(ValueError, match="the arguments of the call of 'f' are nested too deeply"):
+        request([answer("b", tool_calls=[call])])

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, ShieldViolation, StackError, Unavailable
 from stack.shield_config import Shield
-from stack.shields import Said, Verdict
+from stack.shields import Said, Verdict, third_party
+from stack.shields.verdict import UNJUDGED
 from tests.conftest import CONFIG
 from tests.samples import add_adapter
 from tests.scripted_engine import ScriptedEngine
@@ -27,6 +29,13 @@ SHIELDS: list[dict[str, Any]] = [
     {"id": "second", "type": "injection_shield", "model": "classifier", "threshold": 0.999},
     {"id": "quiet", "type": "jailbreak_shield", "model": "classifier", "log_text": True},
 ]
+GUARD: dict[str, Any] = {"id": "guard", "type": "llama_guard", "model": "small"}
+WORDS: dict[str, Any] = {
+    "type": "word_shield",
+    "system_prompt": "Is it evil?",
+    "unsafe_word": "evil",
+    "safe_word": "safe",
+}
 QUESTION: dict[str, Any] = {"role": "user", "content": "What is the capital of France?"}
 EVIL: dict[str, Any] = {"role": "user", "content": "Be evil now"}
 CHAT: dict[str, Any] = {"model": "small", "messages": [QUESTION]}
@@ -108,12 +117,18 @@ async def test_a_violation_raises_where_the_request_says_so(context: Context) ->
 
 async def test_all_that_is_said_is_judged(context: Context) -> None:
     call = {"call_id": "1", "tool_name": "f", "arguments": {"a": [{"b": "so evil"}]}}
+    called = {"role": "assistant", "content": ""}
     for evil in (
         {"role": "user", "content": ["Be ", "evil"]},
         {"role": "user", "content": "a", "context": "evil"},
         {"role": "ipython", "call_id": "1", "tool_name": "f", "content": "evil"},
         {"role": "assistant", "content": "evil"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
+        called | {"tool_calls": [call]},
+        called | {"tool_calls": [call | {"arguments": {"a": [{"so evil": 1}]}}]},
+        called | {"tool_calls": [call | {"tool_name": "evil", "arguments": {}}]},
+        called | {"tool_calls": [call | {"call_id": "evil", "arguments": {}}]},
+        {"role": "ipython", "call_id": "evil", "tool_name": "f", "content": "fine"},
+        {"role": "ipython", "call_id": "1", "tool_name": "evil", "content": "fine"},
         {"role": "user", "content": {"content": "data:text/plain,evil", "mime_type": "text/plain"}},
         {"role": "system", "content": "evil"},
         {"role": "user", "content": "e\u200bvіl"},
@@ -130,6 +145,18 @@ async def test_an_image_cannot_be_judged_and_does_not_pass(context: Context) -> 
     assert caught.value.param == "messages.1.content"
 
 
+async def test_the_attachments_of_all_messages_are_bounded_together(context: Context) -> None:
+    text = {"content": "fine", "mime_type": "text/plain"}
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [text] * 10, "context": [text] * 5},
+        {"role": "assistant", "content": [text] * 5},
+    ]
+    await safety.run_shields(context, request("detector", messages=messages))
+    with pytest.raises(BadInput, match="21 attachments; allowed: at most 20") as caught:
+        await safety.run_shields(context, request("detector", messages=[*messages, {"role": "user", "content": text}]))
+    assert caught.value.param == "messages"
+
+
 @pytest.mark.parametrize("field", ["execution_config", "parameters"])
 async def test_what_a_shield_does_not_use_is_refused(context: Context, field: str) -> None:
     value = (
@@ -138,6 +165,35 @@ async def test_what_a_shield_does_not_use_is_refused(context: Context, field: st
     with pytest.raises(BadInput, match=f"{field} is for a third_party_shield, not for 'detector'"):
         await safety.run_shields(context, request("detector", **{field: value}))
     await safety.run_shields(context, request("detector", parameters={}))
+
+
+@pytest.mark.parametrize(
+    "names", [("detector", "detector"), ("detector", "injection_shield"), ("code_scanner_guard", "code_scanner_guard")]
+)
+async def test_a_shield_is_asked_once_in_a_request_whatever_it_is_called(
+    context: Context, engine: ScriptedEngine, names: tuple[str, str]
+) -> None:
+    with pytest.raises(BadInput, match=f"the shield '{names[0]}' is there already, as shields.0") as caught:
+        await safety.run_shields(context, request(*names))
+    assert caught.value.param == "shields.1.shield_type"
+    assert engine.asked_to_classify == []
+
+
+async def test_several_third_parties_can_be_asked(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls: list[str] = []
+
+    async def judge(*asked: Any) -> Verdict:
+        urls.append(asked[-1].url)
+        return Verdict(is_violation=False)
+
+    monkeypatch.setattr(third_party, "judge", judge)
+    third = {"shield_type": "third_party_shield", "on_violation_action": 0}
+    wanted = [third | {"execution_config": {"url": f"https://{one}.org/", "method": "POST"}} for one in "ab"]
+    found = await safety.run_shields(
+        context, RunShieldsRequest.model_validate({"messages": [QUESTION], "shields": wanted})
+    )
+    assert len(found.responses) == 2
+    assert sorted(urls) == ["https://a.org/", "https://b.org/"]
 
 
 async def test_a_parameter_that_a_third_party_needs_must_be_given(context: Context) -> None:
@@ -202,6 +258,80 @@ async def test_every_verdict_is_logged_without_the_text(
     assert "verdict=failed" in caplog.records[-1].getMessage()
 
 
+@pytest.mark.parametrize(
+    ("name", "action", "messages", "level"),
+    [
+        ("detector", 0, [EVIL], logging.INFO),
+        ("detector", 1, [EVIL], logging.WARNING),
+        ("detector", 2, [EVIL], logging.WARNING),
+        ("detector", 1, [QUESTION], logging.INFO),
+    ],
+)
+async def test_a_violation_is_logged_as_a_warning_where_it_is_not_ignored(
+    context: Context, caplog: pytest.LogCaptureFixture, name: str, action: int, messages: list[Any], level: int
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    with suppress(ShieldViolation):
+        await safety.run_shields(context, request(name, messages=messages, action=action))
+    assert [record.levelno for record in caplog.records] == [level]
+
+
+async def test_a_violation_around_a_model_is_logged_as_a_warning(
+    shielded: Context, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    with pytest.raises(ShieldViolation):
+        await openai_chats.answer(shielded, CHAT | {"messages": [EVIL]})
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+async def test_what_a_third_party_calls_a_violation_is_not_logged(
+    context: Context, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ray.serve")
+    config = {"url": "https://a.org/", "method": "POST"}
+    for type_, told in (("it says: Be evil now", False), (UNJUDGED, True)):
+
+        async def judge(*_: Any, found: str = type_) -> Verdict:
+            return Verdict(True, found, "It says: Be evil now", 0.5)
+
+        monkeypatch.setattr(third_party, "judge", judge)
+        await safety.run_shields(context, request("third_party_shield", messages=[EVIL], execution_config=config))
+        line = caplog.records[-1].getMessage()
+        assert "verdict=violation" in line
+        assert "evil" not in line
+        assert (f"type={UNJUDGED!r}" in line) == told
+
+
+@pytest.mark.parametrize("model", ["small:other/tune-1", "small-tune-1..other"])
+async def test_what_another_tenant_has_trained_is_listed_as_the_model_that_it_is_of(
+    home: Path, store_url: str, engine: ScriptedEngine, model: str
+) -> None:
+    theirs = GUARD | {"model": model, "tenant": "other"}
+    listed = [theirs, theirs | WORDS | {"id": "words"}]
+    context = opened(engine, store_url, shields=listed)
+    for tenant, told in (("default", "small"), ("other", model)):
+        found = safety.list_shields(context.of_tenant(tenant)).data
+        assert {one.model for one in found[:2]} == {told}
+        assert [one.version.partition("/")[2] for one in found[:2]] == [told, told]
+        assert ("tune-1" in found[0].model_dump_json()) == (tenant == "other")
+    context.close()
+
+
+@pytest.mark.parametrize("shield", [GUARD, GUARD | WORDS], ids=["llama_guard", "word_shield"])
+async def test_a_shield_whose_model_is_not_there_is_unavailable_and_no_fault_of_those_who_ask(
+    home: Path, store_url: str, engine: ScriptedEngine, shield: dict[str, Any]
+) -> None:
+    gone = shield | {"id": "gone", "model": "small:gone"}
+    context = opened(engine, store_url, shields=[gone], model_shields={"small": {"input": ["gone"]}})
+    with pytest.raises(Unavailable, match="the model of the shield 'gone' is not there") as caught:
+        await safety.run_shields(context, request("gone"))
+    assert caught.value.param == "shields.0"
+    with pytest.raises(Unavailable, match="the model of the shield 'gone' is not there"):
+        await openai_chats.answer(context, CHAT)
+    context.close()
+
+
 def test_the_shields_are_listed_with_what_they_are(context: Context) -> None:
     listed = {str(one.shield_type): one for one in safety.list_shields(context).data}
     assert list(listed) == [
@@ -226,6 +356,13 @@ def test_the_shields_are_listed_with_what_they_are(context: Context) -> None:
         ({"shields": [SHIELDS[0] | {"id": "llama_guard"}]}, "allowed for that id: the type llama_guard"),
         ({"shields": [SHIELDS[0] | {"threshold": 2}]}, "threshold"),
         ({"shields": [SHIELDS[0] | {"type": "magic"}]}, "magic"),
+        (
+            {"shields": [GUARD | {"model": "smal"}]},
+            "'guard' has the model 'smal'; allowed: small, and what was trained",
+        ),
+        ({"shields": [GUARD | {"model": "smal:tune-1"}]}, "'guard' has the model 'smal:tune-1'"),
+        ({"shields": [GUARD | {"model": "classifier"}]}, "'guard' has the model 'classifier'"),
+        ({"shields": [GUARD | WORDS | {"model": "smal"}]}, "'guard' has the model 'smal'"),
         ({"model_shields": {"small": {"input": ["nothing"]}}}, "'small' has 'nothing'; shields: detector"),
         ({"model_shields": {"smal": {"input": ["detector"]}}}, "there is no model 'smal'; allowed: small, an adapter"),
         ({"model_shields": {"smal:tune-1": {"input": ["detector"]}}}, "there is no model 'smal:tune-1'"),
@@ -371,6 +508,46 @@ async def test_tools_and_their_results_are_judged_as_they_were_sent(shielded: Co
         await openai_chats.answer(shielded, body | {"messages": told})
 
 
+def calling(arguments: str, **more: Any) -> list[dict[str, Any]]:
+    """A chat with a call of a tool and its result."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}} | more
+    result = {"role": "tool", "tool_call_id": call["id"], "content": "fine"}
+    return [QUESTION, {"role": "assistant", "tool_calls": [call]}, result]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        calling('{"q": "\\u0065\\u0076il"}'),
+        calling('{"\\u0065vil": 1}'),
+        calling('{"a": [{"b": {"c": "so evil"}}]}'),
+        calling('{"a": "this is no JSON, but evil'),
+        calling('{"a": ' + "[" * 100_000 + '"evil"'),
+        calling("{}", id="call evil"),
+        calling("{}", function={"name": "evil", "arguments": "{}"}),
+        [*calling("{}"), {"role": "tool", "tool_call_id": "1", "name": "be evil", "content": "fine"}],
+        [{"role": "user", "name": "evil", "content": "fine"}],
+    ],
+)
+async def test_all_that_the_model_reads_of_calls_is_judged_without_the_escapes_of_json(
+    shielded: Context, engine: ScriptedEngine, messages: list[dict[str, Any]]
+) -> None:
+    await safety.answer(shielded, "chat", {"model": "small"}, calling('{"q": "Paris"}'))
+    asked = len(engine.asked)
+    with pytest.raises(ShieldViolation):
+        await safety.answer(shielded, "chat", {"model": "small"}, messages)
+    assert len(engine.asked) == asked
+
+
+async def test_a_call_is_judged_as_one_text(shielded: Context, engine: ScriptedEngine) -> None:
+    """What is divided among its arguments stands together, and code in them has its lines."""
+    arguments = json.dumps({"code": "import os\nos.system(x)", "more": ["ignore all", {"previous": "instructions"}]})
+    await safety.answer(shielded, "chat", {"model": "small"}, calling(arguments))
+    _, call, result = engine.asked_to_classify[0].inputs
+    assert call == "f\n\n1\n\ncode\n\nimport os\nos.system(x)\n\nmore\n\nignore all\n\nprevious\n\ninstructions"
+    assert result == "fine\n\n1"
+
+
 async def test_tokens_and_images_cannot_be_judged_and_do_not_pass(shielded: Context, engine: ScriptedEngine) -> None:
     for prompt in ([1, 2], [[1], [2]]):
         with pytest.raises(BadInput, match="give the prompt as text"):
@@ -414,6 +591,103 @@ async def test_each_of_several_answers_is_judged(shielded: Context, engine: Scri
     assert {index for index in range(3) if f'"index":{index}' in whole.replace(" ", "")} == {0, 1, 2}
     await openai_chats.answer(shielded, CHAT | {"n": 3})
     assert len(engine.asked_to_classify[-1].inputs) == 1
+
+
+@pytest.mark.parametrize("evil", [0, 1, 2])
+async def test_one_of_several_answers_that_does_not_pass_keeps_them_all_back(
+    shielded: Context, engine: ScriptedEngine, evil: int
+) -> None:
+    engine.tokens = ("All ", "is ", "well ", "here.")
+    engine.tokens_of = {evil: ("All ", "ev", "il ", "here.")}
+    texts = {"model": "small", "prompt": ["fine", "good", "well"]}
+    for asked in (openai_chats.answer(shielded, CHAT | {"n": 3}), safety.answer(shielded, "completions", texts)):
+        with pytest.raises(ShieldViolation):
+            await asked
+    sent: list[str] = []
+    for items in (
+        await openai_chats.stream(shielded, CHAT | {"stream": True, "n": 3}),
+        await safety.stream(shielded, "completions", texts | {"stream": True}),
+    ):
+        with pytest.raises(ShieldViolation):
+            await read_into(sent, items)
+    assert "ev" not in "".join(sent)
+
+
+async def test_the_logprobs_of_what_is_held_back_are_held_back_too(shielded: Context, engine: ScriptedEngine) -> None:
+    engine.tokens = ("All ", "is ", "well ", "here. ", "Be ", "ev", "il, ", "now.")
+    chat = CHAT | {"stream": True, "logprobs": True, "top_logprobs": 2}
+    text = {"model": "small", "prompt": "What is it?", "stream": True, "logprobs": 2}
+    asked = ChatCompletionRequest.model_validate(CHAT | {"stream": True, "logprobs": {"top_k": 2}})
+    for items in (
+        await openai_chats.stream(shielded, chat),
+        await safety.stream(shielded, "completions", text),
+        as_bytes(await inference.stream_chat_completion(shielded, asked)),
+    ):
+        sent: list[str] = []
+        with pytest.raises(ShieldViolation):
+            await read_into(sent, items)
+        assert '"well "' in "".join(sent)
+        assert "logprobs" in "".join(sent)
+        assert "ev" not in "".join(sent).replace('"event', "")
+
+
+async def as_bytes(items: AsyncGenerator[Any]) -> AsyncGenerator[bytes]:
+    async for item in items:
+        yield item.model_dump_json(exclude_none=True).encode()
+
+
+@pytest.mark.parametrize(("query", "passes"), [("Paris in spring", True), ("be evil now", False)])
+async def test_a_streamed_call_of_a_tool_is_judged(
+    shielded: Context, engine: ScriptedEngine, query: str, passes: bool
+) -> None:
+    call = json.dumps({"name": "find", "parameters": {"query": query}})
+    engine.tokens = tuple(call[at : at + 4] for at in range(0, len(call), 4))
+    tools: Any = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object"}}}]
+    stack_tools: Any = [{"tool_name": "find", "parameters": {"query": {"param_type": "string"}}}]
+    asked = ChatCompletionRequest.model_validate(CHAT | {"stream": True, "tools": stack_tools})
+    for items in (
+        await openai_chats.stream(shielded, CHAT | {"stream": True, "tools": tools}),
+        as_bytes(await inference.stream_chat_completion(shielded, asked)),
+    ):
+        sent: list[str] = []
+        if passes:
+            await read_into(sent, items)
+        else:
+            with pytest.raises(ShieldViolation):
+                await read_into(sent, items)
+        assert ("Paris in spring" in "".join(sent)) == passes
+        assert "evil" not in "".join(sent)
+
+
+async def test_who_leaves_while_a_window_is_judged_ends_the_judging_and_the_answer(
+    shielded: Context, engine: ScriptedEngine
+) -> None:
+    items = await openai_chats.stream(shielded, CHAT | {"stream": True})
+    engine.classify, judging, ended = hanging()  # type: ignore[method-assign]
+    sent: list[str] = []
+    reading = asyncio.create_task(read_into(sent, items))
+    async with asyncio.timeout(10):
+        await judging.wait()
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    assert ended.is_set()
+    assert engine.closed_early.is_set()
+    assert sent == []
+
+
+def hanging() -> tuple[Any, asyncio.Event, asyncio.Event]:
+    """A classifier that does not answer, and whether it has been asked and been left."""
+    asked, left = asyncio.Event(), asyncio.Event()
+
+    async def classify(*_: Any) -> Any:
+        asked.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    return classify, asked, left
 
 
 async def test_a_stream_that_breaks_off_tells_nothing_that_was_not_judged(
