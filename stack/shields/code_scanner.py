@@ -26,11 +26,11 @@ _SCANS = ThreadPoolExecutor(4, thread_name_prefix="code-scan")
 
 async def judge(_: Context, shield: CodeScannerShield, said: Sequence[Said]) -> Verdict:
     """Scans the messages that are judged. Code that cannot be scanned, or not in time, is a violation."""
-    texts = [one.text for one in said if one.is_judged]
-    if not any(text.strip() for text in texts):
+    judged = [one for one in said if one.is_judged]
+    if not any(one.text.strip() for one in judged):
         return PASSED
     try:
-        found = await asyncio.get_running_loop().run_in_executor(_SCANS, _scan, texts, shield.timeout_s)
+        found = await asyncio.get_running_loop().run_in_executor(_SCANS, _scan, judged, shield.timeout_s)
     except subprocess.TimeoutExpired:
         return Verdict(True, UNJUDGED, f"The code could not be scanned within {shield.timeout_s:g} s.")
     return read(shield, found)
@@ -51,9 +51,10 @@ def read(shield: CodeScannerShield, found: dict[str, list[dict[str, Any]]]) -> V
     return PASSED
 
 
-def _scan(texts: list[str], seconds: float) -> dict[str, list[dict[str, Any]]]:
+def _scan(judged: list[Said], seconds: float) -> dict[str, list[dict[str, Any]]]:
     """Raises EngineFailed where the scanner fails, and TimeoutExpired, by which it is killed."""
-    content = json.dumps({"texts": texts}).encode()
+    unfinished = [number for number, one in enumerate(judged) if one.is_unfinished]
+    content = json.dumps({"texts": [one.text for one in judged], "unfinished": unfinished}).encode()
     command = [sys.executable, "-I", "-B", str(Path(code_scan.__file__)), str(seconds)]
     done = subprocess.run(command, input=content, capture_output=True, timeout=seconds, check=False)
     if done.returncode < 0:  # its bound of time on the processor

@@ -1,14 +1,22 @@
 """The code scanner: which code it finds in messages, what it says of it, and what it does where it cannot read it."""
 
 import time
+from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from stack import openai_chats
+from stack.config import Config
+from stack.context import Context
+from stack.errors import ShieldViolation
 from stack.shield_config import CodeScannerShield
 from stack.shields import code_scanner
 from stack.shields.code_scan import blocks, scan
 from stack.shields.verdict import UNJUDGED, Said, Verdict
+from tests.conftest import CONFIG
+from tests.scripted_engine import ScriptedEngine
 
 SHIELD = CodeScannerShield(id="code", type="code_scanner_guard")
 EVIL = "import os\nos.system('rm -r ' + folder)"
@@ -37,6 +45,8 @@ async def judged(text: str, shield: CodeScannerShield = SHIELD) -> Verdict:
         ("```python\n>>> import os\n>>> os.system('rm -r ' + folder)\n0\n```", 3),
         (f"```python\n%matplotlib inline\n{EVIL}\n```", 4),
         ("```python\nimport os\nos.system('rm -r ' + folder)  # nosec\n```", 3),
+        (f"```\n{EVIL}\nThat is all!\n```", 3),
+        (f"```sh\nfirst, this:\n\n{EVIL}\n```", 5),
     ],
 )
 def test_python_is_found_wherever_it_stands(text: str, line: int) -> None:
@@ -87,6 +97,58 @@ async def test_keys_are_found_in_code_of_any_language(language: str) -> None:
 async def test_python_that_cannot_be_read_does_not_pass(code: str) -> None:
     verdict = await judged(f"```python\n{code}\n```")
     assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+
+
+BROKEN = "(\nimport os\nos.system('rm -r ' + folder)"
+
+
+@pytest.mark.parametrize("code", [BROKEN, BROKEN + "\n(" * 30, "x = [\n1,\n2", "try:\n    a()"])
+async def test_python_that_breaks_off_at_the_end_of_a_whole_text_does_not_pass(code: str) -> None:
+    assert (await judged(f"```python\n{code}")).is_violation
+
+
+@pytest.mark.parametrize("code", [BROKEN + "\nx", BROKEN + "\n(" * 30, "def f(:\n    pass\n", "print 'a'\nprint"])
+async def test_python_that_no_end_could_mend_does_not_pass_while_it_is_streamed(code: str) -> None:
+    said = Said("assistant", f"```python\n{code}", is_unfinished=True)
+    assert (await code_scanner.judge(NOWHERE, SHIELD, [said])).is_violation
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "x = [\n" + "    1,\n" * 100 + "    2",
+        "page = \"\"\"\n" + "<p>it is\n" * 100 + "<p",
+        "try:\n" + "    print()\n" * 100 + "    pri",
+        "@cached\n@timed\ndef f(a,\n      b",
+        "try:\n    print()\nexcept (ValueError,\n        Key",
+        "if x:\n    print()\nelse:",
+        "class A:\n    def f(self):\n        return f(1,\n            2",
+        "x = 'a wor",
+        "def f():\n    \"\"\"It\nis",
+        "\"\"\"It\nis",
+    ],
+)
+def test_of_python_that_is_streamed_the_beginning_is_scanned(end: str) -> None:
+    harmless = scan([f"```python\nprint()\n{end}"], unfinished=[0])
+    assert harmless == {"findings": [], "unread": []}
+    found = scan([f"```python\n{EVIL}\n{end}"], unfinished=[0])
+    assert [(one["rule"], one["line"]) for one in found["findings"]] == [("B605 start_process_with_a_shell", 3)]
+    assert found["unread"] == []
+    assert scan([f"```python\n{end}"])["unread"] != []
+
+
+async def test_a_streamed_answer_s_code_may_break_off_in_a_window_and_not_at_its_end(
+    home: Path, store_url: str, engine: ScriptedEngine
+) -> None:
+    shields = [{"id": "code", "type": "code_scanner_guard"}]
+    config = {"store": store_url, "shields": shields, "model_shields": {"small": {"output": ["code"], "window": 20}}}
+    asked = {"model": "small", "stream": True, "messages": [{"role": "user", "content": "Write code."}]}
+    with closing(Context.open(Config.parse(CONFIG | config, "the tests' config"), engine=engine)) as context:
+        engine.tokens = ("```python\n", "x = [\n  1,\n  2,\n", "  3]\n```\n")
+        assert b"[DONE]" in b"".join([item async for item in await openai_chats.stream(context, asked)])
+        engine.tokens = ("```python\n", "x = [\n  1,\n  2,\n", "  3\n")
+        with pytest.raises(ShieldViolation, match="it does not parse"):
+            [item async for item in await openai_chats.stream(context, asked)]
 
 
 async def test_a_scan_that_takes_too_long_is_ended_and_does_not_pass() -> None:
