@@ -184,9 +184,7 @@ class _Guard:
         await self._pass(self.input, said, "input")
         return [replace(one, passed=len(one.text)) for one in said]
 
-    async def pass_output(
-        self, said: list[Said], answers: Iterable[_Answer], *, are_unfinished: bool = False
-    ) -> None:
+    async def pass_output(self, said: list[Said], answers: Iterable[_Answer], *, are_unfinished: bool = False) -> None:
         """Returns once the shields have passed what is new in the answers to what was said."""
         async with _tasks() as group:
             for one in answers:

@@ -33,6 +33,8 @@ SECRETS = (
     "NpmDetector", "OpenAIDetector", "PrivateKeyDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
     "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
 )  # fmt: skip
+# How deep fences within fences are read.
+MAX_DEPTH = 3
 # How many lines of words before and behind a piece of Python are looked past.
 CUTS = 20
 _FENCE = re.compile(r"^[ \t>]*(`{3,}|~{3,})[ \t]*([^\s`{]*)")
@@ -47,17 +49,22 @@ class Block:
     """Code, the line of the text in which it begins (from 1), and whether its author says that it is Python.
 
     `is_open` is what goes to the end of the text without an end of its own: in a text that is still being streamed, it
-    may go on.
+    may go on. `depth` is how many fences are around its own.
     """
 
     code: str
     line: int
     language: str = ""
     is_open: bool = False
+    depth: int = 0
 
     @property
     def is_said_python(self) -> bool:
         return self.language.lower() in PYTHON
+
+    @property
+    def has_fences(self) -> bool:
+        return any(_FENCE.match(line) for line in self.code.splitlines())
 
 
 def main() -> None:
@@ -83,9 +90,11 @@ def _scan(texts: list[str], unfinished: Collection[int]) -> dict[str, list[dict[
     findings: list[dict[str, Any]] = []
     unread: list[dict[str, Any]] = []
     sources: list[tuple[int, Block]] = []
+    lines: list[tuple[int, int, str]] = []
     for number, text in enumerate(texts):
-        for block in blocks(text):
-            findings += [{"text": number, **found} for found in _secrets(block)]
+        found_blocks = list(blocks(text))
+        lines += [(number, line, code) for line, code in _lines_of_code(text, found_blocks)]
+        for block in found_blocks:
             source, problem = python_of(block, may_go_on=block.is_open and number in unfinished)
             if problem:
                 unread.append({"text": number, "line": block.line, "why": problem})
@@ -96,20 +105,24 @@ def _scan(texts: list[str], unfinished: Collection[int]) -> dict[str, list[dict[
             unread.append({"text": number, "line": block.line, "why": result})
         else:
             findings += [{"text": number, **found, "line": block.line + found["line"] - 1} for found in result]
+    findings += _secrets(lines)
     # A paragraph may be indented too, and is then found twice.
     once = {(found["text"], found["line"], found["rule"]): found for found in findings}
     return {"findings": list(once.values()), "unread": unread}
 
 
-def blocks(text: str) -> Iterator[Block]:
-    """The code of a text: fenced blocks, then of the rest all of it if it is Python, or else its parts that may be."""
+def blocks(text: str, depth: int = 0) -> Iterator[Block]:
+    """The code of a text: fenced blocks, then of the rest all of it if it is Python, or else its parts that may be.
+
+    `depth` is how many fences are around the text.
+    """
     rest: list[str] = []
     fence, language, begun, code = "", "", 0, list[str]()
     for number, line in enumerate(text.splitlines(), start=1):
         mark = _FENCE.match(line)
         if fence:
             if mark and mark[1].startswith(fence) and not mark[2]:
-                yield from _fenced(Block("\n".join(code), begun + 1, language))
+                yield from _fenced(Block("\n".join(code), begun + 1, language, depth=depth))
                 fence, code = "", []
             else:
                 code.append(line)
@@ -120,7 +133,7 @@ def blocks(text: str) -> Iterator[Block]:
         else:
             rest.append(line)
     if fence:
-        yield from _fenced(Block("\n".join(code), begun + 1, language, is_open=True))
+        yield from _fenced(Block("\n".join(code), begun + 1, language, is_open=True, depth=depth))
     whole = Block("\n".join(rest), 1)
     if _is_code(_parsed(whole.code)):
         yield whole
@@ -132,17 +145,18 @@ def blocks(text: str) -> Iterator[Block]:
 def _fenced(block: Block) -> Iterator[Block]:
     """What stands between fences; what stands between fences within it, and the Python among what is none."""
     yield block
-    has_fences = any(_FENCE.match(line) for line in block.code.splitlines())
-    if has_fences or _parsed(_without_prompts(block.code)) is None:
-        for inner in blocks(block.code):
+    if block.depth < MAX_DEPTH if block.has_fences else _parsed(_without_prompts(block.code)) is None:
+        for inner in blocks(block.code, block.depth + 1):
             yield replace(inner, line=block.line + inner.line - 1, is_open=inner.is_open and block.is_open)
 
 
 def python_of(block: Block, *, may_go_on: bool = False) -> tuple[str | None, str | None]:
-    """A block's source if it is Python, or why it cannot be read though it says that it is.
+    """A block's source if it is Python, or why it cannot be read: it says that it is Python, or hides what it is.
 
     Of code that may go on it is the beginning that is whole, if there is any yet.
     """
+    if block.depth >= MAX_DEPTH and block.has_fences:
+        return None, "fences are nested too deeply"
     code = _without_prompts(block.code)
     try:
         tree = _parsed(code, strict=True)
@@ -273,16 +287,30 @@ def _bandit(sources: list[str]) -> list[list[dict[str, Any]] | str]:
     return results
 
 
-def _secrets(block: Block) -> Iterator[dict[str, Any]]:
+def _lines_of_code(text: str, found: list[Block]) -> Iterator[tuple[int, str]]:
+    """The lines of code of any language, with their numbers: those of the text's blocks, and what is indented."""
+    numbers = {block.line + row for block in found for row in range(block.code.count("\n") + 1)}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if number in numbers or line.startswith(("    ", "\t")):
+            yield number, line
+
+
+def _secrets(lines: list[tuple[int, int, str]]) -> list[dict[str, Any]]:
+    """The keys in lines, each with the number of its text and its own."""
+    if not lines:
+        return []
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 
     # Without filters, one of which would ask the services whether a key is real.
     with transient_settings({"plugins_used": [{"name": name} for name in SECRETS], "filters_used": []}):
-        for number, line in enumerate(block.code.splitlines()):
-            for secret in scan_line(line):
-                why = "a secret stands in the code"
-                yield dict(rule=f"secret {secret.type}", severity="high", line=block.line + number, why=why)
+        return [
+            dict(
+                text=text, rule=f"secret {secret.type}", severity="high", line=number, why="a secret stands in the code"
+            )
+            for text, number, line in lines
+            for secret in scan_line(line)
+        ]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ _TAG = re.compile("[\U000e0020-\U000e007e]")
 def unmasked(text: str) -> str:
     """A text in Unicode's form NFKC without invisible characters, in which homoglyphs are the letters they imitate.
 
-    What tag characters (U+E0020 to U+E007E) say is a line of its own at the end. Half of a character (an unpaired surrogate) becomes U+FFFD. Homoglyphs are Unicode's confusable characters (UTS
-    #39). They are read as Latin letters in words of which every letter looks like a Latin one: other scripts stay.
+    What tag characters (U+E0020 to U+E007E) say is a line of its own at the end. Half of a character (an unpaired
+    surrogate) becomes U+FFFD. Homoglyphs are Unicode's confusable characters (UTS #39). They are read as Latin letters
+    in words of which every letter looks like a Latin one: other scripts stay.
     """
     hidden = "".join(_TAG.findall(text)).translate(_TAGS)
     seen = "".join(one for one in text if one.isspace() or unicodedata.category(one) not in ("Cf", "Cc"))
