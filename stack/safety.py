@@ -197,12 +197,12 @@ class _Guard:
         await self._pass(self.input, said, "input")
         return [replace(one, passed=len(one.text)) for one in said]
 
-    async def pass_output(self, said: list[Said], answers: Iterable[_Answer]) -> None:
+    async def pass_output(self, said: list[Said], answers: Iterable[_Answer], *, are_unfinished: bool = False) -> None:
         """Returns once the shields have passed what is new in the answers to what was said."""
         async with _tasks() as group:
             for one in answers:
                 if one.waiting:
-                    new = Said("assistant", one.text, one.passed)
+                    new = Said("assistant", one.text, one.passed, is_unfinished=are_unfinished)
                     group.create_task(self._pass(self.output, [*said, new], "output"))
                     one.passed = len(one.text)
 
@@ -227,7 +227,7 @@ async def _passed(guard: _Guard, said: list[Said], items: AsyncGenerator[bytes])
                 answers.setdefault(choice.get("index", 0), _Answer()).text += _text_of(choice)
             waiting = max((one.waiting for one in answers.values()), default=0)
             if waiting >= guard.window:
-                await guard.pass_output(said, answers.values())
+                await guard.pass_output(said, answers.values(), are_unfinished=True)
             elif waiting:
                 continue
             yield b"".join(held)

@@ -64,8 +64,10 @@ def _columns(shield: ClassifierShield, labels: tuple[str, ...]) -> list[int]:
         return [labels.index(label) for label in shield.labels]
     names = [label.upper() for label in labels]
     bad = [at for at, name in enumerate(names) if name not in _BENIGN]
-    if len(bad) == len(labels):
-        raise BadInput(f"the shield {shield.id!r} needs `labels`, as none of its model's is known: {listed}")
+    if not 0 < len(bad) < len(labels):
+        raise BadInput(
+            f"the shield {shield.id!r} needs `labels`, as its model's do not say which of them is a violation: {listed}"
+        )
     if shield.type == "jailbreak_shield" and (jailbreaks := [at for at in bad if names[at] in _JAILBREAK]):
         return jailbreaks
     return bad

@@ -1,6 +1,6 @@
 """Finds code in texts and scans it: a program of its own, so that what it is given can take neither time nor memory.
 
-    python -I code_scan.py SECONDS < {"texts": [...]} > {"findings": [...], "unread": [...]}
+    python -I code_scan.py SECONDS < {"texts": [...], "unfinished": [...]} > {"findings": [...], "unread": [...]}
 
 Python is scanned by bandit's rules; code of all languages for keys and tokens by those of detect-secrets. Code is what
 stands between fences, what is indented, a paragraph, or a whole text that is Python. Comments that tell bandit to look
@@ -8,6 +8,8 @@ away (nosec) are not heard.
 """
 
 import ast
+import codeop
+import io
 import json
 import logging
 import re
@@ -15,8 +17,9 @@ import resource
 import sys
 import tempfile
 import textwrap
+import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,14 @@ SECRETS = (
     "NpmDetector", "OpenAIDetector", "PrivateKeyDetector", "PypiTokenDetector", "SendGridDetector", "SlackDetector",
     "SquareOAuthDetector", "StripeDetector", "TelegramBotTokenDetector", "TwilioKeyDetector",
 )  # fmt: skip
-# How often an unfinished piece of Python, as of an answer that is still being streamed, is tried without its last line.
+# How deep fences within fences are read.
+MAX_DEPTH = 3
+# How many lines of words before and behind a piece of Python are looked past.
 CUTS = 20
 _FENCE = re.compile(r"^[ \t>]*(`{3,}|~{3,})[ \t]*([^\s`{]*)")
 _PROMPT = re.compile(r"^[ \t]*(>>>|\.\.\.|In \[\d+\]:)[ ]?")
+_CLAUSES = frozenset(("else", "elif", "except", "finally"))
+_BLANKS = frozenset((tokenize.NL, tokenize.COMMENT, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER))
 _CODE_NODES = (ast.Import, ast.ImportFrom, ast.Call, ast.Assign, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -41,17 +48,23 @@ _CODE_NODES = (ast.Import, ast.ImportFrom, ast.Call, ast.Assign, ast.FunctionDef
 class Block:
     """Code, the line of the text in which it begins (from 1), and whether its author says that it is Python.
 
-    `is_open` is what goes to the end of the text without an end of its own.
+    `is_open` is what goes to the end of the text without an end of its own: in a text that is still being streamed, it
+    may go on. `depth` is how many fences are around its own.
     """
 
     code: str
     line: int
     language: str = ""
     is_open: bool = False
+    depth: int = 0
 
     @property
     def is_said_python(self) -> bool:
         return self.language.lower() in PYTHON
+
+    @property
+    def has_fences(self) -> bool:
+        return any(_FENCE.match(line) for line in self.code.splitlines())
 
 
 def main() -> None:
@@ -59,24 +72,30 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     logging.disable(logging.CRITICAL)
-    json.dump(scan(json.load(sys.stdin)["texts"]), sys.stdout)
+    given = json.load(sys.stdin)
+    json.dump(scan(given["texts"], given["unfinished"]), sys.stdout)
 
 
-def scan(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """What was found (rule, severity, line, why, text), and which code could not be read (line, why, text)."""
+def scan(texts: list[str], unfinished: Collection[int] = ()) -> dict[str, list[dict[str, Any]]]:
+    """What was found (rule, severity, line, why, text), and which code could not be read (line, why, text).
+
+    `unfinished` are the numbers of the texts that are still being streamed: code may break off at their end.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the code, and of what the libraries' own imports warn
-        return _scan(texts)
+        return _scan(texts, unfinished)
 
 
-def _scan(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
+def _scan(texts: list[str], unfinished: Collection[int]) -> dict[str, list[dict[str, Any]]]:
     findings: list[dict[str, Any]] = []
     unread: list[dict[str, Any]] = []
     sources: list[tuple[int, Block]] = []
+    lines: list[tuple[int, int, str]] = []
     for number, text in enumerate(texts):
-        for block in blocks(text):
-            findings += [{"text": number, **found} for found in _secrets(block)]
-            source, problem = python_of(block)
+        found_blocks = list(blocks(text))
+        lines += [(number, line, code) for line, code in _lines_of_code(text, found_blocks)]
+        for block in found_blocks:
+            source, problem = python_of(block, may_go_on=block.is_open and number in unfinished)
             if problem:
                 unread.append({"text": number, "line": block.line, "why": problem})
             elif source is not None:
@@ -86,20 +105,24 @@ def _scan(texts: list[str]) -> dict[str, list[dict[str, Any]]]:
             unread.append({"text": number, "line": block.line, "why": result})
         else:
             findings += [{"text": number, **found, "line": block.line + found["line"] - 1} for found in result]
+    findings += _secrets(lines)
     # A paragraph may be indented too, and is then found twice.
     once = {(found["text"], found["line"], found["rule"]): found for found in findings}
     return {"findings": list(once.values()), "unread": unread}
 
 
-def blocks(text: str) -> Iterator[Block]:
-    """The code of a text: fenced blocks, then of the rest all of it if it is Python, or else its parts that may be."""
+def blocks(text: str, depth: int = 0) -> Iterator[Block]:
+    """The code of a text: fenced blocks, then of the rest all of it if it is Python, or else its parts that may be.
+
+    `depth` is how many fences are around the text.
+    """
     rest: list[str] = []
     fence, language, begun, code = "", "", 0, list[str]()
     for number, line in enumerate(text.splitlines(), start=1):
         mark = _FENCE.match(line)
         if fence:
             if mark and mark[1].startswith(fence) and not mark[2]:
-                yield from _fenced(Block("\n".join(code), begun + 1, language))
+                yield from _fenced(Block("\n".join(code), begun + 1, language, depth=depth))
                 fence, code = "", []
             else:
                 code.append(line)
@@ -110,7 +133,7 @@ def blocks(text: str) -> Iterator[Block]:
         else:
             rest.append(line)
     if fence:
-        yield from _fenced(Block("\n".join(code), begun + 1, language, is_open=True))
+        yield from _fenced(Block("\n".join(code), begun + 1, language, is_open=True, depth=depth))
     whole = Block("\n".join(rest), 1)
     if _is_code(_parsed(whole.code)):
         yield whole
@@ -120,20 +143,25 @@ def blocks(text: str) -> Iterator[Block]:
 
 
 def _fenced(block: Block) -> Iterator[Block]:
-    """What stands between fences, and what stands between fences within it."""
+    """What stands between fences; what stands between fences within it, and the Python among what is none."""
     yield block
-    if any(_FENCE.match(line) for line in block.code.splitlines()):
-        for inner in blocks(block.code):
-            yield replace(inner, line=block.line + inner.line - 1)
+    if block.depth < MAX_DEPTH if block.has_fences else _parsed(_without_prompts(block.code)) is None:
+        for inner in blocks(block.code, block.depth + 1):
+            yield replace(inner, line=block.line + inner.line - 1, is_open=inner.is_open and block.is_open)
 
 
-def python_of(block: Block) -> tuple[str | None, str | None]:
-    """A block's source if it is Python, or why it cannot be read though it says that it is."""
+def python_of(block: Block, *, may_go_on: bool = False) -> tuple[str | None, str | None]:
+    """A block's source if it is Python, or why it cannot be read: it says that it is Python, or hides what it is.
+
+    Of code that may go on it is the beginning that is whole, if there is any yet.
+    """
+    if block.depth >= MAX_DEPTH and block.has_fences:
+        return None, "fences are nested too deeply"
     code = _without_prompts(block.code)
     try:
         tree = _parsed(code, strict=True)
     except SyntaxError as error:
-        if block.is_open:
+        if may_go_on and _goes_on(code):
             return _beginning(code), None
         return (None, f"it does not parse: {error.msg}") if block.is_said_python else (None, None)
     except (ValueError, RecursionError, MemoryError) as error:
@@ -177,14 +205,50 @@ def _is_code(tree: ast.Module | None) -> bool:
     return tree is not None and any(isinstance(node, _CODE_NODES) for node in ast.walk(tree))
 
 
+def _goes_on(code: str) -> bool:
+    """Whether code that does not parse may yet become Python, by what follows and by the end of its last line."""
+    lines = textwrap.dedent(code).splitlines()[:-1]
+    try:
+        compile("\n".join([*lines, ""]), "", "exec", ast.PyCF_ONLY_AST | codeop.Compile().flags)
+    except SyntaxError as error:
+        return error.msg == "incomplete input"
+    except (ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
 def _beginning(code: str) -> str | None:
-    """The longest beginning that parses, of code that is not finished."""
-    lines = code.splitlines()
-    for _ in range(min(CUTS, len(lines))):
-        lines.pop()
-        if (tree := _parsed("\n".join(lines))) is not None:
-            return textwrap.dedent("\n".join(lines)) if _is_code(tree) else None
+    """The beginning of code that breaks off, without its last line and the statement that is not whole.
+
+    Where what is left does not parse, as a `try` without its `except`, the statement around it goes too.
+    """
+    lines = textwrap.dedent(code).splitlines()[:-1]
+    if (tree := _parsed("\n".join(lines))) is not None:
+        return "\n".join(lines) if _is_code(tree) else None
+    least = sys.maxsize
+    for row, column, word in reversed(_statements(lines)):
+        if column < least or word == "@":
+            least = column + (word in _CLAUSES)
+            if (tree := _parsed("\n".join(lines[:row]))) is not None:
+                return "\n".join(lines[:row]) if _is_code(tree) else None
     return None
+
+
+def _statements(lines: list[str]) -> list[tuple[int, int, str]]:
+    """Where statements begin, to where the code breaks off: the row and the column, from 0, and the first word."""
+    starts: list[tuple[int, int, str]] = []
+    is_new = True
+    try:
+        for token in tokenize.generate_tokens(io.StringIO("\n".join([*lines, ""])).readline):
+            if token.type == tokenize.NEWLINE:
+                is_new = True
+            elif is_new and token.type not in _BLANKS:
+                starts.append((token.start[0] - 1, token.start[1], token.string))
+                is_new = False
+    except tokenize.TokenError as error:
+        if is_new:  # within a long string, which begins the statement
+            starts.append((error.args[1][0] - 1, error.args[1][1], ""))
+    return starts
 
 
 def _without_prompts(code: str) -> str:
@@ -223,16 +287,30 @@ def _bandit(sources: list[str]) -> list[list[dict[str, Any]] | str]:
     return results
 
 
-def _secrets(block: Block) -> Iterator[dict[str, Any]]:
+def _lines_of_code(text: str, found: list[Block]) -> Iterator[tuple[int, str]]:
+    """The lines of code of any language, with their numbers: those of the text's blocks, and what is indented."""
+    numbers = {block.line + row for block in found for row in range(block.code.count("\n") + 1)}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if number in numbers or line.startswith(("    ", "\t")):
+            yield number, line
+
+
+def _secrets(lines: list[tuple[int, int, str]]) -> list[dict[str, Any]]:
+    """The keys in lines, each with the number of its text and its own."""
+    if not lines:
+        return []
     from detect_secrets.core.scan import scan_line
     from detect_secrets.settings import transient_settings
 
     # Without filters, one of which would ask the services whether a key is real.
     with transient_settings({"plugins_used": [{"name": name} for name in SECRETS], "filters_used": []}):
-        for number, line in enumerate(block.code.splitlines()):
-            for secret in scan_line(line):
-                why = "a secret stands in the code"
-                yield dict(rule=f"secret {secret.type}", severity="high", line=block.line + number, why=why)
+        return [
+            dict(
+                text=text, rule=f"secret {secret.type}", severity="high", line=number, why="a secret stands in the code"
+            )
+            for text, number, line in lines
+            for secret in scan_line(line)
+        ]
 
 
 if __name__ == "__main__":

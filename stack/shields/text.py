@@ -13,15 +13,21 @@ _WORD = re.compile(r"[^\W_]+")
 # Variation selectors, which choose how the character before them is drawn, and fillers, which are letters that are
 # drawn as nothing. What else has no width is of the category Cf.
 _INVISIBLE = re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef\u115f\u1160\u3164\uffa0\u034f\u17b4\u17b5]")
+# ASCII that is drawn as nothing, and that models read all the same.
+_TAGS = {0xE0000 + code: code for code in range(0x20, 0x7F)}
+_TAG = re.compile("[\U000e0020-\U000e007e]")
 
 
 def unmasked(text: str) -> str:
     """A text in Unicode's form NFKC without invisible characters, in which homoglyphs are the letters they imitate.
 
-    Half of a character (an unpaired surrogate) becomes U+FFFD. Homoglyphs are Unicode's confusable characters (UTS
-    #39). They are read as Latin letters in words of which every letter looks like a Latin one: other scripts stay.
+    What tag characters (U+E0020 to U+E007E) say is a line of its own at the end. Half of a character (an unpaired
+    surrogate) becomes U+FFFD. Homoglyphs are Unicode's confusable characters (UTS #39). They are read as Latin letters
+    in words of which every letter looks like a Latin one: other scripts stay.
     """
+    hidden = "".join(_TAG.findall(text)).translate(_TAGS)
     seen = "".join(one for one in text if one.isspace() or unicodedata.category(one) not in ("Cf", "Cc"))
+    seen += f"\n{hidden}" if hidden else ""
     if seen.isascii():
         return seen
     whole = seen.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

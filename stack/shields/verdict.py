@@ -9,12 +9,14 @@ class Said:
     """A message as shields judge it: who says it, and its text.
 
     Of the text, `passed` characters have passed the shield already, with what came before them: the rest is judged, and
-    they are read with it. A message that has passed as a whole is there as context alone.
+    they are read with it. A message that has passed as a whole is there as context alone. One `is_unfinished` that is
+    still being streamed, and may end in the middle of a word.
     """
 
     role: Literal["system", "user", "tool", "assistant"]
     text: str
     passed: int = 0
+    is_unfinished: bool = False
 
     @property
     def is_judged(self) -> bool:

@@ -1,14 +1,27 @@
 """The code scanner: which code it finds in messages, what it says of it, and what it does where it cannot read it."""
 
+import asyncio
+import json
+import re
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
+from stack import openai_chats
+from stack.config import Config
+from stack.context import Context
+from stack.errors import ShieldViolation
 from stack.shield_config import CodeScannerShield
 from stack.shields import code_scanner
 from stack.shields.code_scan import blocks, scan
 from stack.shields.verdict import UNJUDGED, Said, Verdict
+from tests.conftest import CONFIG
+from tests.scripted_engine import ScriptedEngine
 
 SHIELD = CodeScannerShield(id="code", type="code_scanner_guard")
 EVIL = "import os\nos.system('rm -r ' + folder)"
@@ -37,6 +50,8 @@ async def judged(text: str, shield: CodeScannerShield = SHIELD) -> Verdict:
         ("```python\n>>> import os\n>>> os.system('rm -r ' + folder)\n0\n```", 3),
         (f"```python\n%matplotlib inline\n{EVIL}\n```", 4),
         ("```python\nimport os\nos.system('rm -r ' + folder)  # nosec\n```", 3),
+        (f"```\n{EVIL}\nThat is all!\n```", 3),
+        (f"```sh\nfirst, this:\n\n{EVIL}\n```", 5),
     ],
 )
 def test_python_is_found_wherever_it_stands(text: str, line: int) -> None:
@@ -83,10 +98,62 @@ async def test_keys_are_found_in_code_of_any_language(language: str) -> None:
     assert key not in verdict.message
 
 
-@pytest.mark.parametrize("code", ["def f(:", "print 'hello'", "x = " + "(" * 5_000, "eval(x)\0"])
+@pytest.mark.parametrize("code", ["def f(:", "print 'hello'", "x = " + "(" * 5_000, "x = 1\0"])
 async def test_python_that_cannot_be_read_does_not_pass(code: str) -> None:
     verdict = await judged(f"```python\n{code}\n```")
     assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+
+
+BROKEN = "(\nimport os\nos.system('rm -r ' + folder)"
+
+
+@pytest.mark.parametrize("code", [BROKEN, BROKEN + "\n(" * 30, "x = [\n1,\n2", "try:\n    a()"])
+async def test_python_that_breaks_off_at_the_end_of_a_whole_text_does_not_pass(code: str) -> None:
+    assert (await judged(f"```python\n{code}")).is_violation
+
+
+@pytest.mark.parametrize("code", [BROKEN + "\nx", BROKEN + "\n(" * 30, "def f(:\n    pass\n", "print 'a'\nprint"])
+async def test_python_that_no_end_could_mend_does_not_pass_while_it_is_streamed(code: str) -> None:
+    said = Said("assistant", f"```python\n{code}", is_unfinished=True)
+    assert (await code_scanner.judge(NOWHERE, SHIELD, [said])).is_violation
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "x = [\n" + "    1,\n" * 100 + "    2",
+        'page = """\n' + "<p>it is\n" * 100 + "<p",
+        "try:\n" + "    print()\n" * 100 + "    pri",
+        "@cached\n@timed\ndef f(a,\n      b",
+        "try:\n    print()\nexcept (ValueError,\n        Key",
+        "if x:\n    print()\nelse:",
+        "class A:\n    def f(self):\n        return f(1,\n            2",
+        "x = 'a wor",
+        'def f():\n    """It\nis',
+        '"""It\nis',
+    ],
+)
+def test_of_python_that_is_streamed_the_beginning_is_scanned(end: str) -> None:
+    harmless = scan([f"```python\nprint()\n{end}"], unfinished=[0])
+    assert harmless == {"findings": [], "unread": []}
+    found = scan([f"```python\n{EVIL}\n{end}"], unfinished=[0])
+    assert [(one["rule"], one["line"]) for one in found["findings"]] == [("B605 start_process_with_a_shell", 3)]
+    assert found["unread"] == []
+    assert scan([f"```python\n{end}"])["unread"] != []
+
+
+async def test_a_streamed_answer_s_code_may_break_off_in_a_window_and_not_at_its_end(
+    home: Path, store_url: str, engine: ScriptedEngine
+) -> None:
+    shields = [{"id": "code", "type": "code_scanner_guard"}]
+    config = {"store": store_url, "shields": shields, "model_shields": {"small": {"output": ["code"], "window": 20}}}
+    asked = {"model": "small", "stream": True, "messages": [{"role": "user", "content": "Write code."}]}
+    with closing(Context.open(Config.parse(CONFIG | config, "the tests' config"), engine=engine)) as context:
+        engine.tokens = ("```python\n", "x = [\n  1,\n  2,\n", "  3]\n```\n")
+        assert b"[DONE]" in b"".join([item async for item in await openai_chats.stream(context, asked)])
+        engine.tokens = ("```python\n", "x = [\n  1,\n  2,\n", "  3\n")
+        with pytest.raises(ShieldViolation, match="it does not parse"):
+            [item async for item in await openai_chats.stream(context, asked)]
 
 
 async def test_a_scan_that_takes_too_long_is_ended_and_does_not_pass() -> None:
@@ -103,6 +170,88 @@ async def test_all_messages_are_scanned_but_those_that_have_passed() -> None:
     assert (await code_scanner.judge(NOWHERE, SHIELD, said)).is_violation
     passed = [Said("user", evil, passed=len(evil)), Said("assistant", "Done.")]
     assert not (await code_scanner.judge(NOWHERE, SHIELD, passed)).is_violation
+
+
+@pytest.mark.parametrize("mask", ["\u200b", "\ufeff", "\u00ad"])
+@pytest.mark.parametrize("text", [EVIL, f"```\n{EVIL}\n```", f"Do this:\n\n{INDENTED}", "os.system(folder)"])
+async def test_code_is_read_without_its_masks(text: str, mask: str) -> None:
+    verdict = await judged(text.replace("system(", f"sys{mask}tem(") + mask)
+    assert (verdict.is_violation, verdict.type) == (True, "B605 start_process_with_a_shell")
+
+
+async def test_a_mask_that_would_break_the_code_does_not_hide_it() -> None:
+    assert (await judged("import os\nos.system(folder)  # \uff02\nx = '\uff07'")).is_violation
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps({"code": EVIL}),
+        json.dumps([EVIL]),
+        json.dumps({"code": "os.system(folder)"}),
+        '<tool_call>{"name": "python", "parameters": ' + json.dumps({"code": EVIL}) + "}</tool_call>",
+        '<tool_call>{"name": "python", "arguments": ' + json.dumps(json.dumps({"code": EVIL})) + "}</tool_call>",
+        '5" of it: ' + json.dumps({"code": EVIL}),
+        json.dumps({"code": EVIL})[:-2],
+        json.dumps({"code": "os.sys\u200btem(folder)"}),
+        f"[python(code={json.dumps(EVIL)})]",
+        "<|python_tag|>os.system(folder)",
+        "At once. <|python_tag|>os.system(folder)",
+    ],
+)
+async def test_code_that_a_tool_is_called_with_is_found(text: str) -> None:
+    verdict = await judged(text)
+    assert (verdict.is_violation, verdict.type) == (True, "B605 start_process_with_a_shell")
+
+
+def test_words_within_quotes_are_no_code_and_broken_escapes_end_a_text() -> None:
+    assert code_scanner.readings('He said: "os.system(x)", and "C:\\data", and left.') == [
+        'He said: "os.system(x)", and "C:\\data", and left.'
+    ]
+    assert "os\n" in code_scanner.readings('{"code": "os\\n\\u00')
+
+
+def test_a_megabyte_of_quotes_is_read() -> None:
+    assert len(code_scanner.readings('"\\n":"' * 150_000)) < 10
+
+
+@pytest.mark.parametrize("text", ["```a\n" * 600, "````md\n~~~~md\n```md\n~~~md\n```py\nprint()\n```"])
+async def test_fences_that_are_nested_too_deeply_do_not_pass(text: str) -> None:
+    verdict = await judged(text)
+    assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+    assert verdict.message is not None
+    assert "fences are nested too deeply" in verdict.message
+
+
+@pytest.mark.parametrize("code", ["x = " + "-" * 2_000 + "1", "x = " + "a." * 3_000 + "b", "x" + "()" * 500])
+async def test_code_that_is_nested_too_deeply_is_no_failure(code: str) -> None:
+    """It is read, or it does not pass."""
+    verdict = await judged(f"```python\n{code}\n```")
+    assert verdict.type in (None, UNJUDGED)
+
+
+@pytest.mark.parametrize(("indent", "is_found"), [("    ", True), ("\t", True), ("", False)])
+async def test_keys_are_found_in_what_is_indented_whatever_its_language(indent: str, is_found: bool) -> None:
+    key = "AKIA" + "IOSFODNN7EXAMPLA"
+    verdict = await judged(f"Set it:\n\n{indent}export KEY={key};\n\nThat is it.")
+    assert verdict.is_violation == is_found
+    assert not is_found or "line 3" in str(verdict.message)
+
+
+async def test_a_scan_that_finds_no_free_thread_in_time_does_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = threading.Event()
+    with ThreadPoolExecutor(1) as busy:
+        monkeypatch.setattr(code_scanner, "_SCANS", busy)
+        busy.submit(free.wait)
+        try:
+            verdict = await asyncio.wait_for(judged("x = 1", SHIELD.model_copy(update={"timeout_s": 0.1})), 30)
+        finally:
+            free.set()
+    assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+
+
+def test_the_version_names_both_packages_with_rules() -> None:
+    assert re.fullmatch(r"bandit-[\d.]+\+detect-secrets-[\d.]+", code_scanner.VERSION)
 
 
 def test_blocks_know_their_language_and_whether_they_end() -> None:

@@ -213,9 +213,13 @@ def test_prompt_guard_s_labels_are_known_and_others_can_be_named(
     assert (verdict.is_violation, verdict.type, verdict.score) == (*expected[:2], pytest.approx(expected[2], abs=1e-4))
 
 
-def test_labels_that_are_not_known_are_an_error_and_no_pass() -> None:
-    with pytest.raises(BadInput, match=r"needs `labels`.*: red, green"):
-        classifier.read(INJECTION, scores(("red", "green"), [0.0, 0.0]))
+@pytest.mark.parametrize("labels", [("red", "green"), ("LABEL_0",), ("INJECTION",), ("SAFE", "LEGIT")])
+def test_labels_that_do_not_tell_violations_from_the_rest_are_an_error_and_no_pass(labels: tuple[str, ...]) -> None:
+    with pytest.raises(BadInput, match=rf"needs `labels`.*: {', '.join(labels)}"):
+        classifier.read(INJECTION, scores(labels, [0.0] * len(labels)))
+
+
+def test_a_label_that_the_model_does_not_have_is_an_error_and_no_pass() -> None:
     with pytest.raises(BadInput, match="looks for 'blue'; its model has the labels red, green"):
         classifier.read(INJECTION.model_copy(update={"labels": ["blue"]}), scores(("red", "green"), [0.0, 0.0]))
 
