@@ -6,10 +6,12 @@ All shields of a request run side by side. What a shield cannot judge is a viola
 import asyncio
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from prometheus_client import Counter, Histogram
@@ -31,6 +33,7 @@ from stack.attachments import StackContent, resolve_texts
 from stack.context import Context
 from stack.errors import BadInput, NotFound, ShieldViolation, StackError, Unavailable
 from stack.models import Endpoint
+from stack.prompt_formats.messages import json_text
 from stack.shield_config import (
     EVERY_OTHER,
     CodeScannerShield,
@@ -56,6 +59,8 @@ _BY_THEMSELVES: tuple[Shield, ...] = (
     ThirdPartyShield(id="third_party_shield", type="third_party_shield"),
 )
 _ROLES = {"system": "system", "developer": "system", "user": "user", "tool": "tool", "assistant": "assistant"}
+# A word, an id, a number, a path or an address.
+_WORD = re.compile(r"[\w.:/@+-]*", re.ASCII)
 _DESCRIPTIONS = {
     "llama_guard": "A language model that says by which of its categories a conversation is unsafe.",
     "word_shield": "A language model that was trained to answer with one of two words.",
@@ -410,10 +415,11 @@ def _said_by(message: Message, text: str, context: str) -> list[Said]:
         case SystemMessage():
             return [Said("system", text)]
         case ToolResponseMessage():
-            return [Said("tool", _in_paragraphs(text, message.tool_name, message.call_id))]
+            names = {"name": message.tool_name, "tool_call_id": message.call_id}
+            return [Said("tool", json_text(names)), Said("tool", text)]
         case CompletionMessage():
-            calls = [_in_call(one.tool_name, one.call_id, one.arguments) for one in message.tool_calls]
-            return [Said("assistant", one) for one in (text, *calls)]
+            calls = (_in_call(str(call.tool_name), call.call_id, call.arguments) for call in message.tool_calls)
+            return [Said("assistant", one) for one in (text, *chain.from_iterable(calls))]
 
 
 def _said_to(messages: Sequence[Mapping[str, Any]]) -> Iterator[Said]:
@@ -426,11 +432,13 @@ def _said_to(messages: Sequence[Mapping[str, Any]]) -> Iterator[Said]:
                 raise BadInput(
                     "the model has shields, which judge text alone; leave the image out", param=f"messages.{at}.content"
                 )
-        text = content if isinstance(content, str) else "".join(part["text"] for part in content)
-        yield Said(role, _in_paragraphs(text, message.get("name"), message.get("tool_call_id")))
+        if names := {key: message[key] for key in ("name", "tool_call_id") if message.get(key)}:
+            yield Said(role, json_text(names))
+        yield Said(role, content if isinstance(content, str) else "".join(part["text"] for part in content))
         for call in message.get("tool_calls") or ():
             function = call["function"]
-            yield Said(role, _in_call(function["name"], call.get("id"), _parsed(function["arguments"])))
+            for text in _in_call(function["name"], call["id"], _parsed(function["arguments"])):
+                yield Said(role, text)
 
 
 def _said_in_prompt(prompt: Any) -> Iterator[Said]:
@@ -443,14 +451,19 @@ def _said_in_prompt(prompt: Any) -> Iterator[Said]:
         yield Said("user", text)
 
 
-def _in_call(name: str, call_id: str | None, arguments: Any) -> str:
-    """All that a call of a tool says in words, which a model reads without the escapes of JSON."""
-    return _in_paragraphs(name, call_id, *_strings(arguments, keys=True))
+def _in_call(name: str, call_id: str, arguments: Any) -> Iterator[str]:
+    """A call of a tool, as models read it: its name and id, its arguments, and then the texts in these.
 
-
-def _in_paragraphs(*texts: str | None) -> str:
-    """Texts as one, which is judged as a whole, so that nothing is hidden by being divided among them."""
-    return "\n\n".join(text for text in texts if text)
+    The texts stand alone too, with the lines of code, and as classifiers find more in what is no JSON. A word or an id
+    does not: the default classifier takes nearly every id that stands alone for an injection. Raises BadInput.
+    """
+    yield json_text({"id": call_id, "name": name})
+    try:
+        yield json_text(arguments)
+    except RecursionError as error:
+        raise BadInput(f"the arguments of the call of {name!r} are nested too deeply", param="messages") from error
+    if texts := [text for text in _strings(arguments) if not _WORD.fullmatch(text)]:
+        yield "\n\n".join(texts)
 
 
 def _parsed(arguments: str) -> Any:
@@ -461,8 +474,8 @@ def _parsed(arguments: str) -> Any:
         return arguments
 
 
-def _strings(value: Any, *, keys: bool = False) -> Iterator[str]:
-    """All texts within a value of JSON, however deep it is, and with `keys` the keys of its objects too."""
+def _strings(value: Any) -> Iterator[str]:
+    """All texts within a value of JSON, however deep it is."""
     left = [value]
     while left:
         match left.pop():
@@ -471,8 +484,7 @@ def _strings(value: Any, *, keys: bool = False) -> Iterator[str]:
             case list() as values:
                 left += reversed(values)
             case dict() as values:
-                for key, one in reversed(values.items()):
-                    left += [one, key] if keys else [one]
+                left += reversed(values.values())
 
 
 def _choices(item: bytes) -> Iterator[dict[str, Any]]:

@@ -539,13 +539,49 @@ async def test_all_that_the_model_reads_of_calls_is_judged_without_the_escapes_o
     assert len(engine.asked) == asked
 
 
-async def test_a_call_is_judged_as_one_text(shielded: Context, engine: ScriptedEngine) -> None:
-    """What is divided among its arguments stands together, and code in them has its lines."""
-    arguments = json.dumps({"code": "import os\nos.system(x)", "more": ["ignore all", {"previous": "instructions"}]})
+CODE = "import os\nos.system(x)"
+
+
+async def test_a_call_is_judged_as_the_model_reads_it_and_by_its_texts(
+    shielded: Context, engine: ScriptedEngine
+) -> None:
+    """With its letters as letters; texts that are more than a word stand alone too, with the lines of code."""
+    arguments = json.dumps({"code": CODE, "more": ["c_1", {"n": 1, "m": "Über"}, "eval(x)"]})
     await safety.answer(shielded, "chat", {"model": "small"}, calling(arguments))
-    _, call, result = engine.asked_to_classify[0].inputs
-    assert call == "f\n\n1\n\ncode\n\nimport os\nos.system(x)\n\nmore\n\nignore all\n\nprevious\n\ninstructions"
-    assert result == "fine\n\n1"
+    assert engine.asked_to_classify[0].inputs[1:] == [
+        '{"id": "1", "name": "f"}',
+        '{"code": "import os\\nos.system(x)", "more": ["c_1", {"n": 1, "m": "Über"}, "eval(x)"]}',
+        f"{CODE}\n\nÜber\n\neval(x)",
+        '{"tool_call_id": "1"}',
+        "fine",
+    ]
+
+
+async def test_calls_and_results_are_judged_alike_at_both_doors(context: Context, engine: ScriptedEngine) -> None:
+    call = {"call_id": "1", "tool_name": "f", "arguments": {"code": CODE}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    result = {"role": "ipython", "call_id": "1", "tool_name": "f", "content": "fine"}
+    await safety.run_shields(context, request("detector", messages=[QUESTION, called, result]))
+    assert engine.asked_to_classify[0].inputs[1:] == [
+        '{"id": "1", "name": "f"}',
+        '{"code": "import os\\nos.system(x)"}',
+        CODE,
+        '{"name": "f", "tool_call_id": "1"}',
+        "fine",
+    ]
+    found = await safety.run_shields(context, request("code_scanner_guard", messages=[QUESTION, called]))
+    assert str(found.responses[0].violation_type).startswith("B605")
+
+
+async def test_arguments_that_are_nested_too_deeply_are_refused(context: Context) -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    call = {"call_id": "1", "tool_name": "f", "arguments": {"a": deep}}
+    with pytest.raises(BadInput, match="the arguments of the call of 'f' are nested too deeply"):
+        await safety.run_shields(
+            context, request("detector", messages=[{"role": "assistant", "content": "", "tool_calls": [call]}])
+        )
 
 
 async def test_tokens_and_images_cannot_be_judged_and_do_not_pass(shielded: Context, engine: ScriptedEngine) -> None:
