@@ -62,7 +62,8 @@ class Scorer:
         values = await self._batches.rows(tokens)
         if not np.isfinite(values).all():
             return Failure(500, "the model answered with numbers that are none (NaN or infinite)")
-        return Scores(values, np.array(of), self._classifier.labels, sum(len(one) for one in tokens))
+        total = sum(len(one) for one in tokens)
+        return Scores(values, np.array(of), self._classifier.labels, total, self._classifier.is_multi_label)
 
     async def check_health(self) -> None:
         """Raises unless the model answers."""
@@ -81,6 +82,7 @@ class Classifier:
         is_head = (model.folder / heads.HEAD).is_file()
         self._loaded = _head_on_encoder(model) if is_head else _sequence_classifier(model)
         self.labels = self._loaded.labels
+        self.is_multi_label = self._loaded.is_multi_label
         self.max_tokens = self._loaded.max_tokens
         if not self._loaded.tokenizer.is_fast:  # which alone makes windows
             raise BadInput(f"the tokenizer in {model.folder} is none of the tokenizers library (tokenizer.json)")
@@ -146,6 +148,7 @@ class _Loaded:
     max_tokens: int
     chat_template: str | None
     adds_special_tokens: bool
+    is_multi_label: bool = False
 
 
 def _head_on_encoder(model: SequenceClassifier) -> _Loaded:
@@ -196,4 +199,13 @@ def _sequence_classifier(model: SequenceClassifier) -> _Loaded:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or model.max_tokens
     limit = min(model.max_tokens, positions, tokenizer.model_max_length)
     labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
-    return _Loaded(tokenizer, logits, labels, limit, tokenizer.chat_template, adds_special_tokens=False)
+    is_multi_label = config.problem_type == "multi_label_classification"
+    return _Loaded(
+        tokenizer,
+        logits,
+        labels,
+        limit,
+        tokenizer.chat_template,
+        adds_special_tokens=False,
+        is_multi_label=is_multi_label,
+    )

@@ -89,13 +89,14 @@ class Scores:
 
     There is one row of `values` for each window of an input, which is of the input `inputs[row]`; the rows are in the
     order of the inputs, and an input that is not split has one. A model of one label has no probabilities: its number
-    is a score as it is.
+    is a score as it is. Of one that `is_multi_label`, each label has a probability of its own, and several can be true.
     """
 
     values: NDArray[np.float32]  # (windows, labels)
     inputs: NDArray[np.int64]  # (windows,)
     labels: tuple[str, ...]
     tokens: int
+    is_multi_label: bool = False
 
 
 class Engine(Protocol):

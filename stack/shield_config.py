@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from stack.api.safety import MAX_SHIELDS, BuiltinShield, RestAPIExecutionConfig, ShieldId
+from stack.api.safety import MAX_SHIELDS, BuiltinShield, RestAPIExecutionConfig, RestAPIMethod, ShieldId
 from stack.api.wire import ModelId, Wire, at_most
 
 Score = Annotated[float, Field(ge=0, le=1)]
@@ -87,6 +87,22 @@ class ThirdPartyShield(_Shield):
     execution_config: RestAPIExecutionConfig | None = None
     timeout_s: Annotated[float, Field(ge=0.1, le=300)] = 10
     fails_open: bool = False
+
+    @field_validator("execution_config")
+    @classmethod
+    def _can_be_asked(cls, asked: RestAPIExecutionConfig | None) -> RestAPIExecutionConfig | None:
+        if asked is not None and (problem := why_not_askable(asked)) is not None:
+            raise ValueError(problem[1])
+        return asked
+
+
+def why_not_askable(asked: RestAPIExecutionConfig) -> tuple[str, str] | None:
+    """The field by which messages cannot be sent along, and why; None if they can."""
+    if asked.method not in (RestAPIMethod.POST, RestAPIMethod.PUT):
+        return "method", f"method is {asked.method.value}; allowed: POST, PUT, as the messages are sent along"
+    if "messages" in (asked.body or {}):
+        return "body", "body has a key 'messages', which the shield sets"
+    return None
 
 
 Shield = Annotated[

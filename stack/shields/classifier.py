@@ -33,8 +33,8 @@ async def judge(context: Context, shield: ClassifierShield, said: Sequence[Said]
 def read(shield: ClassifierShield, scores: Scores) -> Verdict:
     """The verdict of the likeliest window. Raises BadInput where the classifier's labels are not known."""
     columns = _columns(shield, scores.labels)
-    chances = probabilities(scores.values)[:, columns]
-    together = chances.sum(axis=1)
+    chances = probabilities(scores.values, is_multi_label=scores.is_multi_label)[:, columns]
+    together = chances.max(axis=1) if scores.is_multi_label else chances.sum(axis=1)
     row = int(together.argmax())
     score = min(1.0, float(together[row]))
     if score < shield.threshold:
@@ -43,10 +43,13 @@ def read(shield: ClassifierShield, scores: Scores) -> Verdict:
     return Verdict(True, label, f"The content looks like: {label.lower()}.", score)
 
 
-def probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Those of each label (rows, labels): the softmax of its logits, or of one label the logistic function."""
+def probabilities(logits: NDArray[np.float32], *, is_multi_label: bool = False) -> NDArray[np.float64]:
+    """Those of each label (rows, labels): the softmax of its logits.
+
+    Of one label, and of those of which several can be true, each has the logistic function of its own.
+    """
     values = logits.astype(np.float64)
-    if values.shape[1] == 1:
+    if is_multi_label or values.shape[1] == 1:
         logistic: NDArray[np.float64] = np.exp(-np.logaddexp(0, -values))
         return logistic
     powers = np.exp(values - values.max(axis=1, keepdims=True))

@@ -4,6 +4,7 @@ The prompt is that of Meta's model card (Llama Guard 3, "Prompt template"; Inan 
 chat model can be asked it; those that were trained for it answer well.
 """
 
+import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -37,6 +38,8 @@ CATEGORIES = {
 MAX_TOKENS = 100
 # What would end the conversation within the prompt, or a turn of the model's own format.
 _MARKS = re.compile(r"<(?=\||(?:BEGIN|END) (?:CONVERSATION|UNSAFE CONTENT CATEGORIES)>)", re.IGNORECASE)
+# What would begin another turn in it.
+_TURN = re.compile(r"(?<!\S)(User|Agent)\s*:", re.IGNORECASE)
 _LLAMA_3 = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
@@ -45,7 +48,8 @@ async def judge(context: Context, shield: LlamaGuardShield, said: Sequence[Said]
     if not any(one.text.strip() for one in said if one.is_judged):
         return PASSED
     models = context.of_tenant(shield.tenant).models
-    endpoint, body = await _body(shield, prompt(said, categories_of(shield)), models)
+    task = await asyncio.to_thread(prompt, said, categories_of(shield))
+    endpoint, body = await _body(shield, task, models)
     answer = await ask(models, endpoint, body, unsafe="unsafe", safe="safe")
     return read(shield, answer.text, answer.unsafe)
 
@@ -58,7 +62,7 @@ def prompt(said: Sequence[Said], categories: Mapping[str, str]) -> str:
     """The task in Llama Guard 3's words. What goes into the model is the user's, and what it says is the agent's."""
     listed = "\n".join(f"{code}: {name.rstrip('.')}." for code, name in categories.items())
     turns = [
-        (agent, "\n".join(_MARKS.sub("< ", unmasked(one.text)) for one in group))
+        (agent, "\n".join(_TURN.sub(r"\1 -", _MARKS.sub("< ", unmasked(one.text))) for one in group))
         for agent, group in groupby(said, key=lambda one: "Agent" if one.role == "assistant" else "User")
     ]
     conversation = "\n\n".join(f"{agent}: {text}" for agent, text in turns)

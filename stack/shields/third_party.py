@@ -8,6 +8,8 @@
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,19 +19,23 @@ from urllib.parse import urlencode
 
 from pydantic import Field, ValidationError
 
-from stack.api.safety import RestAPIExecutionConfig, RestAPIMethod
+from stack.api.safety import RestAPIExecutionConfig
 from stack.api.wire import Wire, describe
 from stack.context import Context
 from stack.errors import BadInput, Unavailable
 from stack.fetcher import Fetcher
-from stack.shield_config import ThirdPartyShield
+from stack.shield_config import ThirdPartyShield, why_not_askable
 from stack.shields.verdict import UNJUDGED, Said, Verdict
+
+logger = logging.getLogger("ray.serve")
 
 VERSION = "1"
 MAX_ANSWER_BYTES = 64 * 1024
 FETCHER = Fetcher()
-# They wait for others: threads of their own, which are not those of the routes.
-_CALLS = ThreadPoolExecutor(32, thread_name_prefix="third-party")
+# They wait for others: threads of their own, which are not those of the routes. What requests name may hang as long as
+# its sender likes, and takes none of the threads that the config's third parties have.
+_CALLS_OF_REQUESTS = ThreadPoolExecutor(32, thread_name_prefix="third-party-of-request")
+_CALLS_OF_CONFIG = ThreadPoolExecutor(32, thread_name_prefix="third-party-of-config")
 # What HTTP itself needs to be right, and what names another host or proxy.
 _OWN_HEADERS = frozenset(
     ("host", "content-length", "content-type", "content-encoding", "transfer-encoding", "connection", "te", "trailer",
@@ -52,25 +58,30 @@ async def judge(
 ) -> Verdict:
     """Asks the third party. What it does not answer as it should is a violation, unless the shield fails open.
 
-    Raises BadInput for an `execution_config` that is missing or not allowed.
+    Raises BadInput for an `execution_config` that is missing, or is the request's and not allowed.
     """
     asked = execution or shield.execution_config
     if asked is None:
         raise BadInput(
             f"the shield {shield.id!r} needs an execution_config, which says where it is", param="execution_config"
         )
-    url, headers, content = _request(asked, said)
-    fetcher = replace(FETCHER, seconds=shield.timeout_s, idle_seconds=shield.timeout_s)
-    call = partial(fetcher.send, url, asked.method.value, headers, content, MAX_ANSWER_BYTES)
     try:
+        url, headers, content = _request(asked, said)
+        fetcher = replace(FETCHER, seconds=shield.timeout_s, idle_seconds=shield.timeout_s)
+        call = partial(_send, fetcher, url, asked.method.value, headers, content)
+        threads = _CALLS_OF_CONFIG if execution is None else _CALLS_OF_REQUESTS
         async with asyncio.timeout(shield.timeout_s + 1):  # it may have waited for a thread, too
-            answer = await asyncio.get_running_loop().run_in_executor(_CALLS, call)
+            answer = await asyncio.get_running_loop().run_in_executor(threads, call)
         return read(answer)
     except (Unavailable, TimeoutError) as error:
         reason = str(error) or f"it has not answered within {shield.timeout_s:g} s"
-        return Verdict(not shield.fails_open, UNJUDGED, f"The third party could not be asked: {reason}")
     except BadInput as error:
-        raise BadInput(error.message, param="execution_config.url") from error
+        if execution is not None:
+            raise
+        # It is the config's: whoever asks did not name its address, and its params are not for the log either.
+        logger.warning("shield=%s cannot be asked: %s", shield.id, re.sub(r"\?.*", "?…", error.message))
+        reason = "its execution_config cannot be used, or there is no such host now"
+    return Verdict(not shield.fails_open, UNJUDGED, f"The third party could not be asked: {reason}")
 
 
 def read(answer: bytes) -> Verdict:
@@ -82,15 +93,18 @@ def read(answer: bytes) -> Verdict:
     return Verdict(told.is_violation, told.violation_type, told.violation_return_message, told.score)
 
 
+def _send(fetcher: Fetcher, url: str, method: str, headers: Mapping[str, str], content: bytes) -> bytes:
+    try:
+        return fetcher.send(url, method, headers, content, MAX_ANSWER_BYTES)
+    except BadInput as error:
+        raise BadInput(error.message, param="execution_config.url") from error
+
+
 def _request(asked: RestAPIExecutionConfig, said: Sequence[Said]) -> tuple[str, dict[str, str], bytes]:
     """The address with its parameters, the headers and the content."""
-    if asked.method not in (RestAPIMethod.POST, RestAPIMethod.PUT):
-        raise BadInput(
-            f"method is {asked.method.value}; allowed: POST, PUT, as the messages are sent along",
-            param="execution_config.method",
-        )
-    if "messages" in (asked.body or {}):
-        raise BadInput("body has a key 'messages', which the shield sets", param="execution_config.body")
+    if (problem := why_not_askable(asked)) is not None:
+        field, reason = problem
+        raise BadInput(reason, param=f"execution_config.{field}")
     params = _texts(asked.params or {}, "params")
     separator = "&" if "?" in asked.url else "?"
     url = asked.url + (separator + urlencode(params) if params else "")

@@ -19,18 +19,22 @@ OVERLAP = 1_000
 
 
 async def judge(context: Context, shield: WordShield, said: Sequence[Said]) -> Verdict:
-    """Asks the model about each message that is judged; the worst answer counts."""
+    """Asks the model about each message that is judged; the worst answer counts. One that fails ends the others."""
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def one_of(text: str) -> Verdict:
         async with slots:
             return read(shield, await _ask(context, shield, text))
 
-    texts = judged_texts(said)
+    texts = await asyncio.to_thread(judged_texts, said)
     if not texts:
         return PASSED
-    verdicts = await asyncio.gather(*(one_of(text) for text in texts))
-    return max(verdicts, key=lambda one: (one.is_violation, one.score or 0))
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one_of(text)) for text in texts]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return max((task.result() for task in tasks), key=lambda one: (one.is_violation, one.score or 0))
 
 
 def judged_texts(said: Sequence[Said]) -> list[str]:

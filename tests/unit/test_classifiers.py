@@ -297,6 +297,13 @@ async def test_rows_are_in_the_order_of_the_inputs(folder: Path, classifier: Cla
     assert scores.tokens == sum(len(one) for one in classifier.tokenize(texts, windows=True)[0])
 
 
+async def test_scores_say_whether_several_labels_can_be_true(folder: Path, tmp_path: Path) -> None:
+    several = copied(folder, tmp_path / "several")
+    config = json.loads((several / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (several / "config.json").write_text(json.dumps(config))
+    assert [(await scorer(one).classify(["paris"], True)).is_multi_label for one in (folder, several)] == [False, True]
+
+
 async def test_what_is_refused_is_told_with_the_index(folder: Path) -> None:
     refused = await scorer(folder).classify(["one", "one " * 15], False)
     assert isinstance(refused, Failure)

@@ -1,5 +1,6 @@
 """A shield elsewhere: real servers that answer, hang, redirect, talk nonsense, or are inside."""
 
+import asyncio
 import http.server
 import json
 import threading
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from stack.api.safety import RestAPIExecutionConfig
 from stack.errors import BadInput
@@ -185,3 +187,59 @@ def test_a_far_side_cannot_keep_a_thread_for_ever(authority: Authority) -> None:
         with pytest.raises(Exception, match=r"was not there|does not answer"):
             fetcher.send(f"https://{HOST}:{port}/", "POST", {}, b"{}", 1_000)
         assert ended.wait(10), "the connection is cut"
+
+
+@pytest.mark.parametrize("fails_open", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"url": "https://none.invalid/"},
+        {"url": "https://127.0.0.1/"},
+        {"url": "https://example.org/a b"},
+        {"url": "https://example.org/", "headers": {"Host": "inside"}},
+    ],
+)
+async def test_a_config_that_cannot_be_asked_is_no_fault_of_the_request(
+    config: dict[str, Any], fails_open: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = {"method": "POST", "params": {"key": "secret"}} | config
+    shield = ThirdPartyShield.model_validate(
+        {"id": "other", "type": "third_party_shield", "execution_config": asked, "fails_open": fails_open}
+    )
+    verdict = await third_party.judge(NOWHERE, shield, SAID, None)
+    assert (verdict.is_violation, verdict.type) == (not fails_open, UNJUDGED)
+    assert "secret" not in f"{verdict.message} {caplog.text}"
+    assert "example.org" not in str(verdict.message)
+    assert "shield=other cannot be asked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "words"), [({"method": "GET"}, "allowed: POST, PUT"), ({"body": {"messages": []}}, "a key 'messages'")]
+)
+def test_a_config_that_could_never_be_asked_is_refused_at_the_start(config: dict[str, Any], words: str) -> None:
+    asked = {"url": "https://example.org/", "method": "POST"} | config
+    with pytest.raises(ValidationError, match=words):
+        ThirdPartyShield.model_validate({"id": "other", "type": "third_party_shield", "execution_config": asked})
+
+
+async def test_addresses_of_requests_that_hang_keep_no_thread_from_the_config_s(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+
+    def hangs_or_answers(handler: http.server.BaseHTTPRequestHandler) -> None:
+        if handler.headers.get("X-Hang"):
+            go_on.wait()
+        says(is_violation=False)(handler)
+
+    with there(authority, monkeypatch, hangs_or_answers) as (url, _):
+        hanging = [asyncio.create_task(judged(url, headers={"X-Hang": "1"})) for _ in range(40)]
+        try:
+            await asyncio.sleep(0)
+            config = RestAPIExecutionConfig.model_validate({"url": url, "method": "POST"})
+            shield = SHIELD.model_copy(update={"execution_config": config})
+            assert await third_party.judge(NOWHERE, shield, SAID, None) == Verdict(is_violation=False)
+            assert not any(task.done() for task in hanging)
+        finally:
+            go_on.set()
+            await asyncio.gather(*hanging)
