@@ -176,10 +176,11 @@ class _Failed(Exception):
 
 @dataclass
 class _Answer:
-    """One of a model's answers so far, and how much of it has passed."""
+    """One of a model's answers so far, how much of it has passed, and where the last window began that has."""
 
     text: str = ""
     passed: int = 0
+    window: int = 0
 
     @property
     def waiting(self) -> int:
@@ -207,9 +208,12 @@ class _Guard:
         async with _tasks() as group:
             for one in answers:
                 if one.waiting:
-                    new = Said("assistant", one.text, one.passed, is_unfinished=are_unfinished)
-                    group.create_task(self._pass(self.output, [*said, new], "output"))
-                    one.passed = len(one.text)
+                    one.window, one.passed = one.passed, len(one.text)
+                elif are_unfinished or not one.text:
+                    continue
+                # An answer that ends where a window ended is judged from there again, now that nothing follows.
+                new = Said("assistant", one.text, one.window, is_unfinished=are_unfinished)
+                group.create_task(self._pass(self.output, [*said, new], "output"))
 
     async def _pass(self, runs: list[_Run], said: list[Said], which: str) -> None:
         try:
@@ -233,7 +237,7 @@ async def _passed(guard: _Guard, said: list[Said], items: AsyncGenerator[bytes])
             waiting = max((one.waiting for one in answers.values()), default=0)
             if waiting >= guard.window:
                 await guard.pass_output(said, answers.values(), are_unfinished=True)
-            elif waiting:
+            elif any(one.text for one in answers.values()):
                 continue
             yield b"".join(held)
             held.clear()

@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -618,6 +618,21 @@ async def test_a_stream_s_last_window_is_judged_before_its_end_is_told(
     with pytest.raises(ShieldViolation):
         await read_into(sent, items)
     assert sent == []
+
+
+async def test_an_answer_that_breaks_off_where_a_window_ends_is_judged_as_a_whole_before_its_end_is_told(
+    home: Path, store_url: str, engine: ScriptedEngine
+) -> None:
+    code = "```python\nprint((1, 2"
+    guard = {"output": ["scanner"], "window": len(code)}
+    scanner = {"id": "scanner", "type": "code_scanner_guard"}
+    engine.tokens = tuple(code)
+    sent: list[str] = []
+    with closing(opened(engine, store_url, shields=[scanner], model_shields={"small": guard})) as context:
+        items = await openai_chats.stream(context, CHAT | {"stream": True})
+        with pytest.raises(ShieldViolation, match="scanner"):
+            await read_into(sent, items)
+    assert 'finish_reason":"' not in "".join(sent).replace(" ", "")
 
 
 async def test_each_of_several_answers_is_judged(shielded: Context, engine: ScriptedEngine) -> None:
