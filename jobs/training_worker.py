@@ -399,6 +399,8 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
 
     process, number = psutil.Process(), settings.attempt
     writes = _is_first() and not settings.trial
+    group = get_current_placement_group() if settings.trial else None
+    placed = {GROUP: group.id.hex()} if group else {}
 
     class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
         validation_loss: float | None = None
@@ -444,9 +446,7 @@ def _recorder(context: Context, job: Job, settings: Settings, metrics: Metrics) 
             _wait_for_all()
             saved = f"{args.output_dir}/checkpoint-{state.global_step}"
             checkpoint = Checkpoint.from_directory(saved) if _is_first() else None
-            group = get_current_placement_group()
-            resources = {GROUP: group.id.hex()} if settings.trial and group else {}
-            ray.train.report(self.figures(state) | resources, checkpoint=checkpoint)
+            ray.train.report(self.figures(state) | placed, checkpoint=checkpoint)
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
             step, total = state.global_step, state.max_steps
