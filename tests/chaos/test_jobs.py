@@ -8,6 +8,7 @@ import pytest
 from tests import samples
 from tests.running_stack import MODEL, Stack, ended, wait_for
 
+pytestmark = pytest.mark.long
 DRIVER = "jobs.supervised_fine_tune"
 TRAIN_WORKER = "RayTrainWorker"
 SUPERVISOR = "ServeReplica:gateway:JobSupervisor"  # Ray has a JobSupervisor of its own for each of its jobs
