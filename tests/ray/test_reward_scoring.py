@@ -64,7 +64,7 @@ def test_a_judge_gives_the_same_rating_each_time_between_its_bounds(client: http
         for row in range(len(PAIRS))
     ]
     for one, other, again, other_again in scores:
-        assert 1 < one < 5
+        assert 1 <= one <= 5, "where 1 alone is among the likely tokens, it is 1"
         assert (one, other) == pytest.approx((again, other_again), abs=0.05)
     assert len({score for row in scores for score in row}) > 2, "they are means, not samples"
 

@@ -56,11 +56,11 @@ def test_several_shields_answer_in_their_order(client: httpx.Client) -> None:
     assert second["shield_type"] == "injection_shield"
 
 
-def test_the_specification_s_client_runs_shields(stack: Stack) -> None:
-    client = LlamaStack(base_url=stack.url)
+def test_the_specification_s_client_runs_shields(stack: Stack, client: httpx.Client) -> None:
+    rfc = LlamaStack(base_url=stack.url, http_client=client)
     messages: Any = [{"role": "user", "content": INJECTION}]
     shields: Any = [{"shield_type": "injection_shield", "on_violation_action": 1}]
-    found = client.safety.run_shields(messages=messages, shields=shields)
+    found = rfc.safety.run_shields(messages=messages, shields=shields)
     assert [one.is_violation for one in found.responses] == [True]
 
 
