@@ -28,7 +28,7 @@ from tests.tiny_training import save_model
 
 TRIALS = "trials.json"
 # What libraries warn of in the process of a driver, which is this one here.
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 LR, LR_MIN = "optimizer_config.lr", "optimizer_config.lr_min"
 ROWS, BATCH, STEPS = 24, 6, 20
 # By this seed a rate that is learned by is drawn first.

@@ -108,14 +108,16 @@ def test_one_trace_leads_from_the_request_to_the_job(stack: Stack, tuned: dict[s
     assert above[-1].parent_span_id == "b7ad6b7169203331"
 
 
-@pytest.mark.parametrize("name", ["questions.parquet", "questions.json"])
-def test_ray_data_reads_formats_of_other_tools(stack: Stack, http: httpx.Client, name: str) -> None:
+@pytest.mark.parametrize("name", ["questions.parquet", "questions.json", "questions.jsonl"])
+def test_ray_data_reads_every_format(stack: Stack, http: httpx.Client, name: str) -> None:
     rows = [{"id": number, "prompt": "Say yes.", "completion": "yes"} for number in range(40)]
     file = stack.home / "data" / name
     if name.endswith(".parquet"):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    else:
+    elif name.endswith(".json"):
         file.write_text(json.dumps(rows))
+    else:
+        samples.write_rows(file, rows)
     data = samples.dataset(file, id="number", prompt="text", completion="text")
     uuid = f"evaluation-{file.suffix[1:]}"
     request = samples.evaluation(data, job_uuid=uuid, checkpoint=MODEL)

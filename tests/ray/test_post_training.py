@@ -47,7 +47,8 @@ def requests(stack: Stack) -> dict[str, tuple[str, dict[str, Any]]]:
     preferences = common | {"dataset": pairs, "validation_dataset": pairs, "training_config": TRAINING}
     return {
         "one": fine_tuning(),
-        "two": fine_tuning(workers=2, parallelism="zero2"),
+        "two-fsdp": fine_tuning(workers=2, memory_efficient_fsdp_wrap=True),
+        "two-zero2": fine_tuning(workers=2, parallelism="zero2"),
         "whole": fine_tuning("full", None, n_iters=2),
         "preferred": (
             "preference_optimize",
@@ -91,11 +92,14 @@ def test_all_trainings_are_completed(done: dict[str, dict[str, Any]]) -> None:
     assert failed == {}
 
 
-def test_two_workers_come_to_the_losses_of_one(client: httpx.Client, done: dict[str, dict[str, Any]]) -> None:
-    assert done["two"]["resources_allocated"]["workers"] == 2
+@pytest.mark.parametrize("shared", ["two-fsdp", "two-zero2"])
+def test_two_workers_come_to_the_losses_of_one(
+    client: httpx.Client, done: dict[str, dict[str, Any]], shared: str
+) -> None:
+    assert done[shared]["resources_allocated"]["workers"] == 2
     assert len(losses(client, "one")) == 4
-    assert losses(client, "two") == pytest.approx(losses(client, "one"), abs=2e-3)
-    assert (files(done["two"]) / "adapter_model.safetensors").is_file()
+    assert losses(client, shared) == pytest.approx(losses(client, "one"), abs=2e-3)
+    assert (files(done[shared]) / "adapter_model.safetensors").is_file()
 
 
 def test_a_whole_model_is_served_by_an_application_of_its_own(

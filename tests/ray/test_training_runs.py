@@ -20,7 +20,7 @@ from tests.driven_trainings import context_on_ray, driver, files_of, folder_of, 
 from tests.tiny_training import save_model
 
 # What libraries warn of in the process of a driver, which is this one here.
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS, BATCH, STEPS, EVERY = 24, 6, 80, 16
 POISON = "☃"
 Accept = Callable[..., PostTrainingSFTRequest]

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from scripts import reward_head
-from stack import heads
+from stack import config, heads
 from stack.config import RewardModel
 
-MINILM = Path("~/.llama-stack-ray/models/all-MiniLM-L6-v2").expanduser()
+MINILM = config.home() / "models" / "all-MiniLM-L6-v2"  # as scripts/setup prepares it
 
 
 def test_the_weights_are_those_under_which_the_chosen_answers_are_likeliest() -> None:
@@ -56,7 +56,6 @@ def test_what_is_shipped_says_where_it_comes_from_and_is_small() -> None:
     assert sum(file.stat().st_size for file in reward_head.FOLDER.iterdir()) < 10_000
 
 
-@pytest.mark.skipif(not MINILM.is_dir(), reason="all-MiniLM-L6-v2 is not prepared")
 def test_what_is_shipped_scores_the_answer_alone(home: Path) -> None:
     from serve_apps.classifiers import Classifier
 
