@@ -51,7 +51,7 @@ def replace_model(document: dict[str, Any], **values: Any) -> None:
 def test_the_default_file_is_right() -> None:
     file = read_serve_file(CONFIG)
     assert (file.host, file.port, file.url) == ("127.0.0.1", 8321, "http://127.0.0.1:8321")
-    ids = ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "reward-on-MiniLM"]
+    ids = ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2", "injection-classifier", "reward-on-MiniLM"]
     assert [model.id for model in file.config.all_models] == ids
 
 
@@ -113,7 +113,7 @@ def test_without_options_it_listens_on_loopback_only(tmp_path: Path, options: ob
         (lambda d: d["applications"].pop(3), ["model 'reward-on-MiniLM'", "serve_apps.classifiers:build"]),
         (
             lambda d: d["applications"][0]["args"].pop("reward_models"),
-            ["'reward-on-MiniLM'", "gateway's classifiers and reward_models (none)"],
+            ["'reward-on-MiniLM'", "gateway's classifiers and reward_models (injection-classifier)"],
         ),
         (
             lambda d: d["applications"][3].update(args={"model": REWARD_MODEL | {"max_tokens": 256}}),
