@@ -42,20 +42,21 @@ class RewardScoringRequest(Request):
 
     @model_validator(mode="after")
     def _is_not_too_great(self) -> "RewardScoringRequest":
-        characters = sum(
-            len(one.sampled_generations) * sum(map(_characters, one.dialog))
-            + sum(map(_characters, one.sampled_generations))
+        total = sum(
+            len(one.sampled_generations) * sum(map(characters, one.dialog))
+            + sum(map(characters, one.sampled_generations))
             for one in self.dialog_generations
         )
-        if characters > MAX_SCORED_CHARACTERS:
+        if total > MAX_SCORED_CHARACTERS:
             raise ValueError(
-                f"{characters} characters would be read, each dialog once with each of its generations; allowed: at "
+                f"{total} characters would be read, each dialog once with each of its generations; allowed: at "
                 f"most {MAX_SCORED_CHARACTERS}"
             )
         return self
 
 
-def _characters(message: Message) -> int:
+def characters(message: Message) -> int:
+    """How many characters a message holds."""
     contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
     return sum(len(part.content if isinstance(part, Attachment) else part) for part in parts)
