@@ -22,6 +22,8 @@ from stack.errors import EngineFailed, ShieldViolation, StackError, TooManyReque
 
 # How many rows one worker asks about at once; the engine batches them.
 BATCH_SIZE = 32
+# How much comes together before a worker hands it on. A job that is lost has lost no more than that.
+BLOCK_BYTES = 2**16
 # How often a row is asked while a model cannot answer for the moment, and while it fails.
 TRIES = 6
 TRIES_OF_FAILED = 3
@@ -132,9 +134,11 @@ class Ask(Asker):
         return self.nothing | found | {"started": started, "ended": time.time()}
 
 
-def asked(rows: ray.data.Dataset, asker: type[Asker], *arguments: Any) -> Iterator[dict[str, Any]]:
-    """The rows as one worker answers them, which is made with these arguments: as they come, a few blocks at a time."""
-    answered = rows.map_batches(
+def asked(read: Callable[[], ray.data.Dataset], asker: type[Asker], *arguments: Any) -> Iterator[dict[str, Any]]:
+    """The rows that `read` gives, as one worker answers them, which is made with these arguments: as they come, a few
+    blocks at a time."""
+    ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
+    answered = read().map_batches(
         asker, fn_constructor_args=arguments, batch_size=BATCH_SIZE, concurrency=1, num_cpus=jobs.ASKER_CPUS
     )
     for row in answered.iter_rows():

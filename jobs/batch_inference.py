@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from jobs import dataset_source, driver
@@ -37,7 +38,7 @@ def answer_all(work: driver.Work, request: BatchInferenceJobRequest) -> driver.O
         print(f"going on from {len(log.rows)} of {checked.rows} rows")
     if len(log.rows) < checked.rows:
         shape = batch_inference.shape_of(request)
-        rows = dataset_source.rows(context, checked, shape, but=log.rows)
+        rows = partial(dataset_source.rows, context, checked, shape, but=log.rows)
         failures = Failures(request.max_failed_rows, log.failed, log.first_error)
         told = (context.config.model_dump(mode="json"), context.tenant, failures, request.model_dump(mode="json"))
         fill(log, asked(rows, _ASKERS[request.kind], *told), checked.rows, work.reporter.metrics)

@@ -59,7 +59,7 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
         failures = Failures(request.max_failed_rows, log.failed, log.first_error)
         told = (context.config.model_dump(mode="json"), context.tenant, failures, request.model_dump(mode="json"))
         asker = AskAboutDocuments if request.source == PromptSource.documents else Generate
-        fill(log, asked(prompts.rows(), asker, *told), prompts.total, work.reporter.metrics)
+        fill(log, asked(prompts.rows, asker, *told), prompts.total, work.reporter.metrics)
     return _outcome(work, request, prompts, log, started)
 
 

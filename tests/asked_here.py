@@ -3,7 +3,7 @@
 import asyncio
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,10 +45,12 @@ def work_here(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine, *modules:
     """Lets the drivers in these modules work in this process, on an engine."""
     really_open = Context.open
 
-    def asked(rows: list[dict[str, Any]], asker: type[asking.Asker], *arguments: Any) -> Iterator[dict[str, Any]]:
+    def asked(
+        read: Callable[[], list[dict[str, Any]]], asker: type[asking.Asker], *arguments: Any
+    ) -> Iterator[dict[str, Any]]:
         worker = asker(*arguments)
         try:
-            yield from answered(rows, worker)
+            yield from answered(read(), worker)
         finally:
             worker._context.close()
 

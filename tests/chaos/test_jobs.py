@@ -95,7 +95,10 @@ def test_what_a_killed_gateway_has_accepted_is_kept(stack: Stack, client: httpx.
 def test_a_batch_accounts_for_every_row_once_when_its_driver_and_its_worker_are_killed(
     stack: Stack, client: httpx.Client
 ) -> None:
-    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}."} for number in range(400)]
+    rows = [
+        {"id": f"row-{number}", "prompt": f"Count on from {number}, please." + " Do it well." * 20}
+        for number in range(400)
+    ]
     file = samples.write_rows(stack.home / "data" / "counts.jsonl", rows)
     data = samples.dataset(file, id="text", prompt="text")
     body = samples.batch(data, job_uuid="batch-killed", model=MODEL, sampling_params={"max_tokens": 16})
