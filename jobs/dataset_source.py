@@ -4,7 +4,7 @@ They are read as `stack/datasets.py` does, a row at a time, and have the content
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -28,7 +28,7 @@ SCHEMA = pyarrow.schema([("row", pyarrow.int64()), ("value", pyarrow.string())])
 
 
 def rows(
-    context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int] = frozenset()
+    context: Context, checked: datasets.Checked, shape: Shape[Any], but: Container[int] = frozenset()
 ) -> ray.data.Dataset:
     """The rows of a data set as a Dataset of Ray Data, but for those of these numbers.
 
@@ -44,7 +44,7 @@ class Rows(Datasource):
     """One task that reads the rows of a data set in blocks, so that it never holds more than one of them."""
 
     def __init__(
-        self, context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int] = frozenset()
+        self, context: Context, checked: datasets.Checked, shape: Shape[Any], but: Container[int] = frozenset()
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._read = partial(_blocks, context.config.model_dump(mode="json"), context.tenant, checked, shape, but)
@@ -62,7 +62,7 @@ class Rows(Datasource):
 
 
 def _blocks(
-    config: dict[str, Any], tenant: str, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int]
+    config: dict[str, Any], tenant: str, checked: datasets.Checked, shape: Shape[Any], but: Container[int]
 ) -> Iterator[Block]:
     # Closed however the reading ends: the worker lives on.
     with closing(Context.open(Config.parse(config, "config"))) as context:
@@ -70,7 +70,7 @@ def _blocks(
 
 
 def _read_blocks(
-    context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int]
+    context: Context, checked: datasets.Checked, shape: Shape[Any], but: Container[int]
 ) -> Iterator[Block]:
     read: list[dict[str, Any]] = []
     size = 0

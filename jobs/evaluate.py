@@ -7,11 +7,10 @@ with its output and scores a line of `examples.jsonl` among the artifacts. The m
 its shields. A question or an answer that they do not pass is an example with an empty answer and the shield's reason.
 """
 
-import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,20 +21,14 @@ import ray.data
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from jobs import dataset_source, driver
+from jobs.asking import BATCH_SIZE, Ask
 from jobs.reporter import resources
-from stack import datasets, evaluations, safety
+from stack import datasets, evaluations
 from stack.api.evaluations import EvaluateQuestionAnsweringRequest, QuestionAnsweringMetric
-from stack.config import Config
-from stack.context import Context
-from stack.errors import ShieldViolation, StackError, Unavailable
 from stack.inference import sampling_body
 
 # SQuAD's metrics as transformers has them: metric(expected, answer), from 0 to 1.
 METRICS = {QuestionAnsweringMetric.em: compute_exact, QuestionAnsweringMetric.f1: compute_f1}
-# How many questions one worker asks at once; the engine batches them.
-BATCH_SIZE = 32
-# How often a question is asked while the model cannot answer for the moment.
-TRIES = 6
 
 
 def question_answering(work: driver.Work, request: EvaluateQuestionAnsweringRequest) -> driver.Outcome:
@@ -68,46 +61,6 @@ def question_answering(work: driver.Work, request: EvaluateQuestionAnsweringRequ
     files = driver.publish(work, name, results)
     kept = {"path": context.artifacts.url(name), "files": [asdict(one) for one in files]}
     return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, {"model": model.id, **totals}))
-
-
-class Ask:
-    """A worker of Ray Data that asks the questions of a batch side by side."""
-
-    def __init__(self, config: dict[str, Any], tenant: str, body: dict[str, Any]) -> None:
-        self._context = Context.open(Config.parse(config, "config")).of_tenant(tenant)
-        self._body = body
-
-    async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        asked = zip(batch["row"], batch["value"], strict=True)
-        answers = await asyncio.gather(*(self._ask(row, json.loads(value)["messages"]) for row, value in asked))
-        yield dict(batch) | {name: [answer[name] for answer in answers] for name in answers[0]}
-
-    async def _ask(self, row: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
-        started = time.time()
-        try:
-            given = json.loads(await self._answer(messages))
-            answer, tokens, violation = given["choices"][0]["message"]["content"] or "", given["usage"], ""
-        except ShieldViolation as error:
-            answer, tokens, violation = "", {"prompt_tokens": 0, "completion_tokens": 0}, error.message
-        except StackError as error:
-            raise type(error)(f"row {row}: {error.message}") from error
-        return {
-            "answer": answer,
-            "shield_violation": violation,
-            "prompt_tokens": tokens["prompt_tokens"],
-            "completion_tokens": tokens["completion_tokens"],
-            "started": started,
-            "ended": time.time(),
-        }
-
-    async def _answer(self, messages: list[dict[str, Any]]) -> bytes:
-        body = dict(self._body, messages=messages)
-        for _ in range(TRIES - 1):
-            try:
-                return await safety.answer(self._context, "chat", body, messages)
-            except Unavailable as error:  # a replica is being replaced, say
-                await asyncio.sleep(error.retry_after or 1)
-        return await safety.answer(self._context, "chat", body, messages)
 
 
 def _score(

@@ -11,23 +11,37 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from stack import inference
+from stack import datasets, inference, jobs, made_datasets, prompt_rows, quotas
 from stack.api.batch_inference import (
     BatchChatCompletionRequest,
     BatchChatCompletionResponse,
     BatchCompletionRequest,
     BatchCompletionResponse,
+    BatchInferenceJobArtifactsResponse,
+    BatchInferenceJobEntry,
+    BatchInferenceJobRequest,
+    BatchInferenceJobStatusResponse,
+    BatchKind,
     RefusedRow,
     RowError,
     RowErrorDetails,
 )
 from stack.api.inference import ChatCompletionRequest, ChatCompletionResponse, CompletionRequest, CompletionResponse
+from stack.api.jobs import ArtifactFile, JobStatus
 from stack.api.messages import CompletionMessage, StopReason
 from stack.config import SequenceClassifier
 from stack.context import Context
+from stack.datasets import Shape, Size
 from stack.errors import BadInput, StackError, TooManyRequests
+from stack.inference import sampling_body
 from stack.models import Classifiable, Endpoint, Engine, Model, Scores
+from stack.store import Job
 
+KINDS = (jobs.BATCH_INFERENCE,)
+# The data sets that a job makes.
+ANSWERS, ERRORS = "answers", "errors"
+# About how many bytes a token has, a vector where it is not known, and what stands beside an answer in a row.
+TOKEN_BYTES, VECTOR_BYTES, RESULT_BYTES = 6, 16_384, 512
 # How many rows of a batch are with the engine at once, so that there is room for others in its queue.
 AT_ONCE = 64
 # How long a row waits for room in the engine's queue.
@@ -66,6 +80,71 @@ async def completion(context: Context, request: BatchCompletionRequest) -> Batch
     return BatchCompletionResponse(**_told(outcomes, request.logprobs is not None))
 
 
+def submit(context: Context, request: BatchInferenceJobRequest, submission_id: str | None = None) -> Job:
+    """Accepts a batch of any size.
+
+    Raises BadInput for data of other columns, or with two rows of the same id, NotFound, Conflict where there are data
+    sets of these names already, and StorageFull.
+    """
+    known = context.store.jobs.get(context.tenant, request.job_uuid)
+    if known is not None:
+        request = datasets.as_accepted(request, known.request)
+    else:
+        _require_model(context, request)
+        for what in (ANSWERS, ERRORS):
+            made_datasets.require_free(context, dataset_name(request, what), "job_uuid")
+        request, found = datasets.accept(context, request, shape_of(request))
+        for one in found:
+            prompt_rows.require_unique_ids(context, one)
+        _require_room(context, request, [datasets.size(context, one) for one in found])
+    return jobs.submit(
+        context, jobs.BATCH_INFERENCE, request.job_uuid, request.model_dump(mode="json"),
+        bundles=[{"CPU": jobs.ASKER_CPUS}], submission_id=submission_id,
+    )  # fmt: skip
+
+
+def resources(context: Context, request: BatchInferenceJobRequest) -> dict[str, Any]:
+    """What a batch that starts takes beside the model that serves.
+
+    Raises StorageFull where there is no room for it: there may have been more when it was accepted.
+    """
+    _require_room(context, request, datasets.sizes_before_reading(context, request))
+    return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
+
+
+def list_jobs(
+    context: Context, kind: str | None, status: JobStatus | None, after: str | None, limit: int
+) -> list[BatchInferenceJobEntry]:
+    """Batches, newest first."""
+    return [BatchInferenceJobEntry(**jobs.entry(job)) for job in jobs.page(context, KINDS, kind, status, after, limit)]
+
+
+def job_status(context: Context, job_uuid: str) -> BatchInferenceJobStatusResponse:
+    """How far a batch is. Raises NotFound."""
+    return BatchInferenceJobStatusResponse(**jobs.state(context, jobs.get(context, job_uuid, KINDS)))
+
+
+def job_artifacts(context: Context, job_uuid: str) -> BatchInferenceJobArtifactsResponse:
+    """The data sets and the files that a batch has made. Raises NotFound."""
+    result = jobs.get(context, job_uuid, KINDS).result or {}
+    return BatchInferenceJobArtifactsResponse(
+        job_uuid=job_uuid,
+        path=result.get("path"),
+        files=[ArtifactFile(**file) for file in result.get("files", [])],
+        datasets=result.get("datasets", {}),
+    )
+
+
+def dataset_name(request: BatchInferenceJobRequest, what: str) -> str:
+    """The id of the data set that a job makes of its ANSWERS, or of its ERRORS."""
+    return f"{request.job_uuid}.{what}"
+
+
+def shape_of(request: BatchInferenceJobRequest) -> Shape[Any]:
+    """What the rows of a job's data set must be."""
+    return prompt_rows.PROMPTS if request.kind == BatchKind.chat_completion else prompt_rows.TEXTS
+
+
 async def _ask_all(
     rows: Sequence[Any], ask: Ask, field: str, request: BatchChatCompletionRequest | BatchCompletionRequest
 ) -> list[Answer | StackError]:
@@ -92,7 +171,7 @@ async def _ask_all(
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from failed
     outcomes = [task.result() for task in tasks]
-    _require_not_all_in_vain(outcomes)
+    require_not_all_in_vain(outcomes)
     return outcomes
 
 
@@ -138,7 +217,7 @@ def _more_patience(waited: int, error: TooManyRequests) -> int:
     return seconds
 
 
-def _require_not_all_in_vain(outcomes: list[Answer | StackError]) -> None:
+def require_not_all_in_vain(outcomes: Sequence[object]) -> None:
     """Raises what keeps every row from an answer, if it will pass or is a fault of ours."""
     errors = [outcome for outcome in outcomes if isinstance(outcome, StackError)]
     passing = [error for error in errors if error.status == 429 or error.status >= 500]
@@ -167,3 +246,25 @@ def _told(outcomes: list[Answer | StackError], wants_logprobs: bool) -> dict[str
 def _nothing() -> CompletionMessage:
     """What stands in the place of an answer. Its stop reason is not that of a whole one."""
     return CompletionMessage(content="", stop_reason=StopReason.out_of_tokens)
+
+
+def _require_model(context: Context, request: BatchInferenceJobRequest) -> None:
+    """Raises NotFound and BadInput for a model that cannot do what is asked, or sampling that none can do."""
+    if request.kind == BatchKind.embeddings:
+        context.models.get_embedding_model(request.model)
+    else:
+        context.models.get(request.model)
+        sampling_body(request.sampling_params)
+
+
+def _require_room(context: Context, request: BatchInferenceJobRequest, sizes: Sequence[Size]) -> None:
+    """Raises StorageFull unless there is room for the answers: those that are kept, and all while the job works."""
+    text, rows = sum(size.text for size in sizes), sum(size.rows for size in sizes)
+    if request.kind == BatchKind.embeddings:
+        answer = VECTOR_BYTES
+    else:
+        most = request.sampling_params.max_tokens or context.models.get(request.model).base.context
+        answer = most * TOKEN_BYTES
+    kept = rows * (answer + RESULT_BYTES)
+    work = jobs.work_folder(context.tenant, request.job_uuid)
+    quotas.require_room_for_job(context, kept=kept, temporary=2 * (text + kept), work=work)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from stack import chats, safety
@@ -71,6 +72,30 @@ async def chat_completion(context: Context, request: ChatCompletionRequest) -> C
     return ChatCompletionResponse(
         completion_message=message, logprobs=_chat_logprobs(choice) if request.logprobs else None
     )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a model in words, with the tokens that were read for it and written."""
+
+    message: CompletionMessage
+    prompt_tokens: int
+    completion_tokens: int
+
+
+async def answer_chat(context: Context, body: dict[str, Any]) -> Answer:
+    """The answer to a chat in OpenAI's shape that offers no tools. Raises as `chat_completion` does."""
+    chat = await chats.prepare(context, body)
+    answer = json.loads(await chats.answer(context, chat))
+    choice = answer["choices"][0]
+    return _answer(choice, choice["message"]["content"] or "", answer["usage"])
+
+
+async def answer_text(context: Context, body: dict[str, Any]) -> Answer:
+    """The continuation of a text in OpenAI's shape. Raises as `chat_completion` does."""
+    answer = json.loads(await safety.answer(context, "completions", body))
+    choice = answer["choices"][0]
+    return _answer(choice, choice["text"], answer["usage"])
 
 
 async def stream_chat_completion(
@@ -191,6 +216,11 @@ async def _as_text(context: Context, request: CompletionRequest) -> CompletionRe
 
 async def _prepared(context: Context, request: ChatCompletionRequest) -> Chat:
     return await chats.prepare(context, chat_body(request), request.tool_prompt_format.value)
+
+
+def _answer(choice: dict[str, Any], text: str, usage: dict[str, Any]) -> Answer:
+    message = CompletionMessage(content=text, stop_reason=_stop_reason(choice))
+    return Answer(message, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def _openai_call(call: ToolCall) -> dict[str, Any]:

@@ -38,10 +38,15 @@ DRIVERS = {
     PREFERENCE_OPTIMIZE: "jobs.preference_optimize",
     TRAIN_REWARD_MODEL: "jobs.train_reward_model",
     EVALUATE: "jobs.evaluate",
+    GENERATE: "jobs.generate_synthetic_data",
+    BATCH_INFERENCE: "jobs.batch_inference",
 }
-# The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, and those of
-# evaluations.
-ADAPTERS, WHOLE_MODELS, RESULTS = "adapters", "models", "evaluations"
+# The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, of evaluations,
+# of generations and of batches.
+ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES = "adapters", "models", "evaluations", "generations", "batches"
+FOLDERS = (ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES)
+# What a worker that asks served models reserves: it only waits.
+ASKER_CPUS = 0.25
 SWEEP_AFTER = dt.timedelta(days=1)
 FOLLOW_S = 0.5
 PAGE = 1_000
@@ -197,7 +202,7 @@ def _sweep_artifacts(context: Context) -> list[str]:
     files, known = context.artifacts, context.store.artifacts.known_paths()
     removed = []
     for tenant in [DEFAULT_TENANT, *(name.rsplit("/", 1)[-1] for name in files.names("tenants"))]:
-        for folder in (ADAPTERS, WHOLE_MODELS, RESULTS):
+        for folder in FOLDERS:
             names = files.names(artifact_name(tenant, folder, "").rstrip("/"))
             uuids = {name: name.rsplit("/", 1)[-1] for name in names if name not in known}
             statuses = context.store.jobs.statuses(tenant, list(uuids.values()))

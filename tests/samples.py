@@ -148,3 +148,13 @@ def evaluation(data: Any, **changes: Any) -> dict[str, Any]:
         "sampling_params": {"strategy": "greedy", "max_tokens": 8},
         "metrics": ["em", "f1"],
     } | changes
+
+
+def generation(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /synthetic_data_generation/jobs."""
+    return {"job_uuid": "generation-1", "dataset": data, "filtering_function": "top_k"} | changes
+
+
+def batch(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /batch_inference/jobs."""
+    return {"job_uuid": "batch-1", "kind": "chat_completion", "model": "small", "dataset": data} | changes

@@ -92,6 +92,35 @@ def test_what_a_killed_gateway_has_accepted_is_kept(stack: Stack, client: httpx.
         assert ended(client, "evaluate", uuid)["status"] == "completed"
 
 
+def test_a_batch_accounts_for_every_row_once_when_its_driver_and_its_worker_are_killed(
+    stack: Stack, client: httpx.Client
+) -> None:
+    rows = [
+        {"id": f"row-{number}", "prompt": f"Count on from {number}, please." + " Do it well." * 20}
+        for number in range(400)
+    ]
+    file = samples.write_rows(stack.home / "data" / "counts.jsonl", rows)
+    data = samples.dataset(file, id="text", prompt="text")
+    body = samples.batch(data, job_uuid="batch-killed", model=MODEL, sampling_params={"max_tokens": 16})
+    assert client.post("/batch_inference/jobs", json=body).status_code == 200
+
+    def done() -> int:
+        status = client.get("/batch_inference/job/status", params={"job_uuid": "batch-killed"}).json()
+        assert status["status"] in ("scheduled", "running"), status
+        return int((status.get("progress") or {"done": 0})["done"])
+
+    wait_for(lambda: done() >= 32, 240)
+    stack.kill_9("jobs.batch_inference --tenant default --job batch-killed")
+    before = done()
+    wait_for(lambda: done() > before, 240)
+    stack.kill_9("MapWorker")
+    status = ended(client, "batch_inference", "batch-killed")
+    assert status["status"] == "completed", status
+    assert (status["metrics"]["rows"], status["metrics"]["failed"]) == (400, 0)
+    made = client.get("/datasets/get", params={"dataset_uuid": "batch-killed.answers"}).json()
+    assert made["rows"] == 400
+
+
 def answers(client: httpx.Client) -> bool:
     try:
         return client.get("/health").status_code == 200
