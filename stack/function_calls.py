@@ -186,7 +186,7 @@ def _is_right(parameter: Mapping[str, Any], value: Any, allowed: list[Any]) -> b
     if kind is dict:
         return any(_is_right_object(value, one) for one in allowed if isinstance(one, dict))
     if kind is list and inner is dict:
-        return any(_are_right_objects(value, one) for one in allowed if isinstance(one, list | str))
+        return any(_are_right_objects(value, list(one)) for one in allowed if isinstance(one, list | str))
     if kind is str:
         return _standard(value) in [_standard(one) for one in allowed if isinstance(one, str)]
     if kind is list:
