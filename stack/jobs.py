@@ -29,7 +29,13 @@ from stack.store.telemetry import Log
 SUPERVISED_FINE_TUNE = "supervised_fine_tune"
 PREFERENCE_OPTIMIZE = "preference_optimize"
 TRAIN_REWARD_MODEL = "train_reward_model"
+# Of question answering. It is called as it was when there were no others.
 EVALUATE = "evaluate"
+EVALUATE_SUMMARIZATION = "evaluate_summarization"
+EVALUATE_TEXT_GENERATION = "evaluate_text_generation"
+EVALUATE_JUDGED = "evaluate_judged"
+EVALUATE_BENCHMARK = "evaluate_benchmark"
+EVALUATE_FUNCTION_CALLING = "evaluate_function_calling"
 GENERATE = "generate_synthetic_data"
 BATCH_INFERENCE = "batch_inference"
 # What runs a job of each kind: the module of its driver.
@@ -40,6 +46,11 @@ DRIVERS = {
     EVALUATE: "jobs.evaluate",
     GENERATE: "jobs.generate_synthetic_data",
     BATCH_INFERENCE: "jobs.batch_inference",
+    EVALUATE_SUMMARIZATION: "jobs.evaluate_summarization",
+    EVALUATE_TEXT_GENERATION: "jobs.evaluate_text_generation",
+    EVALUATE_JUDGED: "jobs.evaluate_judged",
+    EVALUATE_BENCHMARK: "jobs.evaluate_benchmark",
+    EVALUATE_FUNCTION_CALLING: "jobs.evaluate_function_calling",
 }
 # The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, of evaluations,
 # of generations and of batches.

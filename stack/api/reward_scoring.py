@@ -70,9 +70,7 @@ def characters(message: Message) -> int:
     read = sum(len(part.content if isinstance(part, Attachment) else part) for part in parts)
     match message:
         case CompletionMessage():
-            return read + sum(
-                len(call.call_id) + len(call.tool_name) + _written(call) for call in message.tool_calls
-            )
+            return read + sum(len(call.call_id) + len(call.tool_name) + _written(call) for call in message.tool_calls)
         case ToolResponseMessage():
             return read + len(message.call_id) + len(message.tool_name)
     return read

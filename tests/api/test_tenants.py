@@ -18,6 +18,7 @@ from stack.context import Context, Principal
 from stack.store import Adapter, now
 from tests import samples
 from tests.api.envelope import error_of
+from tests.evaluated import completed
 from tests.samples import (
     PREFERENCES,
     batch,
@@ -25,6 +26,7 @@ from tests.samples import (
     dialogs,
     evaluation,
     fine_tuning,
+    function_calls,
     generation,
     preference_optimization,
     preferences,
@@ -75,6 +77,17 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/evaluate/question_answering/", evaluation("train", job_uuid="new")),
     ("POST", "/evaluate/question_answering/", evaluation(UPLOADED, job_uuid="new")),
     ("POST", "/evaluate/question_answering/", evaluation("MINE", job_uuid="new", checkpoint="small:tune-1")),
+    ("POST", "/evaluate/summarization/", evaluation("train", job_uuid="new", metrics=["rouge"])),
+    ("POST", "/evaluate/text_generation/", evaluation("train", job_uuid="new", metrics=["bleu"])),
+    ("POST", "/evaluate/judged/", evaluation("train", job_uuid="new", metrics=["rating"], judge="small", rubric="a")),
+    (
+        "POST",
+        "/evaluate/judged/",
+        evaluation("MINE", job_uuid="new", metrics=["rating"], judge="small:tune-1", rubric="a"),
+    ),
+    ("POST", "/evaluate/function_calling/", evaluation("calls", job_uuid="new", metrics=["ast"])),
+    ("POST", "/evaluate/benchmark/", {"job_uuid": "new", "tasks": ["a"], "checkpoint": "small:tune-1"}),
+    ("POST", "/evaluate/compare", {"first": "evaluated-1", "second": "evaluated-1"}),
     ("GET", "/evaluate/job/status?job_uuid=evaluation-1", None),
     ("GET", "/evaluate/job/logs?job_uuid=evaluation-1", None),
     ("GET", "/evaluate/job/artifacts?job_uuid=evaluation-1", None),
@@ -200,6 +213,7 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     made(owner, "/datasets/create", uuid="mine", dataset=data)
     pairs = dataset(write_rows(home / "data" / "pairs.jsonl", preferences(4)), **PREFERENCES)
     made(owner, "/datasets/create", uuid="pairs", dataset=pairs)
+    made(owner, "/datasets/create", uuid="calls", dataset=function_calls(home / "data" / "calls.jsonl"))
     for client in (owner, other):
         made(client, "/datasets/create", uuid="my-pairs", dataset=pairs)
     rows = b'{"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -214,6 +228,7 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     made(owner, "/telemetry/log_event", event=EVENT)
     tune(context, OWNER, "tune-1")
     context.artifacts.publish(f"tenants/{OWNER}/adapters/tune-1", home / "data")
+    completed(context, home, "evaluated-1", ["Paris"], tenant=OWNER)
     samples.add_trained(context.store, "small-whole-1", OWNER)
     samples.add_trained_reward(context.store, "small-reward-1", OWNER)
     made(owner, "/synthetic_data_generation/jobs", **generation(data))

@@ -112,6 +112,11 @@ def test_every_kind_of_job_has_a_driver() -> None:
         jobs.EVALUATE: "jobs.evaluate",
         jobs.GENERATE: "jobs.generate_synthetic_data",
         jobs.BATCH_INFERENCE: "jobs.batch_inference",
+        jobs.EVALUATE_SUMMARIZATION: "jobs.evaluate_summarization",
+        jobs.EVALUATE_TEXT_GENERATION: "jobs.evaluate_text_generation",
+        jobs.EVALUATE_JUDGED: "jobs.evaluate_judged",
+        jobs.EVALUATE_BENCHMARK: "jobs.evaluate_benchmark",
+        jobs.EVALUATE_FUNCTION_CALLING: "jobs.evaluate_function_calling",
     }
     for module in jobs.DRIVERS.values():
         assert importlib.util.find_spec(module) is not None, module
