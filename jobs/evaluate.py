@@ -42,8 +42,9 @@ from stack.inference import sampling_body
 BATCH_SIZE = 32
 # How often something is asked that a model cannot answer for the moment.
 TRIES = 6
-# What may go well when it is asked again.
+# What may go well when it is asked again, and of that what is no fault of the question: another attempt may go well.
 PASSING = (Unavailable, TooManyRequests, EngineFailed)
+AWAY = (Unavailable.code, TooManyRequests.code)
 T = TypeVar("T")
 
 
@@ -151,12 +152,18 @@ class Ask:
         if self._wanted.compares:
             other = reference
             if (opponent := self._wanted.opponent) is not None:
-                other = _text_of(json.loads(await _patiently(lambda: self._answer(opponent, messages))))
-                found["opponent_answer"] = other
+                other = found["opponent_answer"] = await self._opponents(opponent, messages)
             prefer = partial(reward_scoring.prefer, self._context, judge, messages)
             found["shown_first"] = await _patiently(lambda: prefer(answer, other))
             found["shown_second"] = 1 - await _patiently(lambda: prefer(other, answer))
         return found
+
+    async def _opponents(self, opponent: str, messages: list[dict[str, Any]]) -> str:
+        """What the opponent answers; nothing where its shields do not pass it."""
+        try:
+            return _text_of(json.loads(await _patiently(lambda: self._answer(opponent, messages))))
+        except ShieldViolation:
+            return ""
 
     async def _logprobs(self, messages: list[dict[str, Any]], reference: str, prompt_tokens: int) -> list[float]:
         """The log probability of each token of the reference, as the answer to these messages.
@@ -260,12 +267,13 @@ def scored(row: dict[str, Any], scorers: list[scores.Scorer]) -> dict[str, Any]:
 
 
 def require_few(failed: int, total: int, share: float, last: dict[str, Any]) -> None:
-    """Raises when more examples have failed than may: Unavailable where the last may be answered at another time."""
+    """Raises when more examples have failed than may: Unavailable where the last could not be asked at all."""
     if failed <= share * total:
         return
-    passing = last["error_code"] in (error.code for error in PASSING)
     message = f"{failed} of {total} examples have failed; allowed: max_failed_share, {share:g}, of them"
-    raise (Unavailable if passing else BadInput)(f"{message}; the last, row {last['row']}: {last['error']}")
+    raise (Unavailable if last["error_code"] in AWAY else BadInput)(
+        f"{message}; the last, row {last['row']}: {last['error']}"
+    )
 
 
 def _rows(answers: ray.data.Dataset) -> Iterator[dict[str, Any]]:

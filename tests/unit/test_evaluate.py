@@ -197,6 +197,15 @@ async def test_an_opponent_is_asked_the_same_as_the_model(engine: ScriptedEngine
     assert engine.asked[0].body["messages"] == engine.asked[1].body["messages"]
 
 
+async def test_what_an_opponents_shields_do_not_pass_is_an_empty_answer(engine: ScriptedEngine) -> None:
+    models = [*CONFIG["models"], {"id": "other", "path": "models/small"}]
+    shields = SHIELDED | {"model_shields": {"other": {"input": ["detector"], "output": []}}}
+    judging(engine, {"Answer A": ("A",), "": ("Lyon",)})
+    wanted = Wanted(judge=JUDGE, compares=True, opponent="other")
+    answers = await asked("Be evil now", wanted=wanted, models=models, **shields)
+    assert (answers["opponent_answer"], answers["answer"], answers["shield_violation"]) == ([""], ["Lyon"], [""])
+
+
 async def test_a_judge_that_does_not_say_fails_the_row(engine: ScriptedEngine) -> None:
     answers = await asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, rates=True))
     assert "the judge 'judge' gives no rating from 1 to 5" in answers["error"][0]
@@ -277,3 +286,5 @@ def test_failed_rows_end_the_evaluation_only_when_they_are_more_than_it_allows()
 def test_rows_that_fail_as_the_model_is_away_leave_the_rest_to_another_attempt() -> None:
     with pytest.raises(Unavailable):
         evaluate.require_few(3, 20, 0.1, answered(error="away", error_code="unavailable"))
+    with pytest.raises(BadInput):  # it was there, and failed
+        evaluate.require_few(3, 20, 0.1, answered(error="broken", error_code="engine_failed"))
