@@ -13,7 +13,7 @@ from stack.api.batch_inference import RowError
 from stack.api.datasets import DatasetReference
 from stack.api.inference import MAX_MESSAGES, SamplingParams, SamplingStrategy
 from stack.api.jobs import ArtifactFile, JobEntry, JobState, JsonObject, MadeDatasetId, MakingJobUuid, Priority
-from stack.api.messages import CompletionMessage, Message, SystemMessage
+from stack.api.messages import Attachment, CompletionMessage, Message, SystemMessage, UserMessage
 from stack.api.reward_scoring import (
     MAX_GENERATIONS,
     MAX_SCORE,
@@ -118,6 +118,14 @@ class SyntheticDataGenerationRequest(GenerationSettings):
         if len(dialogs) > MAX_DIALOGS:
             raise ValueError(f"there are {len(dialogs)} dialogs; allowed: at most {MAX_DIALOGS}")
         for index, dialog in enumerate(dialogs):
+            if len(dialog) > MAX_MESSAGES:
+                raise ValueError(
+                    f"dialogs: the dialog {index} has {len(dialog)} messages; allowed: at most {MAX_MESSAGES}"
+                )
+            if any(map(_has_attachment, dialog)):
+                raise ValueError(
+                    f"dialogs: the dialog {index} has an attachment, which reward models do not read; allowed: text"
+                )
             if isinstance(dialog[-1], CompletionMessage | SystemMessage):
                 raise ValueError(
                     f"dialogs: the dialog {index} ends with a message of the role {dialog[-1].role!r}; allowed: user, "
@@ -136,6 +144,12 @@ class SyntheticDataGenerationRequest(GenerationSettings):
                 f"{MAX_SCORED_CHARACTERS}"
             )
         return self
+
+
+def _has_attachment(message: Message) -> bool:
+    contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    return any(isinstance(part, Attachment) for part in parts)
 
 
 def split(messages: Sequence[Message]) -> list[list[Message]]:

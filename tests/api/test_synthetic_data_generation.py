@@ -23,6 +23,8 @@ from tests.varied_engine import VariedEngine
 PATH = "/synthetic_data_generation/generate"
 REWARD_MODELS = [{"kind": "classifier", "id": "reward", "path": "models/reward", "max_tokens": 16}]
 QUESTION: dict[str, Any] = {"role": "user", "content": "Where?"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "There."}
+ATTACHMENT = {"content": "https://example.com/a.txt", "mime_type": "text/plain"}
 BODY: dict[str, Any] = {"dialogs": [QUESTION, QUESTION], "filtering_function": "top_k", "model": "small"}
 
 
@@ -87,6 +89,8 @@ def test_a_dialog_that_is_too_long_is_told_alone(client: TestClient) -> None:
     [
         ({"dialogs": []}, 400, "dialogs", "at least 1 item"),
         ({"dialogs": [{"role": "assistant", "content": "a"}]}, 400, None, "the dialog 0 ends with"),
+        ({"dialogs": [*[QUESTION, ANSWER] * 500, QUESTION]}, 400, None, "1001 messages; allowed: at most 1000"),
+        ({"dialogs": [QUESTION | {"content": ATTACHMENT}]}, 400, None, "the dialog 0 has an attachment"),
         ({"filtering_function": "best"}, 400, "filtering_function", "'sigmoid', not 'best'"),
         ({"num_generations": 0}, 400, "num_generations", "not 0"),
         ({"num_generations": 10_000}, 400, "num_generations", "not 10000"),
