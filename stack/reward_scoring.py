@@ -133,7 +133,8 @@ async def _classified(context: Context, model: RewardModel, rows: list[_Row]) ->
 
 async def _judged(context: Context, judge: Judge, rows: list[_Row]) -> list[float]:
     """The ratings that a judge expects. Whoever leaves takes all questions along."""
-    patient = replace(context, engine=PatientEngine(context.engine))
+    is_patient = isinstance(context.engine, PatientEngine)
+    patient = context if is_patient else replace(context, engine=PatientEngine(context.engine))
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def ask(row: _Row) -> float:
