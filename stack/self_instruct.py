@@ -21,13 +21,23 @@ BARREN_ROUNDS = 10
 MIN_WORDS, MAX_WORDS = 3, 150
 _NUMBERED = re.compile(r"^\s*(?:[-*•]|(?:task|prompt|question)?\s*#?\d+\s*[.:)])\s*", re.IGNORECASE)
 
+
+@dataclass(frozen=True)
+class Said:
+    """A model's answer. One that is not whole was ended by its bound of tokens."""
+
+    text: str
+    is_whole: bool = True
+
+
 # The answer to a question, whose number the seed of the sampling follows from.
-Ask = Callable[[int, str], Awaitable[str]]
+Ask = Callable[[int, str], Awaitable[Said]]
 
 
 @dataclass(frozen=True)
 class Grown:
-    """What a model has proposed; `reason` is why it was dropped: `length` or `duplicate`, of the prompt `of`."""
+    """What a model has proposed; `reason` is why it was dropped: `unfinished`, `length` or `duplicate`, of the prompt
+    `of`."""
 
     prompt: str
     reason: str | None = None
@@ -77,13 +87,24 @@ def question(shown: Sequence[str]) -> str:
     )
 
 
-def proposals(answer: str) -> list[str]:
-    """The prompts in a model's answer: its lines, without their numbers."""
-    lines = (_NUMBERED.sub("", line).strip().strip('"') for line in answer.splitlines())
-    return [line for line in lines if line]
+def proposals(said: Said) -> list[Grown]:
+    """The prompts in a model's answer: its lines, without their numbers.
+
+    One that was cut off is unfinished, and so is one that ends with a colon: what it speaks of would stand below it.
+    """
+    lines = [_NUMBERED.sub("", line).strip().strip('"') for line in said.text.splitlines()]
+    is_cut = [not said.is_whole and number == len(lines) for number in range(1, len(lines) + 1)]
+    return [
+        Grown(line, "unfinished" if cut or line.endswith(":") else None)
+        for line, cut in zip(lines, is_cut, strict=True)
+        if line
+    ]
 
 
-def _judged(prompt: str, seen: NearDuplicates) -> Grown:
+def _judged(proposed: Grown, seen: NearDuplicates) -> Grown:
+    if proposed.reason is not None:
+        return proposed
+    prompt = proposed.prompt
     words = len(prompt.split())
     if not MIN_WORDS <= words <= MAX_WORDS:
         return Grown(prompt, "length")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from stack import self_instruct
-from stack.self_instruct import EXAMPLES, GROWN_EXAMPLES, Grown, examples, grow, proposals, question
+from stack.self_instruct import EXAMPLES, GROWN_EXAMPLES, Grown, Said, examples, grow, proposals, question
 
 SEEDS = ["Name three rivers in France", "Write a short poem about rain", "Explain how a sail works"]
 
@@ -18,10 +18,10 @@ class Model:
         self.answers = list(answers)
         self.questions: list[str] = []
 
-    async def __call__(self, number: int, asked: str) -> str:
+    async def __call__(self, number: int, asked: str) -> Said:
         assert number == len(self.questions)
         self.questions.append(asked)
-        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        return Said(self.answers.pop(0) if len(self.answers) > 1 else self.answers[0])
 
 
 def new(number: int) -> str:
@@ -101,4 +101,20 @@ def test_the_question_lists_what_is_shown_and_asks_for_the_next() -> None:
     ],
 )
 def test_proposals_are_lines_without_their_numbers(answer: str, prompts: list[str]) -> None:
-    assert proposals(answer) == prompts
+    assert proposals(Said(answer)) == [Grown(prompt) for prompt in prompts]
+
+
+def test_a_line_that_was_cut_off_or_speaks_of_what_would_follow_is_no_prompt() -> None:
+    said = Said("1. Name a river of France\n2. Translate this sentence into German:\n3. Name the capi", is_whole=False)
+    first, second, third = proposals(said)
+    assert first == Grown("Name a river of France")
+    assert second == Grown("Translate this sentence into German:", "unfinished")
+    assert third == Grown("Name the capi", "unfinished")
+
+
+async def test_what_is_unfinished_is_told_and_not_grown() -> None:
+    model = Model("Here are some of the tasks that you asked for:\n" + new(1), new(2))
+    found = await grown(model, 2)
+    assert [(one.prompt, one.reason) for one in found if one.reason != "duplicate"] == [
+        ("Here are some of the tasks that you asked for:", "unfinished"), (new(1), None), (new(2), None),
+    ]  # fmt: skip
