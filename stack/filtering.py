@@ -25,6 +25,9 @@ from dataclasses import dataclass
 
 from stack.api.synthetic_data_generation import FilteringFunction
 
+# Those that keep no more than k.
+BOUNDED = (FilteringFunction.random, FilteringFunction.top_k, FilteringFunction.top_k_top_p)
+
 
 @dataclass(frozen=True)
 class Filter:
@@ -60,8 +63,9 @@ def kept(by: Filter, scores: Sequence[float], dialog: int) -> list[int]:
 
 
 def passes(by: Filter, scores: Sequence[float]) -> list[int]:
-    """The indices of the scores that are not below the threshold."""
-    return [index for index, score in enumerate(scores) if by.threshold is None or score >= by.threshold]
+    """The indices of the scores that are not below the threshold. `sigmoid` leaves none out by it: all."""
+    has_bound = by.threshold is not None and by.function != FilteringFunction.sigmoid
+    return [index for index, score in enumerate(scores) if not has_bound or score >= (by.threshold or 0.0)]
 
 
 def sigmoid(value: float) -> float:

@@ -1,15 +1,18 @@
 """Questions about documents, with answers that cite where they stand: the model quotes, and the quote must be there.
 
 A document is read in passages. Of each the model writes a question, its answer, and the sentence of the passage that
-the answer rests on, as an object of JSON. A pair whose quote is not in the passage, letter by letter, is dropped as
-ungrounded: nothing says that its answer is right.
+the answer rests on, as an object of JSON. A pair whose quote is not in the passage, letter by letter but for its blanks
+and line breaks, is dropped as ungrounded: nothing says that its answer is right.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic_core import from_json
+
+from stack.prompt_rows import Text
 
 # A quote of fewer letters would be found nearly anywhere.
 MIN_QUOTE = 10
@@ -32,10 +35,12 @@ RESPONSE_FORMAT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Passage:
-    """A part of a document; `start` is where in it, in characters."""
+    """A part of a document, by its number from 0 and the document's id; `start` is where in it, in characters."""
 
     text: str
     start: int
+    number: int = 0
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,14 +62,15 @@ class Dropped:
     text: str
 
 
-def passages(text: str, most: int) -> Iterator[Passage]:
+def passages(document: Text, most: int) -> Iterator[Passage]:
     """A document in parts of at most `most` characters, which end where a paragraph, a sentence or a word does."""
-    start = 0
+    text, start, number = document.text, 0, 0
     while start < len(text):
         end = len(text) if len(text) - start <= most else _end(text, start, most)
         part = text[start:end]
         if part.strip():
-            yield Passage(part, start)
+            yield Passage(part, start, number, document.id)
+            number += 1
         start = end
 
 
@@ -81,7 +87,7 @@ def question(passage: Passage) -> str:
 def pair(answer: str, passage: Passage) -> Pair | Dropped:
     """The pair in a model's answer, or why it is none."""
     try:
-        found = json.loads(answer)
+        found = from_json(answer)  # not nested deeply, and without half characters, which no data set can hold
     except ValueError:
         return Dropped("unreadable", answer)
     if not isinstance(found, dict):
@@ -90,11 +96,11 @@ def pair(answer: str, passage: Passage) -> Pair | Dropped:
     if not all(isinstance(one, str) and one.strip() for one in said):
         return Dropped("unreadable", answer)
     asked, told, quote = (str(one).strip() for one in said)
-    at = passage.text.find(quote)
-    if len(quote) < MIN_QUOTE or at < 0:
+    # Lines of the text may break within it, which a model that copies it leaves out.
+    found = re.search(r"\s+".join(map(re.escape, quote.split())), passage.text)
+    if found is None or len(quote) < MIN_QUOTE:
         return Dropped("ungrounded", answer)
-    start = passage.start + at
-    return Pair(asked, told, quote, start, start + len(quote))
+    return Pair(asked, told, found.group(), passage.start + found.start(), passage.start + found.end())
 
 
 def _end(text: str, start: int, most: int) -> int:

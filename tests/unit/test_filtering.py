@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from stack.api.synthetic_data_generation import FilteringFunction
-from stack.filtering import Filter, kept, sigmoid
+from stack.filtering import BOUNDED, Filter, kept, passes, sigmoid
 
 SCORES = [0.5, 2.0, -1.0, 2.0, 1.0]
 
@@ -90,6 +90,19 @@ def test_sigmoid_keeps_by_chance_half_of_those_at_the_threshold() -> None:
     assert 850 < above < 910, "sigmoid(2) is 0.881"
     assert sum(len(keeps("sigmoid", [-2.0], dialog)) for dialog in range(1_000)) > 80
     assert keeps("sigmoid", [1e30, -1e30]) == [0]
+
+
+@pytest.mark.parametrize("function", list(FilteringFunction))
+def test_the_threshold_leaves_out_what_is_below_it_but_not_for_sigmoid(function: FilteringFunction) -> None:
+    passing = [0, 1, 2, 3, 4] if function == FilteringFunction.sigmoid else [1, 3, 4]
+    assert passes(Filter(function, threshold=1.0), SCORES) == passing
+    assert passes(Filter(function), SCORES) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("function", list(FilteringFunction))
+def test_those_that_are_bounded_keep_no_more_than_k(function: FilteringFunction) -> None:
+    found = keeps(function, [9.0] * 20, k=3, p=1.0)
+    assert (len(found) <= 3) == (function in BOUNDED)
 
 
 def test_what_sigmoid_draws_for_a_generation_does_not_depend_on_the_others() -> None:

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from stack.api.datasets import TrainEvalDataset
-from stack.api.synthetic_data_generation import SyntheticDataJobRequest
+from stack.api.synthetic_data_generation import FilteringFunction, SyntheticDataJobRequest
 from stack.api.wire import describe
 from stack.synthetic_rows import (
     Chosen,
@@ -17,7 +17,7 @@ from stack.synthetic_rows import (
     Scored,
     ScoredPair,
     columns,
-    of_document,
+    of_passage,
     of_prompt,
 )
 from stack.training_rows import DIALOGS, PREFERENCES
@@ -93,19 +93,48 @@ def test_best_and_worst_are_a_pair_that_dpo_takes() -> None:
 def test_a_pair_needs_the_margin(margin: float, rows: int) -> None:
     found = chosen(*GENERATIONS, output="preferences", min_margin=margin)
     assert len(found.rows) == rows
-    assert reasons(found) == ({} if rows else {"margin": 1})
+    assert reasons(found) == ({"in_between": 2} if rows else {"margin": 4})
 
 
 def test_equal_scores_and_equal_texts_are_no_pair() -> None:
-    assert reasons(chosen(generation("a", 1), generation("b", 1), output="preferences")) == {"margin": 1}
-    assert reasons(chosen(generation("a", 1), generation("a", 2), output="preferences")) == {"margin": 1}
+    assert reasons(chosen(generation("a", 1), generation("b", 1), output="preferences")) == {"margin": 2}
+    assert reasons(chosen(generation("a", 1), generation("a", 2), output="preferences")) == {"margin": 2}
     assert chosen(generation("a", 1), output="preferences", num_generations=2).rows == []
 
 
 def test_the_rejected_one_may_be_what_the_filter_drops_but_the_chosen_one_may_not() -> None:
     found = chosen(*GENERATIONS, output="preferences", threshold=2)
     assert (found.rows[0]["chosen"], found.rows[0]["rejected"]) == ("best", "worst")
+    assert reasons(found) == {"below_threshold": 2}, "the worst one is in the row"
     assert chosen(*GENERATIONS, output="preferences", threshold=4).rows == []
+
+
+@pytest.mark.parametrize("output", ["sft", "preferences", "scored"])
+@pytest.mark.parametrize("function", list(FilteringFunction))
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.5, 9.0])
+def test_every_generation_is_in_a_row_or_is_rejected_once(output: str, function: str, threshold: float | None) -> None:
+    generations = [*GENERATIONS, generation("cut", 4.0, "out_of_tokens"), generation(" ", 5.0), generation("", -9.0)]
+    wanted = dict(output=output, filtering_function=function, filter_k=3, threshold=threshold)
+    found = chosen(*generations, **wanted)
+    in_rows = {"sft": 1, "preferences": 2, "scored": sum(len(row.get("generations", ())) for row in found.rows)}
+    assert len(found.rows) <= 1
+    assert len(found.rows) * in_rows[output] + len(found.rejections) == len(generations)
+
+
+def test_what_says_nothing_is_neither_learned_nor_in_a_pair() -> None:
+    empty = [generation(" \n", 9.0), generation("", -9.0)]
+    found = chosen(*GENERATIONS, *empty)
+    assert found.rows[0]["dialog"][-1]["content"] == "best"
+    assert reasons(found) == {"not_the_best": 3, "empty": 2}
+    found = chosen(*GENERATIONS, *empty, output="preferences")
+    assert (found.rows[0]["chosen"], found.rows[0]["rejected"]) == ("best", "worst")
+    assert reasons(found) == {"in_between": 2, "empty": 2}
+
+
+def test_what_sigmoid_drops_by_chance_is_not_said_to_be_below_a_threshold() -> None:
+    found = chosen(*[generation(str(at), -5.0) for at in range(20)], filtering_function="sigmoid", threshold=0.0)
+    assert set(reasons(found)) <= {"filtered", "not_the_best"}
+    assert reasons(found)["filtered"] > 10
 
 
 def test_scored_dialogs_have_all_that_is_kept() -> None:
@@ -118,29 +147,26 @@ def test_scored_dialogs_have_all_that_is_kept() -> None:
     assert chosen(*GENERATIONS, output="scored", threshold=9).rows == []
 
 
-def pairs(*scores: tuple[int, float]) -> Pairs:
-    made = [
-        ScoredPair(passage, f"Question {at}?", f"Answer {at}", "the quote", 5, 14, score)
-        for at, (passage, score) in enumerate(scores)
-    ]
-    return Pairs(3, "doc", made)
+def pairs(*scores: float) -> Pairs:
+    made = [ScoredPair(f"Question {at}?", f"Answer {at}", "the quote", 5, 14, score) for at, score in enumerate(scores)]
+    return Pairs(3, "doc", 4, made)
 
 
 def test_each_grounded_pair_that_is_kept_is_an_example_with_its_source() -> None:
-    wanted = request(source="documents", filtering_function="top_k")
-    found = of_document(wanted, pairs((0, 1.0), (0, 2.0), (4, -1.0)))
+    wanted = request(source="documents", filtering_function="top_k", filter_k=2)
+    found = of_passage(wanted, pairs(1.0, 2.0, -1.0, 3.0))
     first, second = read(found, DIALOGS, source="documents")
     assert [message["content"] for message in first.messages] == ["Question 1?", "Answer 1"]
-    assert [message["content"] for message in second.messages] == ["Question 2?", "Answer 2"]
+    assert [message["content"] for message in second.messages] == ["Question 3?", "Answer 3"]
     source = {name: found.rows[0][name] for name in ("id", "document", "quote", "start", "end")}
-    assert source == {"id": "doc.0", "document": "doc", "quote": "the quote", "start": 5, "end": 14}
-    assert found.rows[1]["id"] == "doc.1"
-    assert reasons(found) == {"filtered": 1}
+    assert source == {"id": "doc.4.0", "document": "doc", "quote": "the quote", "start": 5, "end": 14}
+    assert found.rows[1]["id"] == "doc.4.1"
+    assert reasons(found) == {"filtered": 2}
 
 
 def test_scored_pairs_of_documents_have_their_source_too() -> None:
     wanted = dict(source="documents", output="scored", threshold=0.0)
-    found = of_document(request(**wanted), pairs((0, 1.0), (1, -1.0)))
+    found = of_passage(request(**wanted), pairs(1.0, -1.0))
     (row,) = found.rows
     assert row.keys() == columns(request(**wanted)).keys()
     assert row["generations"][0]["message"]["content"] == "Answer 0"
@@ -151,6 +177,7 @@ def test_what_is_shown_of_a_rejection_is_bounded() -> None:
     told = Rejection(1, "a", "filtered", "x" * 5_000, 0.5).shown()
     assert (len(told["text"]), told["score"]) == (2_000, 0.5)
     assert "score" not in Rejection(1, "a", "error", "x").shown()
+    assert Rejection(0, "", "duplicate", "x", of="y" * 5_000).shown()["of"] == "y" * 2_000
 
 
 @pytest.mark.parametrize(
