@@ -1,20 +1,18 @@
 """What is asked of a row: a dialog to answer, or a text to go on from or to read; and by which id it is known.
 
-PROMPTS are dialogs: a column of type dialog, of which the messages before the last answer count where it ends with one,
-or a text in the column prompt. TEXTS are in a column of type text, `text` or `prompt`.
+PROMPTS are dialogs of text alone: a column of type dialog, of which the messages before the last answer count where it
+ends with one, or a text in the column prompt. CHATS may hold attachments, too. TEXTS are in a column of type text,
+`text` or `prompt`.
 
 A row's id is what stands in the column `id`, of type text or number, or else its number. No two rows may have the same.
 """
 
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from stack.api.datasets import TrainEvalDataset, TrainEvalDatasetColumnType
 from stack.api.messages import CompletionMessage, SystemMessage
-from stack.context import Context
-from stack.datasets import DIALOG, Checked, Shape, columns_of, dialog_column, plain, rows
+from stack.datasets import DIALOG, Shape, columns_of, dialog_column, plain
 from stack.errors import BadInput
 
 _TEXT, _NUMBER = TrainEvalDatasetColumnType.text, TrainEvalDatasetColumnType.number
@@ -25,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialog that ends with what is to be answered: messages of the Llama Stack, of text alone."""
+    """A dialog that ends with what is to be answered: messages of the Llama Stack."""
 
     id: str
     dialog: list[dict[str, Any]]
@@ -37,22 +35,6 @@ class Text:
     text: str
 
 
-def require_unique_ids(context: Context, checked: Checked) -> None:
-    """Raises BadInput, naming both rows, where two rows of a data set have the same id.
-
-    It reads the data set through, if that has a column of ids; they are kept on the disk meanwhile, not in memory.
-    """
-    if ID not in checked.dataset.columns:
-        return
-    with closing(sqlite3.connect("")) as seen:  # a file without a name, which goes with the connection
-        seen.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
-        for number, row in rows(context, checked):
-            name = id_of(number, row, checked.dataset)
-            if not seen.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, number)).rowcount:
-                (first,) = seen.execute("SELECT number FROM ids WHERE id = ?", (name,)).fetchone()
-                raise BadInput(f"the rows {first} and {number} have the same id, {name[:80]!r}", param="dataset")
-
-
 def id_of(number: int, row: Row, dataset: TrainEvalDataset) -> str:
     """The id of a row. Raises BadInput for one that is none."""
     if ID not in dataset.columns:
@@ -62,6 +44,10 @@ def id_of(number: int, row: Row, dataset: TrainEvalDataset) -> str:
     if not 0 < len(name) <= MAX_ID:
         raise BadInput(f"row {number}: the id has {len(name)} characters; allowed: 1 to {MAX_ID}")
     return name
+
+
+def _given_id(number: int, row: Row, dataset: TrainEvalDataset) -> str | None:
+    return id_of(number, row, dataset) if ID in dataset.columns else None
 
 
 def _ids_problem(dataset: TrainEvalDataset) -> str | None:
@@ -79,6 +65,16 @@ def _prompt_columns_problem(dataset: TrainEvalDataset) -> str | None:
 
 
 def _read_prompt(number: int, row: Row, dataset: TrainEvalDataset) -> Prompt:
+    prompt, column = _read_chat(number, row, dataset), dialog_column(dataset)
+    for message in DIALOG.validate_python(prompt.dialog) if column is not None else ():
+        try:
+            plain(message)
+        except BadInput as error:
+            raise BadInput(f"row {number}: {column}: {error.message}") from error
+    return prompt
+
+
+def _read_chat(number: int, row: Row, dataset: TrainEvalDataset) -> Prompt:
     name = id_of(number, row, dataset)
     column = dialog_column(dataset)
     if column is None:
@@ -88,11 +84,6 @@ def _read_prompt(number: int, row: Row, dataset: TrainEvalDataset) -> Prompt:
         dialog = dialog[:-1]
     if not dialog or isinstance(dialog[-1], CompletionMessage | SystemMessage):
         raise BadInput(f"row {number}: the dialog in {column!r} has no message that could be answered")
-    for message in dialog:
-        try:
-            plain(message)
-        except BadInput as error:
-            raise BadInput(f"row {number}: {column}: {error.message}") from error
     return Prompt(name, [message.model_dump(mode="json", exclude_none=True) for message in dialog])
 
 
@@ -118,5 +109,6 @@ def _not_empty(number: int, column: str, text: str) -> str:
     return text
 
 
-PROMPTS = Shape(_prompt_columns_problem, _read_prompt)
-TEXTS = Shape(_text_columns_problem, _read_text)
+PROMPTS = Shape(_prompt_columns_problem, _read_prompt, id_of=_given_id)
+CHATS = Shape(_prompt_columns_problem, _read_chat, id_of=_given_id)
+TEXTS = Shape(_text_columns_problem, _read_text, id_of=_given_id)

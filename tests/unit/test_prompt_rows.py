@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from stack import datasets, prompt_rows
-from stack.api.datasets import TrainEvalDataset
+from stack.api.datasets import CreateDatasetRequest, TrainEvalDataset
 from stack.context import Context
 from stack.datasets import Shape
 from stack.errors import BadInput
-from stack.prompt_rows import PROMPTS, TEXTS, Prompt, Text, require_unique_ids
+from stack.prompt_rows import CHATS, PROMPTS, TEXTS, Prompt, Text
 from tests.samples import DIALOG, dataset, write_rows
 
 QUESTION = {"role": "user", "content": "Where?"}
@@ -108,16 +108,42 @@ def test_a_row_that_cannot_be_asked_is_named(
 def test_two_rows_of_the_same_id_are_refused(
     context: Context, home: Path, kind: str, values: list[Any], words: str
 ) -> None:
-    rows = [{"id": value, "text": "a"} for value in values]
-    with pytest.raises(BadInput, match=words) as caught:
-        require_unique_ids(context, checked(context, home, rows, id=kind, text="text"))
-    assert caught.value.param == "dataset"
+    described = dataset(write_rows(home / "data" / "rows.jsonl", [{"id": value, "text": "a"} for value in values]))
+    data = TrainEvalDataset.model_validate(described | {"columns": {"id": kind, "text": "text"}})
+    datasets.create(context, CreateDatasetRequest(uuid="registered", dataset=data))
+    for reference in (data, "registered"):
+        with pytest.raises(BadInput, match=words) as caught:
+            datasets.check_shape(context, reference, "dataset", TEXTS)
+        assert caught.value.param == "dataset"
 
 
 def test_ids_that_differ_pass_and_so_does_a_data_set_without_them(context: Context, home: Path) -> None:
-    rows = [{"id": value, "text": "a"} for value in ("a", "A", "b ", "b")]
-    require_unique_ids(context, checked(context, home, rows, id="text", text="text"))
-    require_unique_ids(context, checked(context, home, rows, text="text"))
+    file = write_rows(home / "data" / "rows.jsonl", [{"id": value, "text": "a"} for value in ("a", "A", "b ", "b")])
+    for columns in ({"id": "text", "text": "text"}, {"text": "text"}):
+        data = TrainEvalDataset.model_validate(dataset(file, **columns))
+        assert datasets.check_shape(context, data, "dataset", TEXTS).rows == 4
+
+
+def test_ids_are_looked_at_in_the_one_reading(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    really = datasets.read
+    monkeypatch.setattr(datasets, "read", lambda *given: (read.append(1), really(*given))[1])
+    file = write_rows(home / "data" / "rows.jsonl", [{"id": "a", "text": "a"}, {"id": "b", "text": "a"}])
+    data = TrainEvalDataset.model_validate(dataset(file, id="text", text="text"))
+    datasets.check_shape(context, data, "dataset", TEXTS)
+    assert len(read) == 1
+    assert list((home / "uploads").iterdir()) == []
+
+
+ATTACHED = {"role": "user", "content": ["See", {"content": "a text", "mime_type": "text/plain"}]}
+
+
+def test_chats_may_hold_attachments_and_prompts_may_not(context: Context, home: Path) -> None:
+    rows = [{"dialog": [ATTACHED]}]
+    (found,) = read(context, home, CHATS, rows)
+    assert found.dialog == [ATTACHED]
+    with pytest.raises(BadInput, match="row 1: dialog: an attachment cannot be used here"):
+        read(context, home, PROMPTS, rows)
 
 
 def test_the_module_names_its_column() -> None:
