@@ -146,13 +146,27 @@ class BatchKind(StrEnum):
     embeddings = "embeddings"
 
 
+_CHATS = (BatchKind.chat_completion,)
+_ANSWERS = (BatchKind.chat_completion, BatchKind.completion)
+# With which kinds some fields can be used.
+_KINDS_OF = {
+    "sampling_params": _ANSWERS,
+    "tools": _CHATS,
+    "tool_choice": _CHATS,
+    "tool_prompt_format": _CHATS,
+    "logprobs": _ANSWERS,
+    "truncate": (BatchKind.embeddings,),
+}
+
+
 class BatchInferenceJobRequest(Request):
     """A model's answers to all rows of a data set.
 
     Chats need a column of type dialog, or `prompt` of type text; completions and embeddings `text` or `prompt` of type
-    text. Ids of rows stand in a column `id`, of type text or number; without it, they are the numbers of the rows. The
-    answers become the data set `JOB_UUID.answers`, what failed the data set `JOB_UUID.errors`. More than
-    `max_failed_rows` of them fail the job. With `truncate`, texts over an embedding model's length are cut.
+    text. Sampling, tools and `logprobs` are as in a request of the kind. Ids of rows stand in a column `id`, of type
+    text or number; without it, they are the numbers of the rows. The answers become the data set `JOB_UUID.answers`,
+    what failed the data set `JOB_UUID.errors`. More than `max_failed_rows` of them fail the job. With `truncate`, texts
+    over an embedding model's length are cut.
     """
 
     job_uuid: MakingJobUuid
@@ -160,17 +174,23 @@ class BatchInferenceJobRequest(Request):
     model: ModelId
     dataset: DatasetReference
     sampling_params: SamplingParams = SamplingParams()
+    tools: Annotated[list[ToolDefinition], at_most(128)] = []
+    tool_choice: ToolChoice = ToolChoice.auto
+    tool_prompt_format: ToolPromptFormat = ToolPromptFormat.json
+    logprobs: LogProbConfig | None = None
     truncate: bool = False
     max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 1_000
     priority: Priority = 0
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:
-        is_embedding = self.kind == BatchKind.embeddings
-        if is_embedding and self.sampling_params != SamplingParams():
-            raise ValueError("sampling_params cannot be used with the kind 'embeddings'; leave it out")
-        if self.truncate and not is_embedding:
-            raise ValueError(f"truncate cannot be used with the kind {self.kind.value!r}; allowed: 'embeddings'")
+        for name, kinds in _KINDS_OF.items():
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.kind not in kinds:
+                allowed = ", ".join(repr(kind.value) for kind in kinds)
+                raise ValueError(f"{name} cannot be used with the kind {self.kind.value!r}; allowed: {allowed}")
+        if self.tool_choice == ToolChoice.required and not self.tools:
+            raise ValueError("tool_choice is 'required', but there are no tools")
         return self
 
 
