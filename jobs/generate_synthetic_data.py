@@ -8,27 +8,33 @@ that was lost goes on with the rows that it has nothing of. At the end the filte
 registered; a sample of what was rejected, with the reasons, is `rejected.jsonl` among the artifacts.
 """
 
+import asyncio
+import hashlib
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ray.data
 
-from jobs import dataset_source, driver, grown_prompts
-from jobs.asking import Asker, Failures, asked
-from jobs.row_log import RowLog, fill, write_rows
+from jobs import dataset_source, driver, grown_prompts, made_data
+from jobs.asking import Asker, asked, patiently
+from jobs.made_data import MadeData
+from jobs.row_log import Bounds, RowLog, fill, text_of, write_rows
 from stack import datasets, jobs, made_datasets, question_pairs, synthetic_data_generation, synthetic_rows
 from stack.api.messages import CompletionMessage, UserMessage
 from stack.api.synthetic_data_generation import PromptSource, SyntheticDataJobRequest
+from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG
+from stack.errors import TooLarge
 from stack.question_pairs import Dropped, Pair, Passage
-from stack.synthetic_data_generation import HISTOGRAM_BINS, Sampler
+from stack.synthetic_data_generation import Sampler, histogram, sampled
 from stack.synthetic_rows import Chosen, Generation, Pairs, Rejection, Scored, ScoredPair
 
 # How many of what was rejected are shown, for each reason.
@@ -39,11 +45,11 @@ _TOKENS = ("prompt_tokens", "completion_tokens")
 @dataclass(frozen=True)
 class Prompts:
     """What is asked about: how to read the rows that are not answered yet, how many there are in all, and the hash of
-    what they are read from."""
+    what they are read from; or, of prompts that were grown, the file with all that was proposed."""
 
     rows: Callable[[], ray.data.Dataset]
     total: int
-    sha256: str
+    sha256: str = ""
     grown: Path | None = None
 
 
@@ -51,67 +57,70 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     """Samples generations to prompts, scores and filters them, and makes a data set of what is chosen."""
     context, started = work.context, time.time()
     request = synthetic_data_generation.with_models(context, request)
-    log = RowLog(work.folder / "rows.jsonl")
+    log = RowLog(work.folder / "rows.jsonl", partial(size_of, request))
     prompts = _prompts(work, request, log)
     if len(log.rows):
         print(f"going on from {len(log.rows)} of {prompts.total} rows")
     if len(log.rows) < prompts.total:
-        failures = Failures(request.max_failed_rows, log.failed, log.first_error)
-        told = (context.config.model_dump(mode="json"), context.tenant, failures, request.model_dump(mode="json"))
-        asker = AskAboutDocuments if request.source == PromptSource.documents else Generate
-        fill(log, asked(prompts.rows, asker, *told), prompts.total, work.reporter.metrics)
+        told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
+        asker = AskAboutPassages if request.source == PromptSource.documents else Generate
+        bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
+        try:
+            with closing(asked(prompts.rows, asker, *told)) as answered:
+                fill(log, answered, prompts.total, work.reporter.metrics, bounds)
+        except TooLarge as error:
+            return _outcome(work, request, prompts, log, started, error.message)
     return _outcome(work, request, prompts, log, started)
 
 
 class Generate(Asker):
     """Samples and scores the generations to each row's dialog."""
 
-    def __init__(self, config: dict[str, Any], tenant: str, failures: Failures, request: dict[str, Any]) -> None:
-        super().__init__(config, tenant, failures)
+    harmless: ClassVar[dict[str, Any]] = {"dialog": [{"role": "user", "content": "Hello"}]}
+
+    def __init__(self, config: dict[str, Any], tenant: str, request: dict[str, Any]) -> None:
+        super().__init__(config, tenant)
         self._request = SyntheticDataJobRequest.model_validate(request)
         self._sampler = Sampler(self._context, self._request)
 
     async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
-        sampled = await self._sampler.sample(row, DIALOG.validate_python(value["dialog"]))
+        dialog = DIALOG.validate_python(value["dialog"])
+        answers = await patiently(lambda: self._sampler.answers(row, dialog))
+        messages = [one.message for one in answers]
+        # What was sampled is not sampled again while the reward model is away.
+        found = sampled(answers, await patiently(lambda: self._sampler.scores(dialog, messages)))
         told = {
-            "generations": [one.model_dump(mode="json") for one in sampled.generations],
-            "prompt_tokens": sampled.prompt_tokens,
-            "completion_tokens": sampled.completion_tokens,
+            "generations": [one.model_dump(mode="json") for one in found.generations],
+            "prompt_tokens": found.prompt_tokens,
+            "completion_tokens": found.completion_tokens,
         }
         return {"result": json.dumps(told)}
 
 
-class AskAboutDocuments(Generate):
-    """Has questions asked about each row's text, passage by passage, and the answers scored that are grounded."""
+class AskAboutPassages(Generate):
+    """Has questions asked about each row's passage of a document, and the answers scored that are grounded."""
+
+    harmless: ClassVar[dict[str, Any]] = asdict(Passage("The Rhine rises in Switzerland.", 0))
 
     async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
-        pairs: list[ScoredPair] = []
-        dropped: list[Dropped] = []
-        tokens = dict.fromkeys(_TOKENS, 0)
-        parts = question_pairs.passages(value["text"], self._request.passage_characters)
-        for number, passage in enumerate(parts):
-            found, bad = await self._pairs(f"{row}:{number}", number, passage, tokens)
-            pairs += found
-            dropped += bad
-        told = {"pairs": [asdict(one) for one in pairs], "dropped": [asdict(one) for one in dropped], **tokens}
+        passage = Passage(**value)
+        asks = [UserMessage(content=question_pairs.question(passage))]
+        shape = question_pairs.RESPONSE_FORMAT
+        answers = await patiently(lambda: self._sampler.answers(row, asks, response_format=shape))
+        read = [question_pairs.pair(str(one.message.content), passage) for one in answers]
+        scored = await asyncio.gather(*(self._scored(one) for one in read if isinstance(one, Pair)))
+        told = {
+            "pairs": [asdict(one) for one in scored],
+            "dropped": [asdict(one) for one in read if isinstance(one, Dropped)],
+            "prompt_tokens": sum(one.prompt_tokens for one in answers),
+            "completion_tokens": sum(one.completion_tokens for one in answers),
+        }
         return {"result": json.dumps(told)}
 
-    async def _pairs(
-        self, place: str, number: int, passage: Passage, tokens: dict[str, int]
-    ) -> tuple[list[ScoredPair], list[Dropped]]:
-        asks = [UserMessage(content=question_pairs.question(passage))]
-        answers = await self._sampler.answers(place, asks, response_format=question_pairs.RESPONSE_FORMAT)
-        for one in answers:
-            tokens["prompt_tokens"] += one.prompt_tokens
-            tokens["completion_tokens"] += one.completion_tokens
-        read = [question_pairs.pair(str(one.message.content), passage) for one in answers]
-        scored = [await self._scored(number, one) for one in read if isinstance(one, Pair)]
-        return scored, [one for one in read if isinstance(one, Dropped)]
-
-    async def _scored(self, passage: int, pair: Pair) -> ScoredPair:
+    async def _scored(self, pair: Pair) -> ScoredPair:
         asks, answer = UserMessage(content=pair.question), CompletionMessage(content=pair.answer)
-        (score,) = await self._sampler.scores([asks], [answer])
-        return ScoredPair(passage=passage, score=score, **asdict(pair))
+        (score,) = await patiently(lambda: self._sampler.scores([asks], [answer]))
+        return ScoredPair(score=score, **asdict(pair))
 
 
 @dataclass
@@ -140,8 +149,12 @@ class Tally:
             chosen = chosen_of(self.request, line)
             for one in chosen.rejections:
                 self.reject(one)
-            self.counts["rows"] += len(chosen.rows)
-            yield from chosen.rows
+            for row in chosen.rows:
+                if len(text_of(row)) > MAX_ROW_BYTES:
+                    self.reject(Rejection(line["row"], line["value"]["id"], "too_large", ""))
+                    continue
+                self.counts["rows"] += 1
+                yield row
 
     def reject(self, one: Rejection) -> None:
         """Counts what was rejected, and shows the first of each reason."""
@@ -156,6 +169,13 @@ class Tally:
         scored = self.counts["generated"]
         return found | ({"mean_score": self.sum / scored} if scored else {})
 
+    def histogram(self, log: RowLog) -> dict[str, list[float]] | None:
+        """How the scores lie; None where there are none."""
+        if not self.counts["generated"]:
+            return None
+        scores = (score for line in log if line["error"] is None for score in scores_of(line))
+        return histogram(scores, self.lowest, self.greatest)
+
 
 def scores_of(line: dict[str, Any]) -> list[float]:
     """The scores of what was generated for a row that has not failed."""
@@ -169,59 +189,58 @@ def chosen_of(request: SyntheticDataJobRequest, line: dict[str, Any]) -> Chosen:
     if request.source != PromptSource.documents:
         generations = [Generation(one["message"], one["score"]) for one in result["generations"]]
         return synthetic_rows.of_prompt(request, Scored(row, value["id"], value["dialog"], generations))
-    pairs = Pairs(row, value["id"], [ScoredPair(**one) for one in result["pairs"]])
-    chosen = synthetic_rows.of_document(request, pairs)
+    pairs = [ScoredPair(**one) for one in result["pairs"]]
+    chosen = synthetic_rows.of_passage(request, Pairs(row, value["id"], value["number"], pairs))
     dropped = [Rejection(row, value["id"], one["reason"], one["text"]) for one in result["dropped"]]
     return Chosen(chosen.rows, [*dropped, *chosen.rejections])
 
 
-def histogram(log: RowLog, lowest: float, greatest: float) -> dict[str, list[float]]:
-    """How the scores lie between the lowest and the greatest: the `counts` between each two of the `edges`."""
-    counts = [0.0] * HISTOGRAM_BINS
-    width = (greatest - lowest) / HISTOGRAM_BINS or 1.0
-    for line in log:
-        for score in scores_of(line) if line["error"] is None else ():
-            counts[min(int((score - lowest) / width), HISTOGRAM_BINS - 1)] += 1
-    return {"edges": [lowest + width * number for number in range(HISTOGRAM_BINS + 1)], "counts": counts}
+def size_of(request: SyntheticDataJobRequest, line: dict[str, Any]) -> int:
+    """How many bytes the rows have that come of a line."""
+    return 0 if line["error"] is not None else sum(len(text_of(row)) for row in chosen_of(request, line).rows)
 
 
 def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -> Prompts:
     if request.source == PromptSource.self_instruct:
         file = grown_prompts.grow(work, request)
         total = sum(1 for _ in grown_prompts.prompts(file))
-        return Prompts(partial(grown_prompts.rows, file, log.rows), total, made_datasets.sha256(file), file)
+        return Prompts(partial(grown_prompts.rows, file, log.rows), total, grown=file)
     assert request.dataset is not None
     checked = datasets.resolve(work.context, request.dataset)
-    shape = synthetic_data_generation.shape_of(request)
-    rows = partial(dataset_source.rows, work.context, checked, shape, but=log.rows)
-    return Prompts(rows, checked.rows, checked.sha256)
+    shape, split, total = synthetic_data_generation.shape_of(request), None, checked.rows
+    if request.source == PromptSource.documents:
+        split = partial(question_pairs.passages, most=request.passage_characters)
+        total = sum(1 for _ in dataset_source.numbered(work.context, checked, shape, split))
+    rows = partial(dataset_source.rows, work.context, checked, shape, but=log.rows, split=split)
+    return Prompts(rows, total, checked.sha256)
 
 
 def _outcome(
-    work: driver.Work, request: SyntheticDataJobRequest, prompts: Prompts, log: RowLog, started: float
+    work: driver.Work,
+    request: SyntheticDataJobRequest,
+    prompts: Prompts,
+    log: RowLog,
+    started: float,
+    problem: str | None = None,
 ) -> driver.Outcome:
-    tally, file = Tally(request), work.folder / "data.jsonl"
-    for one in grown_prompts.dropped(prompts.grown) if prompts.grown else ():
-        tally.reject(Rejection(0, "", one.reason or "", one.prompt))
+    tally, file, results = Tally(request), work.folder / "data.jsonl", made_data.results_folder(work)
+    if prompts.grown is not None:
+        prompts = replace(prompts, sha256=grown_prompts.publish(prompts.grown, results / "prompts.jsonl"))
+        for one in grown_prompts.dropped(prompts.grown):
+            tally.reject(Rejection(0, "", one.reason or "", one.prompt, of=one.of))
     write_rows(file, tally.rows(log))
     lineage = _lineage(request, prompts)
-    name, kinds = synthetic_data_generation.dataset_name(request), synthetic_rows.columns(request)
-    found = made_datasets.register(work.context, name, file, kinds, lineage)
-    made = {} if found is None else {request.output.value: found.uuid}
+    (name,) = made_datasets.names_of(jobs.GENERATE, request.model_dump(mode="json"))
+    data = MadeData(request.output.value, name, file, synthetic_rows.columns(request))
+    registered = made_data.register(work, [data], lineage, results, problem)
     totals = {"rows": 0.0, "generated": 0.0, **tally.totals(), "prompts": float(prompts.total)}
     totals |= {"failed": float(log.failed), "seconds": time.time() - started}
     work.reporter.metrics.log(0, totals.items())
-    print(f"{totals['rows']:.0f} rows of {prompts.total} prompts" + ("" if made else ": no data set is made of none"))
-    results = work.folder / "results"
-    results.mkdir(exist_ok=True)
+    print(f"{totals['rows']:.0f} rows of {prompts.total} prompts" + ("" if registered.datasets else ": no data set"))
     write_rows(results / "rejected.jsonl", tally.shown)
-    scores = histogram(log, tally.lowest, tally.greatest) if tally.counts["generated"] else None
-    about = lineage | {"datasets": made, "totals": totals, "score_histogram": scores}
+    about = lineage | {"datasets": registered.datasets, "totals": totals, "score_histogram": tally.histogram(log)}
     (results / "statistics.json").write_text(json.dumps(about, indent=2))
-    artifact = jobs.artifact_name(work.job.tenant, jobs.GENERATIONS, work.job.uuid)
-    files = driver.publish(work, artifact, results)
-    kept = {"path": work.context.artifacts.url(artifact), "files": [asdict(one) for one in files], "datasets": made}
-    return driver.Outcome(kept, driver.artifact_row(work, artifact, "dataset", files, about))
+    return made_data.outcome(work, jobs.GENERATIONS, results, registered, about)
 
 
 def _lineage(request: SyntheticDataJobRequest, prompts: Prompts) -> dict[str, Any]:
@@ -231,10 +250,17 @@ def _lineage(request: SyntheticDataJobRequest, prompts: Prompts) -> dict[str, An
         "kind": jobs.GENERATE,
         "model": request.model,
         "reward_model": request.reward_model,
+        "dataset": None if request.dataset is None else made_datasets.address_of(request.dataset),
+        "seed_prompts_sha256": _hash_of(request.seed_prompts) if request.seed_prompts else None,
         "prompts_sha256": prompts.sha256,
         "parameters": request.model_dump(mode="json", exclude=left_out),
         "code_sha256": made_datasets.code_version(),
     }
+
+
+def _hash_of(texts: Sequence[str]) -> str:
+    """The SHA-256 of texts as JSON."""
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -17,13 +17,13 @@ import ray.data
 
 from jobs import driver
 from jobs.asking import patiently
-from jobs.row_log import RowNumbers, cut, lines_of
-from stack import self_instruct
-from stack.api.messages import UserMessage
+from jobs.row_log import RowNumbers, cut, lines_of, write_rows
+from stack import made_datasets, self_instruct
+from stack.api.messages import StopReason, UserMessage
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
 from stack.batch_inference import PatientEngine
 from stack.errors import BadInput, ShieldViolation
-from stack.self_instruct import Grown
+from stack.self_instruct import Grown, Said
 from stack.synthetic_data_generation import Sampler
 
 
@@ -41,7 +41,7 @@ def grow(work: driver.Work, request: SyntheticDataJobRequest) -> Path:
     count = sum(1 for _ in prompts(file))
     if not count:
         raise BadInput(
-            f"the model {request.model!r} has proposed no prompt of use: each was of less than "
+            f"the model {request.model!r} has proposed no prompt of use: each was unfinished, of less than "
             f"{self_instruct.MIN_WORDS} or more than {self_instruct.MAX_WORDS} words, or like one that is there"
         )
     if count < request.num_prompts:
@@ -52,6 +52,12 @@ def grow(work: driver.Work, request: SyntheticDataJobRequest) -> Path:
 def prompts(file: Path) -> Iterator[str]:
     """The prompts that were grown, in their order."""
     return (line["prompt"] for line in lines_of(file) if line["reason"] is None)
+
+
+def publish(file: Path, to: Path) -> str:
+    """Writes the prompts that were grown to a file, with the ids of their rows. Its hash."""
+    write_rows(to, ({"id": str(number), "prompt": prompt} for number, prompt in enumerate(prompts(file), 1)))
+    return made_datasets.sha256(to)
 
 
 def dropped(file: Path) -> Iterator[Grown]:
@@ -79,13 +85,13 @@ async def _grow(work: driver.Work, request: SyntheticDataJobRequest, file: Path)
     # What is proposed by an attempt that goes on has other seeds than what was proposed before.
     begun = sum(1 for _ in lines_of(file))
 
-    async def ask(number: int, question: str) -> str:
+    async def ask(number: int, question: str) -> Said:
         try:
             # Below 0, so that the seeds are not those of the answers to the prompts.
             (answer,) = await patiently(lambda: sampler.answers(-1 - begun - number, [UserMessage(content=question)]))
         except ShieldViolation:
-            return ""
-        return str(answer.message.content)
+            return Said("")
+        return Said(str(answer.message.content), answer.message.stop_reason != StopReason.out_of_tokens)
 
     rounds = self_instruct.grow(
         ask, request.seed_prompts or (), known, request.num_prompts, request.max_similarity, request.seed

@@ -6,13 +6,15 @@ it or why nothing did. No row has two lines, and of all rows only the numbers ar
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from jobs.reporter import Metrics, resources
+from stack.errors import BadInput, TooLarge
 
 # How many rows are written at once, and how often it is noted how far a job is.
 WRITE_ROWS = 32
@@ -47,15 +49,26 @@ class RowNumbers:
         return self._count
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """How many of a job's rows may fail, and how many bytes may be made of the others."""
+
+    failed: int
+    bytes: int
+
+
 class RowLog:
-    """The lines of a file, and what is known of them: which rows they are of, how many failed, and the first error.
+    """The lines of a file, and what is known of them: which rows they are of, how many failed, and the first error;
+    and how many bytes `size` says are made of them.
 
     A line that a lost attempt did not finish is cut off.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, size: Callable[[dict[str, Any]], int] = lambda _: 0) -> None:
         self._file = file
+        self._size = size
         self.rows = RowNumbers()
+        self.bytes = 0
         self.failed = 0
         self.first_error: str | None = None
         cut(file)
@@ -78,10 +91,22 @@ class RowLog:
     def _note(self, line: dict[str, Any]) -> bool:
         if not self.rows.add(line["row"]):
             return False
+        self.bytes += self._size(line)
         if line["error"] is not None:
             self.failed += 1
             self.first_error = self.first_error or f"row {line['row']}: {line['error']['message']}"
         return True
+
+    def require_within(self, bounds: Bounds) -> None:
+        """Raises BadInput where more rows have failed than may, with the first error, and TooLarge."""
+        if self.failed > bounds.failed:
+            many = f"{self.failed} rows have failed; allowed: max_failed_rows, {bounds.failed}; the first of them: "
+            raise BadInput((many if bounds.failed else "") + (self.first_error or ""))
+        if self.bytes > bounds.bytes:
+            raise TooLarge(
+                f"what is made of {len(self.rows)} rows has {self.bytes} bytes; allowed: max_dataset_bytes, "
+                f"{bounds.bytes}; take fewer rows for a job"
+            )
 
 
 def cut(file: Path) -> None:
@@ -98,25 +123,30 @@ def cut(file: Path) -> None:
 def lines_of(file: Path) -> Iterator[dict[str, Any]]:
     """The lines of a file of JSON Lines, one by one; none of one that is not there."""
     if file.exists():
-        with file.open() as lines:
+        with file.open("rb") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def text_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of JSON Lines."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows as JSON Lines, in the place of what is there. How many they are."""
     count = 0
-    with file.open("w") as lines:
+    with file.open("wb") as lines:
         for row in rows:
-            lines.write(json.dumps(row) + "\n")
+            lines.write(text_of(row))
             count += 1
     return count
 
 
-def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: Metrics) -> None:
+def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: Metrics, bounds: Bounds) -> None:
     """Adds rows to a log as they come from the workers, and notes how far that is of `total`, and how long it takes.
 
-    What has come is in the log however this ends.
+    What has come is in the log however this ends. Raises as `require_within` does, as soon as it would.
     """
     begun = noted = time.monotonic()
     before, process = len(log.rows), psutil.Process()
@@ -128,6 +158,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
             if len(waiting) >= WRITE_ROWS or is_time:
                 log.add(waiting)
                 waiting.clear()
+                log.require_within(bounds)
             if is_time:
                 noted = time.monotonic()
                 done = len(log.rows)
@@ -137,6 +168,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 metrics.progress(done, total, "rows", (total - done) / speed if speed else None)
     finally:
         log.add(waiting)
+    log.require_within(bounds)
     metrics.progress(len(log.rows), total, "rows", 0)
 
 

@@ -9,7 +9,7 @@ from asyncio import sleep as pause
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from stack import datasets, inference, jobs, made_datasets, prompt_rows, quotas
 from stack.api.batch_inference import (
@@ -29,19 +29,18 @@ from stack.api.batch_inference import (
 from stack.api.inference import ChatCompletionRequest, ChatCompletionResponse, CompletionRequest, CompletionResponse
 from stack.api.jobs import ArtifactFile, JobStatus
 from stack.api.messages import CompletionMessage, StopReason
-from stack.config import SequenceClassifier
+from stack.config import EmbeddingModel, SequenceClassifier
 from stack.context import Context
 from stack.datasets import Shape, Size
 from stack.errors import BadInput, StackError, TooManyRequests
 from stack.inference import sampling_body
-from stack.models import Classifiable, Endpoint, Engine, Model, Scores
+from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Engine, Model, Scores
 from stack.store import Job
 
 KINDS = (jobs.BATCH_INFERENCE,)
-# The data sets that a job makes.
-ANSWERS, ERRORS = "answers", "errors"
-# About how many bytes a token has, a vector where it is not known, and what stands beside an answer in a row.
-TOKEN_BYTES, VECTOR_BYTES, RESULT_BYTES = 6, 16_384, 512
+# About how many bytes a token has, the probability of one, a vector where it is not known, and what stands beside an
+# answer in a row.
+TOKEN_BYTES, LOGPROB_BYTES, VECTOR_BYTES, RESULT_BYTES = 6, 40, 16_384, 512
 # How many rows of a batch are with the engine at once, so that there is room for others in its queue.
 AT_ONCE = 64
 # How long a row waits for room in the engine's queue.
@@ -49,6 +48,7 @@ PATIENCE_S = 60
 
 Answer = ChatCompletionResponse | CompletionResponse
 Ask = Callable[[Any], Awaitable[Answer]]
+T = TypeVar("T")
 
 
 async def chat_completion(context: Context, request: BatchChatCompletionRequest) -> BatchChatCompletionResponse:
@@ -83,19 +83,16 @@ async def completion(context: Context, request: BatchCompletionRequest) -> Batch
 def submit(context: Context, request: BatchInferenceJobRequest, submission_id: str | None = None) -> Job:
     """Accepts a batch of any size.
 
-    Raises BadInput for data of other columns, or with two rows of the same id, NotFound, Conflict where there are data
-    sets of these names already, and StorageFull.
+    Raises BadInput for data of other columns, or with two rows of the same id, NotFound, Conflict where data sets of
+    these names are there already, or another job is going to make them, and StorageFull.
     """
     known = context.store.jobs.get(context.tenant, request.job_uuid)
     if known is not None:
         request = datasets.as_accepted(request, known.request)
     else:
         _require_model(context, request)
-        for what in (ANSWERS, ERRORS):
-            made_datasets.require_free(context, dataset_name(request, what), "job_uuid")
+        made_datasets.require_free(context, jobs.BATCH_INFERENCE, request.model_dump(mode="json"), "job_uuid")
         request, found = datasets.accept(context, request, shape_of(request))
-        for one in found:
-            prompt_rows.require_unique_ids(context, one)
         _require_room(context, request, [datasets.size(context, one) for one in found])
     return jobs.submit(
         context, jobs.BATCH_INFERENCE, request.job_uuid, request.model_dump(mode="json"),
@@ -106,8 +103,9 @@ def submit(context: Context, request: BatchInferenceJobRequest, submission_id: s
 def resources(context: Context, request: BatchInferenceJobRequest) -> dict[str, Any]:
     """What a batch that starts takes beside the model that serves.
 
-    Raises StorageFull where there is no room for it: there may have been more when it was accepted.
+    Raises StorageFull where there is no room for it, and Conflict where another data set has its name by now.
     """
+    made_datasets.require_mine(context, jobs.BATCH_INFERENCE, request.model_dump(mode="json"))
     _require_room(context, request, datasets.sizes_before_reading(context, request))
     return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
 
@@ -135,14 +133,9 @@ def job_artifacts(context: Context, job_uuid: str) -> BatchInferenceJobArtifacts
     )
 
 
-def dataset_name(request: BatchInferenceJobRequest, what: str) -> str:
-    """The id of the data set that a job makes of its ANSWERS, or of its ERRORS."""
-    return f"{request.job_uuid}.{what}"
-
-
 def shape_of(request: BatchInferenceJobRequest) -> Shape[Any]:
     """What the rows of a job's data set must be."""
-    return prompt_rows.PROMPTS if request.kind == BatchKind.chat_completion else prompt_rows.TEXTS
+    return prompt_rows.CHATS if request.kind == BatchKind.chat_completion else prompt_rows.TEXTS
 
 
 async def _ask_all(
@@ -178,12 +171,11 @@ async def _ask_all(
 class PatientEngine:
     """An engine that is asked again while its queue is full: the engine alone, as what a row holds was fetched once.
 
-    So are the classifiers of the shields that a row passes.
+    So are embedding models, reward models, and the classifiers of the shields that a row passes.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.embed = engine.embed
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         waited = 0
@@ -198,15 +190,22 @@ class PatientEngine:
             waited += seconds
             await pause(seconds)
 
+    async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
+        return await _when_there_is_room(lambda: self._engine.embed(model, texts, truncate))
+
     async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], windows: bool) -> Scores:
-        waited = 0
-        while True:
-            try:
-                return await self._engine.classify(model, inputs, windows)
-            except TooManyRequests as error:
-                seconds = _more_patience(waited, error)
-            waited += seconds
-            await pause(seconds)
+        return await _when_there_is_room(lambda: self._engine.classify(model, inputs, windows))
+
+
+async def _when_there_is_room(ask: Callable[[], Awaitable[T]]) -> T:
+    waited = 0
+    while True:
+        try:
+            return await ask()
+        except TooManyRequests as error:
+            seconds = _more_patience(waited, error)
+        waited += seconds
+        await pause(seconds)
 
 
 def _more_patience(waited: int, error: TooManyRequests) -> int:
@@ -265,6 +264,8 @@ def _require_room(context: Context, request: BatchInferenceJobRequest, sizes: Se
     else:
         most = request.sampling_params.max_tokens or context.models.get(request.model).base.context
         answer = most * TOKEN_BYTES
+        if request.logprobs is not None:
+            answer += most * (request.logprobs.top_k + 1) * LOGPROB_BYTES
     kept = rows * (answer + RESULT_BYTES)
     work = jobs.work_folder(context.tenant, request.job_uuid)
     quotas.require_room_for_job(context, kept=kept, temporary=2 * (text + kept), work=work)

@@ -5,22 +5,61 @@ by which code.
 """
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from stack import datasets, uploads
+from stack import datasets, jobs, uploads
 from stack.api.datasets import CreateDatasetRequest, RegisteredDataset, TrainEvalDataset, TrainEvalDatasetColumnType
 from stack.context import Context
-from stack.errors import Conflict
+from stack.errors import Conflict, StackError
+from stack.store import Job
 
 BLOCK = 2**20
 ROOT = Path(__file__).resolve().parent.parent
+KINDS = (jobs.GENERATE, jobs.BATCH_INFERENCE)
+# The data sets of a batch.
+ANSWERS, ERRORS = "answers", "errors"
 
 
-def require_free(context: Context, uuid: str, field: str) -> None:
-    """Raises Conflict where there is a data set of this id already."""
-    if context.store.datasets.get(context.tenant, uuid) is not None:
-        raise Conflict(f"there is a data set {uuid!r} already; choose another {field}", param=field)
+def names_of(kind: str, request: dict[str, Any]) -> list[str]:
+    """The ids of the data sets that a job of this kind makes; none for those that make no data."""
+    match kind:
+        case jobs.GENERATE:
+            return [request.get("output_dataset") or request["job_uuid"]]
+        case jobs.BATCH_INFERENCE:
+            return [f"{request['job_uuid']}.{what}" for what in (ANSWERS, ERRORS)]
+    return []
+
+
+def require_free(context: Context, kind: str, request: dict[str, Any], field: str) -> None:
+    """Raises Conflict where a data set that a job would make is there already, or another job is going to make it."""
+    names = names_of(kind, request)
+    for name in names:
+        if context.store.datasets.get(context.tenant, name) is not None:
+            raise Conflict(f"there is a data set {name!r} already; choose another {field}", param=field)
+    for uuid, other_kind, other in context.store.jobs.unfinished(context.tenant, KINDS):
+        for name in names_of(other_kind, other):
+            if name in names:
+                message = f"the job {uuid!r} is going to make a data set {name!r}; choose another {field}"
+                raise Conflict(message, param=field)
+
+
+def require_mine(context: Context, kind: str, request: dict[str, Any]) -> None:
+    """Raises Conflict where a data set that a job makes is there already, and no earlier attempt has made it."""
+    for name in names_of(kind, request):
+        known = context.store.datasets.get(context.tenant, name)
+        if known is not None and not _is_of(known, request["job_uuid"]):
+            raise Conflict(f"there is a data set {name!r} already, which this job has not made")
+
+
+def forget(context: Context, job: Job) -> None:
+    """Removes the data sets of a job that is not completed. One that another job needs by now stays."""
+    for name in names_of(job.kind, job.request):
+        known = context.store.datasets.get(context.tenant, name)
+        if known is not None and _is_of(known, job.uuid):
+            with suppress(StackError):  # where it cannot be removed now, the job's next attempt takes it
+                datasets.delete(context, name)
 
 
 def register(
@@ -40,7 +79,7 @@ def register(
         return None
     known = context.store.datasets.get(context.tenant, uuid)
     if known is not None:
-        if (known["metadata"] or {}).get("job_uuid") != lineage["job_uuid"]:
+        if not _is_of(known, lineage["job_uuid"]):
             raise Conflict(f"there is a data set {uuid!r} already, which this job has not made")
         if known["sha256"] == sha256(file):
             return datasets.get(context, uuid)
@@ -49,8 +88,21 @@ def register(
         while block := content.read(BLOCK):
             upload.write(block)
         url = upload.publish().content_url
-    described = TrainEvalDataset(columns=columns, content_url=url, metadata=lineage)
-    return datasets.create(context, CreateDatasetRequest(uuid=uuid, dataset=described))
+    try:
+        described = TrainEvalDataset(columns=columns, content_url=url, metadata=lineage)
+        return datasets.create(context, CreateDatasetRequest(uuid=uuid, dataset=described))
+    except BaseException:  # it would count as kept, and nobody would know it
+        uploads.remove(context, uploads.id_of(url))
+        raise
+
+
+def _is_of(known: dict[str, Any], job_uuid: str) -> bool:
+    return bool((known["metadata"] or {}).get("job_uuid") == job_uuid)
+
+
+def address_of(reference: TrainEvalDataset | str) -> str:
+    """The id of a registered data set, or where the content of a described one lies."""
+    return reference if isinstance(reference, str) else reference.content_url
 
 
 def sha256(file: Path) -> str:

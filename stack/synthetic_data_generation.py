@@ -7,11 +7,11 @@
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import numpy as np
 from pydantic import ValidationError
 
 from stack import datasets, jobs, made_datasets, prompt_rows, quotas, reward_scoring
@@ -34,13 +34,14 @@ from stack.api.synthetic_data_generation import (
     SyntheticDataJobEntry,
     SyntheticDataJobRequest,
     SyntheticDataJobStatusResponse,
+    SyntheticOutput,
 )
 from stack.api.wire import describe
 from stack.batch_inference import AT_ONCE, PatientEngine, require_not_all_in_vain
 from stack.context import Context
 from stack.datasets import Shape, Size
 from stack.errors import BadInput, NotFound, StackError, TooManyRequests, Unavailable
-from stack.filtering import Filter, kept
+from stack.filtering import BOUNDED, Filter, kept
 from stack.inference import Answer, answer_chat, chat_body, sampling_body
 from stack.store import Job
 
@@ -92,8 +93,8 @@ async def generate(context: Context, request: SyntheticDataGenerationRequest) ->
 def submit(context: Context, request: SyntheticDataJobRequest, submission_id: str | None = None) -> Job:
     """Accepts a generation of any size.
 
-    Raises BadInput for data that has no prompts or two rows of the same id, NotFound, Conflict where there is a data
-    set of the name already, and StorageFull.
+    Raises BadInput for data that has no prompts or two rows of the same id, NotFound, Conflict where a data set of the
+    name is there already, or another job is going to make it, and StorageFull.
     """
     known = context.store.jobs.get(context.tenant, request.job_uuid)
     if known is not None:
@@ -101,10 +102,8 @@ def submit(context: Context, request: SyntheticDataJobRequest, submission_id: st
         request = datasets.as_accepted(request.model_copy(update=meant), known.request)
     else:
         request = with_models(context, request)
-        made_datasets.require_free(context, dataset_name(request), "output_dataset")
+        made_datasets.require_free(context, jobs.GENERATE, request.model_dump(mode="json"), "output_dataset")
         request, found = datasets.accept(context, request, shape_of(request))
-        for one in found:
-            prompt_rows.require_unique_ids(context, one)
         _require_room(context, request, [datasets.size(context, one) for one in found])
     return jobs.submit(
         context, jobs.GENERATE, request.job_uuid, request.model_dump(mode="json"),
@@ -115,8 +114,9 @@ def submit(context: Context, request: SyntheticDataJobRequest, submission_id: st
 def resources(context: Context, request: SyntheticDataJobRequest) -> dict[str, Any]:
     """What a generation that starts takes beside the models that serve.
 
-    Raises StorageFull where there is no room for it: there may have been more when it was accepted.
+    Raises StorageFull where there is no room for it, and Conflict where another data set has its name by now.
     """
+    made_datasets.require_mine(context, jobs.GENERATE, request.model_dump(mode="json"))
     _require_room(context, request, datasets.sizes_before_reading(context, request))
     return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
 
@@ -142,11 +142,6 @@ def job_artifacts(context: Context, job_uuid: str) -> SyntheticDataJobArtifactsR
         files=[ArtifactFile(**file) for file in result.get("files", [])],
         datasets=result.get("datasets", {}),
     )
-
-
-def dataset_name(request: SyntheticDataJobRequest) -> str:
-    """The id of the data set that a job makes."""
-    return request.output_dataset or request.job_uuid
 
 
 def shape_of(request: SyntheticDataJobRequest) -> Shape[Any]:
@@ -192,8 +187,15 @@ class Sampled:
     completion_tokens: int
 
 
+def sampled(answers: Sequence[Answer], scores: Sequence[float]) -> Sampled:
+    """Answers with their scores."""
+    scored = [ScoredMessage(message=one.message, score=score) for one, score in zip(answers, scores, strict=True)]
+    return Sampled(scored, sum(one.prompt_tokens for one in answers), sum(one.completion_tokens for one in answers))
+
+
 class Sampler:
-    """Samples and scores generations: so many questions at once are with the engine, whatever there are of dialogs.
+    """Samples and scores generations: so many questions at once are with the engine, and about as many with the reward
+    model, whatever there are of dialogs.
 
     `settings` name both models (`with_models`).
     """
@@ -202,6 +204,8 @@ class Sampler:
         self._context = context
         self._settings = settings
         self._slots = asyncio.Semaphore(at_once)
+        # All generations to a dialog are scored in one request.
+        self._scorings = asyncio.Semaphore(max(1, at_once // settings.num_generations))
 
     async def sample(self, number: int, dialog: Sequence[Message]) -> Sampled:
         """`num_generations` generations to the dialog of this number, scored.
@@ -210,9 +214,7 @@ class Sampler:
         of the reward model, with the param `reward_model`.
         """
         answers = await self.answers(number, dialog)
-        scores = await self.scores(dialog, [one.message for one in answers])
-        scored = [ScoredMessage(message=one.message, score=score) for one, score in zip(answers, scores, strict=True)]
-        return Sampled(scored, sum(one.prompt_tokens for one in answers), sum(one.completion_tokens for one in answers))
+        return sampled(answers, await self.scores(dialog, [one.message for one in answers]))
 
     async def answers(self, number: int | str, dialog: Sequence[Message], **more: Any) -> list[Answer]:
         """`num_generations` answers to a dialog, with other fields of OpenAI's request, such as a response_format.
@@ -251,7 +253,8 @@ class Sampler:
         except ValidationError as error:  # too many characters together
             raise BadInput(f"the reward model {name!r} cannot score it: {describe(error)}") from error
         try:
-            response = await reward_scoring.score(self._context, asked)
+            async with self._scorings:
+                response = await reward_scoring.score(self._context, asked)
         except (Unavailable, TooManyRequests) as error:
             message = f"the reward model {name!r} cannot score now: {error.message}"
             raise type(error)(message, param="reward_model", retry_after=error.retry_after) from error
@@ -263,12 +266,17 @@ def seed_of(seed: int, number: int | str, index: int) -> int:
     return random.Random(f"{seed}:{number}:{index}").getrandbits(62)
 
 
-def histogram(scores: Sequence[float]) -> dict[str, list[float]]:
-    """How the scores lie: the `counts` between each two of the `edges`. Empty for no scores."""
-    if not scores:
-        return {"edges": [], "counts": []}
-    counts, edges = np.histogram(np.array(scores, np.float64), HISTOGRAM_BINS)
-    return {"edges": edges.tolist(), "counts": counts.tolist()}
+def histogram(scores: Iterable[float], lowest: float, greatest: float) -> dict[str, list[float]]:
+    """How scores lie between the lowest and the greatest: the `counts` between each two of the `edges`.
+
+    An edge belongs to what is above it, but for the last one.
+    """
+    width = (greatest - lowest) / HISTOGRAM_BINS or 1.0
+    edges = [lowest + width * number for number in range(HISTOGRAM_BINS + 1)]
+    counts = [0.0] * HISTOGRAM_BINS
+    for score in scores:
+        counts[min(bisect_right(edges, score), HISTOGRAM_BINS) - 1] += 1
+    return {"edges": edges, "counts": counts}
 
 
 def _filtered(
@@ -296,7 +304,7 @@ def _statistics(
         "generated": len(scores),
         "kept": sum(len(one.scored_generations) for one in data),
         "mean_score": sum(scores) / len(scores) if scores else None,
-        "score_histogram": histogram(scores),
+        "score_histogram": histogram(scores, min(scores), max(scores)) if scores else {"edges": [], "counts": []},
         "prompt_tokens": sum(one.prompt_tokens for one in sampled),
         "completion_tokens": sum(one.completion_tokens for one in sampled),
     }
@@ -308,14 +316,25 @@ def _row_error(index: int, error: StackError) -> RowError:
 
 
 def _require_room(context: Context, request: SyntheticDataJobRequest, sizes: Sequence[Size]) -> None:
-    """Raises StorageFull unless there is room for the generations: those that are kept, and all while the job works."""
+    """Raises StorageFull unless there is room for what is kept, and for all generations while the job works."""
     text, prompts = sum(size.text for size in sizes), sum(size.rows for size in sizes)
     if request.source == PromptSource.self_instruct:
         text, prompts = request.num_prompts * GROWN_PROMPT_BYTES, request.num_prompts
     elif request.source == PromptSource.documents:
         prompts += text // request.passage_characters
     most = request.sampling_params.max_tokens or context.models.get(request.model or "").base.context
-    generations = prompts * request.num_generations * (most * TOKEN_BYTES + RESULT_BYTES)
-    kept_bytes = 2 * text + generations  # with other letters escaped
+    generation = most * TOKEN_BYTES + RESULT_BYTES
+    kept_bytes = text + prompts * _kept_of_each(request) * generation
+    generated = 2 * text + prompts * request.num_generations * generation  # with other letters escaped
     work = jobs.work_folder(context.tenant, request.job_uuid)
-    quotas.require_room_for_job(context, kept=kept_bytes, temporary=2 * kept_bytes, work=work)
+    quotas.require_room_for_job(context, kept=kept_bytes, temporary=generated + kept_bytes, work=work)
+
+
+def _kept_of_each(request: SyntheticDataJobRequest) -> int:
+    """How many generations to a prompt, or about a passage, are kept at most."""
+    if request.output == SyntheticOutput.preferences:
+        return 2
+    if request.output == SyntheticOutput.sft and request.source != PromptSource.documents:
+        return 1
+    is_bounded = request.filtering_function in BOUNDED
+    return min(request.filter_k, request.num_generations) if is_bounded else request.num_generations

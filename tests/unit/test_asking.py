@@ -1,23 +1,28 @@
-"""Workers that ask models about rows: what is asked again, what is recorded, and when it is too much."""
+"""Workers that ask models about rows: what is asked again, what is recorded, and when a model is away for all."""
 
+import asyncio
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
+from stack.api.inference import ChatCompletionRequest
+from stack.api.messages import MAX_CHARACTERS, UserMessage
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, EngineFailed, NotFound, StackError, TooManyRequests, Unavailable
+from stack.errors import BadInput, EngineFailed, StackError, TooManyRequests, Unavailable
+from stack.inference import ask_chat
+from stack.models import Endpoint
 from tests.conftest import CONFIG
 from tests.varied_engine import VariedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from jobs import asking
-    from jobs.asking import Ask, Asker, Failures, patiently
+    from jobs.asking import Asker, patiently
     from tests.asked_here import answered
 
 TOO_LONG = BadInput("the prompt has 300 tokens; allowed: 256", param="messages")
@@ -36,8 +41,8 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VariedEngine]:
-    engine, opened, really_open = VariedEngine(), [], Context.open
+def engine(home: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[VariedEngine]:
+    engine, opened, really_open = getattr(request, "param", VariedEngine)(), [], Context.open
 
     def on_this_engine(config: Config) -> Context:
         opened.append(really_open(config, engine))
@@ -49,14 +54,21 @@ def engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VariedEngine
         context.close()
 
 
-def rows(*questions: str) -> list[dict[str, Any]]:
-    values = [{"messages": [{"role": "user", "content": one}]} for one in questions]
-    return [{"row": number, "value": json.dumps(value)} for number, value in enumerate(values, 1)]
+class Chat(Asker):
+    """Asks for the answer to each row's text."""
+
+    nothing: ClassVar[dict[str, Any]] = {"answer": ""}
+    harmless: ClassVar[dict[str, Any]] = {"text": "Hello"}
+
+    async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
+        chat = ChatCompletionRequest(model="small", messages=[UserMessage(content=value["text"])])
+        answer = await patiently(lambda: ask_chat(self._context, chat))
+        return {"answer": str(answer.message.content)}
 
 
-def ask(*questions: str, most: int | None = None) -> list[dict[str, Any]]:
-    failures = None if most is None else Failures(most)
-    return list(answered(rows(*questions), Ask(CONFIG, "default", {"model": "small", "stream": False}, failures)))
+def ask(*questions: str) -> list[dict[str, Any]]:
+    rows = [{"row": number, "value": json.dumps({"text": one})} for number, one in enumerate(questions, 1)]
+    return list(answered(rows, Chat(CONFIG, "default")))
 
 
 class Fails:
@@ -104,35 +116,21 @@ async def test_what_is_wrong_with_the_row_is_not_asked_again(waits: list[float])
 
 def test_a_row_that_fails_is_recorded_and_the_others_are_answered(engine: VariedEngine) -> None:
     engine.refusals["long"] = TOO_LONG
-    found = ask("a", "long", "c", most=1)
+    found = ask("a", "long", "c")
     assert [bool(one["answer"]) for one in found] == [True, False, True]
     assert [one["error"] for one in (found[0], found[2])] == ["", ""]
     assert json.loads(found[1]["error"]) == {
         "code": "bad_input", "message": TOO_LONG.message, "type": "invalid_request_error", "param": "messages",
     }  # fmt: skip
     assert [one["row"] for one in found] == [1, 2, 3]
-    assert found[1]["prompt_tokens"] == 0
 
 
-def test_more_failed_rows_than_allowed_end_the_job_with_the_first_error(engine: VariedEngine) -> None:
-    engine.refusals["long"] = TOO_LONG
-    with pytest.raises(BadInput) as caught:
-        ask("a", "long", "c", "d", "long", most=1)
-    many, first = caught.value.message.split("; the first of them: ")
-    assert many == "2 rows have failed; allowed: max_failed_rows, 1"
-    assert first == "row 2: the prompt has 300 tokens; allowed: 256"
-
-
-def test_failures_of_an_earlier_attempt_count() -> None:
-    failures = Failures(most=3, count=3, first="row 5: it is empty")
-    with pytest.raises(NotFound, match=r"4 rows have failed; .* the first of them: row 5: it is empty"):
-        failures.add(9, NotFound("gone"))
-
-
-def test_without_failures_the_first_failed_row_ends_the_job(engine: VariedEngine) -> None:
-    engine.refusals["long"] = TOO_LONG
-    with pytest.raises(BadInput, match=r"^row 2: the prompt has 300 tokens"):
-        ask("a", "long")
+def test_a_row_over_the_bounds_of_a_request_fails_alone(engine: VariedEngine) -> None:
+    found = ask("a", "x" * (MAX_CHARACTERS + 1), "c")
+    assert [bool(one["answer"]) for one in found] == [True, False, True]
+    error = json.loads(found[1]["error"])
+    assert error["code"] == "bad_input"
+    assert f"at most {MAX_CHARACTERS} characters" in error["message"]
 
 
 @pytest.mark.parametrize("error", [Unavailable("it starts"), TooManyRequests("full")])
@@ -142,9 +140,47 @@ def test_a_model_that_is_away_is_no_fault_of_a_row(
     monkeypatch.setattr("stack.batch_inference.PATIENCE_S", 0)
     engine.fail(error)
     with pytest.raises(Unavailable, match=f"row 1: {error.message}"):
-        ask("a", most=100)
+        ask("a", "b")
+
+
+@pytest.mark.parametrize("questions", [["poison"], ["a", "poison", "c"]], ids=["alone", "among others"])
+def test_a_row_that_is_never_answered_while_the_model_is_there_has_failed(
+    engine: VariedEngine, waits: list[float], questions: list[str]
+) -> None:
+    engine.refusals["poison"] = Unavailable("the model 'small' has not answered within 600 s")
+    found = ask(*questions)
+    assert [bool(one["answer"]) for one in found] == [one != "poison" for one in questions]
+    (error,) = (json.loads(one["error"]) for one in found if one["error"])
+    assert (error["code"], error["message"]) == ("unavailable", "the model 'small' has not answered within 600 s")
+
+
+class Fragile(VariedEngine):
+    """Breaks down under 'poison', with all that is asked beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.under_way: list[str] = []
+
+    async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        text = body["messages"][-1]["content"]
+        self.under_way.append(text)
+        try:
+            await asyncio.sleep(0)
+            if "poison" in self.under_way:
+                raise Unavailable("the replica died")
+        finally:
+            self.under_way.remove(text)
+        async for item in super()._generate(endpoint, body):
+            yield item
+
+
+@pytest.mark.parametrize("engine", [Fragile], indirect=True)
+def test_a_row_that_breaks_the_model_does_not_take_those_beside_it_along(engine: Fragile, waits: list[float]) -> None:
+    found = ask("a", "b", "poison")
+    assert [bool(one["answer"]) for one in found] == [True, True, False]
+    assert json.loads(found[2]["error"])["message"] == "the replica died"
 
 
 def test_an_asker_says_what_it_asks() -> None:
-    assert Asker.ask is not Ask.ask
+    assert Asker.ask is not Chat.ask
     assert set(Asker.nothing) == {"result"}

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 from stack import batch_inference, datasets
 from stack.api.batch_inference import BatchInferenceJobRequest
 from stack.api.datasets import CreateDatasetRequest
+from stack.api.messages import MAX_CHARACTERS
 from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
+from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooManyRequests, Unavailable
 from tests import samples
 from tests.conftest import CONFIG
 from tests.samples import dataset, write_rows
@@ -117,6 +119,80 @@ def test_rows_that_fail_become_a_data_set_of_errors(
     assert [row["id"] for row in rows_of(context, "batch-1.answers")] == [f"row-{n}" for n in (0, 1, 2, 3, 5)]
 
 
+def test_a_row_over_the_bounds_of_a_request_fails_alone(context: Context, home: Path, here: None) -> None:
+    rows = [{"id": "long", "text": "x" * (MAX_CHARACTERS + 1)}, {"id": "short", "text": "x"}]
+    data = dataset(write_rows(home / "data" / "texts.jsonl", rows), **TEXTS)
+    config = context.config.model_copy(update={"max_dataset_bytes": 2**22})
+    run(replace(context, config=config), request(data))
+    (error,) = rows_of(context, "batch-1.errors")
+    assert (error["id"], error["code"]) == ("long", "bad_input")
+    assert [row["id"] for row in rows_of(context, "batch-1.answers")] == ["short"]
+
+
+def test_an_answer_that_no_data_set_can_hold_is_a_row_that_has_failed(
+    context: Context, home: Path, engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "MAX_ANSWER_BYTES", 150)
+    engine.say = lambda body: "漢" * (40 if body["prompt"] == "text 1" else 1)
+    run(context, request(texts(home, 2)))
+    (error,) = rows_of(context, "batch-1.errors")
+    assert (error["id"], error["code"]) == ("row-1", "too_large")
+
+
+def test_a_full_queue_is_waited_for_by_embeddings_too(
+    context: Context, home: Path, engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    async def no_pause(seconds: float) -> None:
+        waits.append(seconds)
+        engine.fault = None
+
+    monkeypatch.setattr("stack.batch_inference.pause", no_pause)
+    engine.fail(TooManyRequests("full", retry_after=1))
+    result = run(context, request(texts(home, 1), kind="embeddings", model="embedder"))
+    assert result["datasets"] == {"answers": "batch-1.answers"}
+    assert waits == [1]
+
+
+def test_chats_with_tools_and_logprobs_are_answered_as_by_the_request_of_the_kind(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.say = lambda _: json.dumps({"name": "weather", "parameters": {"city": "Paris"}})
+    data = dataset(write_rows(home / "data" / "dialogs.jsonl", samples.dialogs(1)))
+    tool = {"tool_name": "weather", "parameters": {"city": {"param_type": "string"}}}
+    wanted = {"tools": [tool], "tool_choice": "required", "logprobs": {"top_k": 1}}
+    run(context, request(data, kind="chat_completion", **wanted))
+    (row,) = rows_of(context, "batch-1.answers")
+    (call,) = row["tool_calls"]
+    assert (call["tool_name"], call["arguments"]) == ("weather", {"city": "Paris"})
+    assert len(row["logprobs"]) == 1
+    assert engine.asked[0].body["logprobs"] is True
+
+
+def test_an_attachment_is_read_with_its_chat(context: Context, home: Path, engine: VariedEngine, here: None) -> None:
+    attached = {"role": "user", "content": ["Read: ", {"content": "It rains.", "mime_type": "text/plain"}]}
+    data = dataset(write_rows(home / "data" / "dialogs.jsonl", [{"dialog": [attached]}]))
+    run(context, request(data, kind="chat_completion"))
+    assert "It rains." in engine.asked[0].body["messages"][0]["content"]
+
+
+def test_answers_that_no_data_set_can_hold_together_are_kept_as_an_artifact(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.say = lambda _: "word " * 200
+    config = context.config.model_copy(update={"max_dataset_bytes": 2_000})
+    job = batch_inference.submit(context, request(texts(home, 10)))
+    with work_of(replace(context, config=config), job) as work:
+        outcome = driver.answer_all(work, BatchInferenceJobRequest.model_validate(job.request))
+    assert outcome.problem is not None
+    assert "allowed: max_dataset_bytes, 2000" in outcome.problem
+    assert outcome.result["datasets"] == {}
+    names = {file["name"] for file in outcome.result["files"]}
+    assert names == {"answers.jsonl", "lineage.json"}
+    assert context.store.datasets.get("default", "batch-1.answers") is None
+
+
 def test_rows_that_all_fail_have_no_answers_but_errors(
     context: Context, home: Path, engine: VariedEngine, here: None
 ) -> None:
@@ -135,11 +211,11 @@ def test_more_failed_rows_than_allowed_fail_the_job_by_the_first(
 def test_a_job_that_was_lost_goes_on_with_the_rows_that_it_has_not(
     context: Context, home: Path, engine: VariedEngine, here: None
 ) -> None:
-    engine.refusals["text 6"] = Unavailable("the model is being started")
+    engine.away_after = 4
     wanted = request(texts(home, 10))
-    with pytest.raises(Unavailable, match="row 7: the model is being started"):
+    with pytest.raises(Unavailable, match="row 5: the model is being started"):
         run(context, wanted)
-    engine.refusals.clear()
+    engine.away_after = None
     before = len(engine.asked)
     run(context, wanted)
     again = [one.body["prompt"] for one in engine.asked[before:]]
@@ -155,6 +231,7 @@ def test_what_was_made_says_where_it_comes_from_and_what_it_took(context: Contex
     job = context.store.jobs.get("default", "batch-1")
     assert job is not None
     assert about["prompts_sha256"] == job.request["dataset"]["sha256"]
+    assert about["dataset"] == job.request["dataset"]["content_url"]
     assert about["parameters"]["kind"] == "completion"
     assert len(about["code_sha256"]) == 64
     metrics = batch_inference.job_status(context, "batch-1").metrics
@@ -170,6 +247,9 @@ def test_what_was_made_says_where_it_comes_from_and_what_it_took(context: Contex
     [
         ({"kind": "chat"}, ["'chat_completion', 'completion' or 'embeddings', not 'chat'"]),
         ({"kind": "embeddings", "sampling_params": {"max_tokens": 5}}, ["sampling_params cannot be used"]),
+        ({"tools": [{"tool_name": "weather"}]}, ["tools cannot be used with the kind 'completion'", "chat_completion"]),
+        ({"kind": "embeddings", "logprobs": {}}, ["logprobs cannot be used with the kind 'embeddings'"]),
+        ({"kind": "chat_completion", "tool_choice": "required"}, ["tool_choice is 'required', but there are no tools"]),
         ({"truncate": True}, ["truncate cannot be used with the kind 'completion'"]),
         ({"max_failed_rows": -1}, ["max_failed_rows", "not -1"]),
         ({"job_uuid": "x" * 81}, ["job_uuid", "80"]),
@@ -221,6 +301,16 @@ def test_a_job_does_not_write_over_a_data_set(context: Context, home: Path) -> N
     datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "batch-1.errors", "dataset": data}))
     with pytest.raises(Conflict, match=r"'batch-1.errors' already; choose another job_uuid"):
         batch_inference.submit(context, request(data))
+
+
+def test_a_job_whose_name_was_taken_since_does_not_begin(context: Context, home: Path) -> None:
+    data = texts(home, 2)
+    job = batch_inference.submit(context, request(data))
+    accepted = BatchInferenceJobRequest.model_validate(job.request)
+    assert batch_inference.resources(context, accepted)["workers"] == 1
+    datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "batch-1.answers", "dataset": data}))
+    with pytest.raises(Conflict, match=r"'batch-1.answers' already, which this job has not made"):
+        batch_inference.resources(context, accepted)
 
 
 def test_the_same_request_again_is_the_same_job(context: Context, home: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stack import datasets, post_training, synthetic_data_generation
+from stack import datasets, made_datasets, post_training, synthetic_data_generation
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingRLHFRequest, PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
@@ -167,6 +167,7 @@ def test_lineage_is_kept_with_the_data_set(context: Context, data: dict[str, Any
     assert job is not None
     assert about["prompts_sha256"] == job.request["dataset"]["sha256"]
     assert (about["model"], about["reward_model"], about["job_uuid"]) == ("small", "reward", "grow-1")
+    assert (about["dataset"], about["seed_prompts_sha256"]) == (job.request["dataset"]["content_url"], None)
     assert about["parameters"]["num_generations"] == 6
     assert len(about["code_sha256"]) == 64
 
@@ -177,14 +178,31 @@ def test_a_job_that_was_lost_goes_on_and_comes_to_the_same(
     run(context, request(data, job_uuid="whole"))
     whole = sorted(rows_of(context, "whole"), key=lambda row: str(row["id"]))
     before = len(engine.asked)
-    engine.refusals["question 4"] = Unavailable("the model is being started")
+    engine.away_after = engine.answers + 24
     with pytest.raises(Unavailable, match="row 5"):
         run(context, request(data))
-    engine.refusals.clear()
+    engine.away_after = None
     run(context, request(data))
     assert sorted(rows_of(context), key=lambda row: str(row["id"])) == whole
     answered = [one.body["messages"][-1]["content"] for one in engine.asked[before:]]
     assert answered.count("question 0") == 6, "of the rows that were written none is asked again"
+
+
+def test_what_was_sampled_is_not_sampled_again_while_the_reward_model_is_away(
+    context: Context, data: dict[str, Any], engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, tries = engine.classify, []
+
+    async def away_at_first(*given: Any) -> Any:
+        tries.append(1)
+        if len(tries) <= 3:
+            raise Unavailable("it is being started")
+        return await really(*given)
+
+    monkeypatch.setattr(engine, "classify", away_at_first)
+    run(context, request(data))
+    assert len(engine.asked) == 36
+    assert len(rows_of(context)) == 6
 
 
 def test_a_reward_model_that_is_down_is_named_and_no_fault_of_the_job(
@@ -223,20 +241,40 @@ def test_near_duplicates_of_seeds_are_rejected_and_shown(context: Context, engin
     engine.say = say
     result = run(context, grown())
     rejected = lines(file_of(result, "rejected.jsonl"))
-    assert {one["text"] for one in rejected if one["reason"] == "duplicate"} == {"Name three rivers in France!"}
+    duplicates = [one for one in rejected if one["reason"] == "duplicate"]
+    assert {one["text"] for one in duplicates} == {"Name three rivers in France!"}
+    assert {one["of"] for one in duplicates} == {"Name three rivers in France"}
+
+
+def test_the_prompts_that_were_grown_are_kept_and_known_by_their_hash(
+    context: Context, engine: VariedEngine, here: None
+) -> None:
+    engine.say = proposal
+    result = run(context, grown(output="scored"))
+    kept = lines(file_of(result, "prompts.jsonl"))
+    asked = {row["id"]: row["dialog"][0]["content"] for row in rows_of(context)}
+    assert {row["id"]: row["prompt"] for row in kept} == asked
+    about = datasets.get(context, "grow-1").metadata
+    assert about is not None
+    assert about["prompts_sha256"] == made_datasets.sha256(file_of(result, "prompts.jsonl"))
+    assert len(about["seed_prompts_sha256"]) == 64
+
+
+def test_a_prompt_that_was_cut_off_is_not_grown(context: Context, engine: VariedEngine, here: None) -> None:
+    engine.say, engine.finish_reason = proposal, "length"
+    with pytest.raises(BadInput, match="has proposed no prompt of use"):
+        run(context, grown())
 
 
 def test_prompts_that_were_grown_before_an_attempt_was_lost_are_not_grown_again(
     context: Context, engine: VariedEngine, here: None
 ) -> None:
     engine.say = proposal
-    engine.refusals["ttt"] = Unavailable("the model is being started")
-    engine.refusals["www"] = Unavailable("the model is being started")
-    engine.refusals["qqq"] = Unavailable("the model is being started")
+    engine.away_after = 16  # as many as one round asks for
     with pytest.raises(Unavailable):
         run(context, grown(num_prompts=4))
     asked = [one for one in engine.asked if "Come up with" in one.body["messages"][-1]["content"]]
-    engine.refusals.clear()
+    engine.away_after = None
     run(context, grown(num_prompts=4))
     again = [one for one in engine.asked if "Come up with" in one.body["messages"][-1]["content"]]
     assert len(again) == len(asked)
@@ -289,10 +327,71 @@ def test_long_documents_are_read_in_passages(context: Context, home: Path, engin
     seen = [one.body["messages"][-1]["content"] for one in engine.asked]
     assert len(set(seen)) >= len(text) // 200
     assert len(seen) == 3 * len(set(seen))
+    assert synthetic_data_generation.job_status(context, "grow-1").metrics["prompts"] == len(set(seen))
     rows = rows_of(context)
     assert len({row["start"] for row in rows}) > 1
     for row in rows:
         assert text[int(row["start"]) : int(row["end"])] == row["quote"]
+
+
+def test_a_passage_that_fails_costs_nothing_of_its_document(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    text = "".join(f"The river {number} rises here. It is 1,230 km long. " for number in range(20))
+    engine.say = lambda body: pair_of(body | {"seed": 0})
+    engine.refusals["river 10"] = BadInput("the prompt has 300 tokens; allowed: at most 256")
+    data = documents(home, text)
+    result = run(context, request(data, source="documents", num_generations=1, passage_characters=200))
+    (error,) = [one for one in lines(file_of(result, "rejected.jsonl")) if one["reason"] == "error"]
+    assert error["id"] == "doc-0"
+    metrics = synthetic_data_generation.job_status(context, "grow-1").metrics
+    assert (metrics["failed"], metrics["rows"]) == (1, metrics["prompts"] - 1)
+    assert len({row["id"] for row in rows_of(context)}) == metrics["rows"]
+
+
+def test_a_document_that_was_begun_goes_on_with_the_passages_that_are_left(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    text = "".join(f"The river {number} rises here. It is 1,230 km long. " for number in range(40))
+    engine.say = pair_of
+    engine.away_after = 4
+    wanted = request(documents(home, text), source="documents", num_generations=1, passage_characters=200)
+    with pytest.raises(Unavailable, match="row 5"):
+        run(context, wanted)
+    engine.away_after = None
+    before = engine.answers
+    run(context, wanted)
+    prompts = synthetic_data_generation.job_status(context, "grow-1").metrics["prompts"]
+    assert engine.answers - before == prompts - 4
+
+
+def test_rows_that_no_data_set_can_hold_are_rejected(
+    context: Context, data: dict[str, Any], engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "MAX_ROW_BYTES", 400)
+    engine.say = lambda body: "word " * (200 if body["messages"][-1]["content"] == "question 3" else 1)
+    result = run(context, request(data))
+    (rejected,) = [one for one in lines(file_of(result, "rejected.jsonl")) if one["reason"] == "too_large"]
+    assert rejected["id"] == "row-3"
+    assert len(rows_of(context)) == 5
+
+
+def test_what_cannot_be_registered_is_kept_as_an_artifact_and_the_job_has_failed(
+    context: Context, data: dict[str, Any], here: None
+) -> None:
+    job = synthetic_data_generation.submit(context, request(data, output_dataset="mine"))
+    datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "mine", "dataset": data}))
+    with work_of(context, job) as work:
+        outcome = driver.generate(work, SyntheticDataJobRequest.model_validate(job.request))
+    assert outcome.problem == "there is a data set 'mine' already, which this job has not made"
+    assert (outcome.result["datasets"], len(lines(file_of(outcome.result, "sft.jsonl")))) == ({}, 6)
+    problem = outcome.problem
+    assert context.store.jobs.complete(job.id, 1, outcome.result, artifact=outcome.artifact, problem=problem)
+    failed = synthetic_data_generation.job_status(context, "grow-1")
+    assert failed.status == "failed"
+    assert failed.error == f"{problem}; what was made is kept as the artifact 'generations/grow-1'"
+    told = synthetic_data_generation.job_artifacts(context, "grow-1")
+    assert "sft.jsonl" in {file.name for file in told.files}
 
 
 # What is accepted
@@ -348,6 +447,14 @@ def test_a_data_set_of_the_name_is_a_conflict(context: Context, data: dict[str, 
         synthetic_data_generation.submit(context, request(data, output_dataset="pairs"))
 
 
+def test_two_jobs_cannot_make_the_same_data_set(context: Context, data: dict[str, Any]) -> None:
+    synthetic_data_generation.submit(context, request(data, output_dataset="pairs"))
+    with pytest.raises(Conflict, match="the job 'grow-1' is going to make a data set 'pairs'") as caught:
+        synthetic_data_generation.submit(context, request(data, job_uuid="grow-2", output_dataset="pairs"))
+    assert caught.value.param == "output_dataset"
+    assert context.store.jobs.get("default", "grow-2") is None
+
+
 @pytest.mark.parametrize("source", ["dataset", "documents", "self_instruct"])
 def test_generations_that_would_not_fit_are_refused(context: Context, home: Path, source: str) -> None:
     wanted = grown() if source == "self_instruct" else request(documents(home, DOCUMENT * 30), source=source)
@@ -361,6 +468,32 @@ def test_generations_that_would_not_fit_are_refused(context: Context, home: Path
     with pytest.raises(StorageFull, match="allowed: 10000"):
         synthetic_data_generation.resources(limited, accepted)
     assert synthetic_data_generation.resources(context, accepted)["workers"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "of_each"),
+    [
+        ({"output": "sft"}, 1),
+        ({"output": "preferences"}, 2),
+        ({"output": "scored"}, 6),
+        ({"output": "scored", "filtering_function": "top_k", "filter_k": 3}, 3),
+        ({"output": "scored", "filtering_function": "top_k", "filter_k": 64}, 6),
+        ({"output": "sft", "source": "documents"}, 6),
+    ],
+    ids=str,
+)
+def test_room_is_needed_for_what_is_kept_alone(
+    context: Context, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], of_each: int
+) -> None:
+    needed: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        "stack.quotas.require_room_for_job", lambda _, kept, temporary, work: needed.append((kept, temporary))
+    )
+    synthetic_data_generation.submit(context, request(data, **changes))
+    ((kept, temporary),) = needed
+    generation = 512 * synthetic_data_generation.TOKEN_BYTES + synthetic_data_generation.RESULT_BYTES
+    assert of_each * 6 * generation <= kept < (of_each * 6 + 1) * generation
+    assert temporary >= kept + 36 * generation
 
 
 def test_a_generation_is_found_by_its_uuid_alone(context: Context, data: dict[str, Any]) -> None:

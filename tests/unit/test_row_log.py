@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from stack.context import Context
+from stack.errors import BadInput, TooLarge
 from tests import samples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from jobs.reporter import Metrics
-    from jobs.row_log import RowLog, RowNumbers, cut, fill, line_of, lines_of, write_rows
+    from jobs.row_log import Bounds, RowLog, RowNumbers, cut, fill, line_of, lines_of, text_of, write_rows
+
+BOUNDS = Bounds(failed=10, bytes=1_000_000)
 
 
 def line(number: int, error: str | None = None) -> dict[str, Any]:
@@ -100,7 +103,7 @@ def metrics(context: Context) -> Metrics:
 def test_what_comes_is_written_and_how_far_it_is(context: Context, metrics: Metrics, tmp_path: Path) -> None:
     log = RowLog(tmp_path / "rows.jsonl")
     rows = ({"row": number, "value": '{"id": "a"}', "result": "{}", "error": ""} for number in range(1, 101))
-    fill(log, rows, 100, metrics)
+    fill(log, rows, 100, metrics, BOUNDS)
     assert [one["row"] for one in log] == [*range(1, 101)]
     metrics.flush()
     job = context.store.jobs.get("default", "job-1")
@@ -117,5 +120,45 @@ def test_what_came_before_a_failure_is_kept(metrics: Metrics, tmp_path: Path, mo
         raise ValueError("the worker died")
 
     with pytest.raises(ValueError, match="the worker died"):
-        fill(RowLog(tmp_path / "rows.jsonl"), rows(), 100, metrics)
+        fill(RowLog(tmp_path / "rows.jsonl"), rows(), 100, metrics, BOUNDS)
     assert len(RowLog(tmp_path / "rows.jsonl").rows) == 25
+
+
+def row_of(number: int, message: str = "") -> dict[str, Any]:
+    error = json.dumps({"code": "bad_input", "message": message}) if message else ""
+    return {"row": number, "value": "{}", "result": "" if message else "{}", "error": error}
+
+
+def test_more_failed_rows_than_allowed_end_the_job_with_the_first_error_whoever_has_asked_them(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    log = RowLog(tmp_path / "rows.jsonl")
+    fill(log, iter([row_of(1), row_of(2, "it is too long")]), 4, metrics, Bounds(failed=1, bytes=1_000_000))
+    again = RowLog(tmp_path / "rows.jsonl")  # as the next attempt finds it
+    words = r"^2 rows have failed; allowed: max_failed_rows, 1; the first of them: row 2: it is too long$"
+    with pytest.raises(BadInput, match=words):
+        fill(again, iter([row_of(3, "it is empty")]), 4, metrics, Bounds(failed=1, bytes=1_000_000))
+    assert len(RowLog(tmp_path / "rows.jsonl").rows) == 3
+
+
+def test_where_no_row_may_fail_the_first_error_ends_the_job(metrics: Metrics, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"^row 7: it is too long$"):
+        fill(RowLog(tmp_path / "a.jsonl"), iter([row_of(7, "it is too long")]), 9, metrics, Bounds(0, 1_000_000))
+
+
+def test_rows_are_asked_no_further_than_what_a_data_set_can_hold(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.row_log.WRITE_ROWS", 10)
+    rows = (row_of(number) for number in range(1, 1_001))
+    log = RowLog(tmp_path / "rows.jsonl", size=lambda line: 10)
+    with pytest.raises(TooLarge, match=r"made of 20 rows has 200 bytes; allowed: max_dataset_bytes, 150"):
+        fill(log, rows, 1_000, metrics, Bounds(failed=0, bytes=150))
+    assert next(rows)["row"] == 21
+    assert RowLog(tmp_path / "rows.jsonl", size=lambda line: 10).bytes == 200
+
+
+def test_letters_take_no_more_room_than_they_need(tmp_path: Path) -> None:
+    write_rows(tmp_path / "a.jsonl", [{"text": "漢字" * 100}])
+    assert (tmp_path / "a.jsonl").stat().st_size == len(text_of({"text": "漢字" * 100})) < 700
+    assert list(lines_of(tmp_path / "a.jsonl")) == [{"text": "漢字" * 100}]

@@ -1,9 +1,12 @@
 """Synthetic data that is answered at once: how dialogs are told apart, what is sampled, scored, kept and counted."""
 
-from collections.abc import Iterator
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
@@ -13,9 +16,10 @@ from stack.api.synthetic_data_generation import (
     SyntheticDataGenerationResponse,
 )
 from stack.api.wire import describe
-from stack.config import Config
+from stack.config import Config, SequenceClassifier
 from stack.context import Context
 from stack.errors import BadInput, EngineFailed, NotFound, TooManyRequests, Unavailable
+from stack.models import Classifiable, Scores
 from stack.synthetic_data_generation import histogram, seed_of
 from tests.conftest import CONFIG
 from tests.varied_engine import VariedEngine
@@ -27,6 +31,7 @@ REWARD_MODELS: list[dict[str, Any]] = [
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION = {"role": "user", "content": "Where?"}
 ANSWER = {"role": "assistant", "content": "There."}
+ATTACHED: list[Any] = ["See", {"content": "https://example.com/a.txt", "mime_type": "text/plain"}]
 
 
 @pytest.fixture
@@ -97,6 +102,9 @@ def test_a_list_of_lists_is_taken_as_it_is() -> None:
         ({"dialogs": [QUESTION] * 257}, ["257 dialogs; allowed: at most 256"]),
         ({"dialogs": [[QUESTION]] * 257}, ["257 entries; allowed: at most 256"]),
         ({"dialogs": [[QUESTION] * 500] * 21}, ["10500 messages; allowed: at most 10000"]),
+        ({"dialogs": [*[QUESTION, ANSWER] * 500, QUESTION]}, ["the dialog 0 has 1001 messages; allowed: at most 1000"]),
+        ({"dialogs": [QUESTION, {"role": "user", "content": ATTACHED}]}, ["the dialog 1 has an attachment", "text"]),
+        ({"dialogs": [[QUESTION | {"context": ATTACHED[1]}]]}, ["the dialog 0 has an attachment"]),
         ({"filtering_function": "best"}, ["filtering_function", "'none', 'random', 'top_k'", "'best'"]),
         ({"num_generations": 0}, ["num_generations", "greater than or equal to 1"]),
         ({"num_generations": 10_000}, ["num_generations", "less than or equal to 64"]),
@@ -240,9 +248,39 @@ def test_seeds_differ_and_are_what_an_engine_takes() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_a_histogram_counts_every_score() -> None:
-    assert histogram([]) == {"edges": [], "counts": []}
-    found = histogram([0.0, 1.0, 1.0, 10.0])
-    assert found["counts"][0] == 1
-    assert sum(found["counts"]) == 4
-    assert (found["edges"][0], found["edges"][-1]) == (0.0, 10.0)
+def test_a_histogram_counts_every_score_as_numpy_does() -> None:
+    drawn = random.Random(0)
+    scores = [0.0, 1.0, 1.0, 10.0, *(drawn.uniform(0, 10) for _ in range(500))]
+    found = histogram(iter(scores), 0.0, 10.0)
+    counts, edges = np.histogram(scores, synthetic_data_generation.HISTOGRAM_BINS)
+    assert found["counts"] == counts.tolist()
+    assert found["edges"] == pytest.approx(edges.tolist())
+
+
+@pytest.mark.parametrize("score", [0.5, 0.0, -1e30])
+def test_equal_scores_have_a_histogram_too(score: float) -> None:
+    found = histogram([score, score], score, score)
+    assert sum(found["counts"]) == 2
+    assert found["edges"][0] == score
+
+
+class Scorer(VariedEngine):
+    """Notes how often it scores at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = self.most = 0
+
+    async def classify(self, model: SequenceClassifier, inputs: Sequence[Classifiable], windows: bool) -> Scores:
+        self.at_once += len(inputs)
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0.02)
+        self.at_once -= len(inputs)
+        return await super().classify(model, inputs, windows)
+
+
+@pytest.mark.parametrize("engine", [Scorer()])
+async def test_a_reward_model_is_asked_side_by_side_and_in_bounds(context: Context, engine: Scorer) -> None:
+    response = await generated(context, *[[QUESTION]] * 200, num_generations=4)
+    assert sum(len(one) for one in scores(response)) == 800
+    assert 4 < engine.most <= 64
