@@ -7,6 +7,8 @@ import httpx
 import pytest
 import yaml
 
+from scripts import improve_model
+from scripts.preferences import Pair
 from tests import samples
 from tests.running_stack import MODEL, Stack, ended
 
@@ -121,3 +123,16 @@ def test_the_examples_are_right(client: httpx.Client, stack: Stack) -> None:
     ):
         body = yaml.safe_load((EXAMPLES / file).read_text()) | {"dataset": data, "job_uuid": f"of-{file}"}
         assert made(client, api, body)["metrics"]["failed"] == 0
+
+
+def test_the_loop_closes_on_a_few_prompts(client: httpx.Client, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it goes round; whether the model is better for it, so few prompts cannot tell."""
+    monkeypatch.setattr(improve_model, "GENERATIONS", 2)
+    words = ["river", "colour", "city", "fruit", "tool", "bird", "metal", "tree"]
+    pairs = [Pair(f"Name a {word}.", f"A {word} that everybody knows.", "No.") for word in words]
+    found = improve_model.improve(client, stack.home / "data", "few", {"train": pairs[:5], "test": pairs[5:]})
+    assert found.before.keys() == found.after.keys() == {"0", "1", "2"}
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum", "perplexity"} <= {metric["name"] for metric in found.compared}
+    assert all(metric["difference"]["examples"] == 3 for metric in found.compared)
+    low, mean, high = found.difference()
+    assert low <= mean <= high
