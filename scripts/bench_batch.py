@@ -3,12 +3,12 @@
     scripts/bench batch [--json FILE] [--only speed|memory] [--rows N]
 
 speed    rows a second of /batch_inference/jobs with the model of serve_apps/local.yaml (without adapters), beside those
-         of vLLM's offline `LLM.chat` (scripts/plain_vllm.py) in a process of its own, while no stack runs: the same rows,
-         engine settings and sampling. Start-up aside: a job of a few of the rows goes before, and what it took is taken
-         off the rows and the seconds of the other
-memory   the most that the processes of a job hold together (its driver and Ray Data's workers), looked at once a second,
-         for 10,000 and for 100,000 rows through the scripted engine. What is shared among processes is divided among
-         them (PSS)
+         of vLLM's offline `LLM.chat` (scripts/plain_vllm.py) in a process of its own, while no stack runs: the same
+         rows, engine settings and sampling. Start-up aside: both are warm, a job of a few of the rows goes before, and
+         what it took is taken off the rows and the seconds of the other
+memory   the most that the processes of a job hold together (its driver and Ray Data's workers), looked at once a
+         second, for 10,000 and for 100,000 rows through the scripted engine. What is shared among processes is divided
+         among them (PSS)
 
 The exit status is 1 if a target is missed. It needs the machine for itself.
 """
@@ -36,7 +36,7 @@ from scripts.figures import Comparison, write_comparisons, write_json
 from stack.config import LanguageModel
 
 PARTS = ("speed", "memory")
-ROWS, FEW, MAX_TOKENS = 256, 32, 32
+ROWS, FEW, WARM, MAX_TOKENS = 256, 32, 8, 32
 SHORT_ROWS, LONG_ROWS, SCRIPTED_TOKENS = 10_000, 100_000, 2
 TOKENS_PER_SECOND = 1_000_000.0
 # Targets: of the peer's rows a second, and of the memory of the shorter job.
@@ -103,7 +103,7 @@ def speed(folder: Path, rows: int) -> Comparison:
     say(f"LLM.chat: {rows} rows")
     peer = offline(folder / "offline", model, rows)
     with stack(folder / "served", model, is_scripted=False, haproxy=False) as server:
-        few, all_rows = (answer(server, model.id, count, MAX_TOKENS) for count in (FEW, rows))
+        _, few, all_rows = (answer(server, model.id, count, MAX_TOKENS) for count in (WARM, FEW, rows))
     return Comparison(
         f"rows a second, {MAX_TOKENS} tokens an answer at most", "rows/s", peer, rate(few, all_rows), least=LEAST
     )
@@ -154,7 +154,7 @@ def memory(folder: Path) -> Comparison:
 
 
 class Peak:
-    """While it is open, it looks now and then at the processes of a job on a server: `mb` is the most that they held."""
+    """While it is open, it looks now and then at the processes of a job on a server: `mb` is the most they held."""
 
     def __init__(self, server: Server) -> None:
         self.mb = 0.0
