@@ -22,10 +22,11 @@ from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, EngineFailed, StackError, TooManyRequests, Unavailable
 
-# How many rows a batch has, and how many blocks a worker takes at once, so that it need not wait for the slowest row of
-# each; the engine batches what it asks.
+# How many rows a batch has, how many blocks a worker takes at once, so that it need not wait for the slowest row of
+# each, and how many rows it asks about at once; the engine batches them.
 BATCH_SIZE = 32
 BLOCKS_AT_ONCE = 4
+ROWS_AT_ONCE = 128
 # How much comes together before a worker hands it on. A job that is lost has lost no more than that.
 BLOCK_BYTES = 2**16
 # How often a row is asked while a model cannot answer for the moment, and while it fails.
@@ -47,6 +48,7 @@ class Asker:
     def __init__(self, config: dict[str, Any], tenant: str) -> None:
         context = Context.open(Config.parse(config, "config")).of_tenant(tenant)
         self._context = replace(context, engine=PatientEngine(context.engine))
+        self._slots = asyncio.Semaphore(ROWS_AT_ONCE)
         self._turn = asyncio.Lock()
 
     async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +72,8 @@ class Asker:
     async def _outcome(self, row: int, value: dict[str, Any]) -> dict[str, Any] | Unavailable:
         """The columns of a row; Unavailable where a model was away as often as it was asked."""
         try:
-            return await self.ask(row, value) | {"error": ""}
+            async with self._slots:
+                return await self.ask(row, value) | {"error": ""}
         except (Unavailable, TooManyRequests) as error:
             return Unavailable(error.message, param=error.param)
         except ValidationError as error:

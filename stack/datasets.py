@@ -251,7 +251,7 @@ def check(context: Context, dataset: TrainEvalDataset, shape: Shape[Any] | None 
     Raises BadInput with the first rows at fault, TooLarge, and Conflict where it does not have the hash that is given.
     """
     shape = shape or EXAMPLES
-    with opened(context, dataset.content_url) as content, uploads.scratch() as folder, SeenIds(folder) as seen:
+    with opened(context, dataset.content_url) as content, SeenIds() as seen:
         digest = _require_same(content, dataset.content_url, dataset.sha256)
         problems: list[str] = []
         misfit = shape.columns_problem(dataset)
@@ -316,7 +316,7 @@ def _registered_of_shape(context: Context, registered: RegisteredDataset, shape:
     if registered.examples and shape.of_examples:
         _require_untouched(context, registered)
     else:
-        with uploads.scratch() as folder, SeenIds(folder) as seen:
+        with SeenIds() as seen:
             for number, row in rows(context, found):
                 if (misfit := _misfit(number, row, found.dataset, shape, seen)) is not None:
                     raise BadInput(misfit)

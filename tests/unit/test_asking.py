@@ -181,6 +181,29 @@ def test_a_row_that_breaks_the_model_does_not_take_those_beside_it_along(engine:
     assert json.loads(found[2]["error"])["message"] == "the replica died"
 
 
+class Counting(VariedEngine):
+    """Knows how many were asked at once at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = self.most = 0
+
+    async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0.01)
+        self.at_once -= 1
+        async for item in super()._generate(endpoint, body):
+            yield item
+
+
+@pytest.mark.parametrize("engine", [Counting], indirect=True)
+def test_a_worker_asks_side_by_side_and_in_bounds(engine: Counting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "ROWS_AT_ONCE", 3)
+    assert all(one["answer"] for one in ask("a", "b", "c", "d"))
+    assert engine.most == 3
+
+
 def test_an_asker_says_what_it_asks() -> None:
     assert Asker.ask is not Chat.ask
     assert set(Asker.nothing) == {"result"}
