@@ -105,7 +105,7 @@ def resources(context: Context, request: BatchInferenceJobRequest) -> dict[str, 
 
     Raises StorageFull where there is no room for it, and Conflict where another data set has its name by now.
     """
-    made_datasets.require_mine(context, jobs.BATCH_INFERENCE, request.model_dump(mode="json"))
+    made_datasets.require_still_free(context, jobs.BATCH_INFERENCE, request.model_dump(mode="json"))
     _require_room(context, request, datasets.sizes_before_reading(context, request))
     return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
 

@@ -45,8 +45,13 @@ def require_free(context: Context, kind: str, request: dict[str, Any], field: st
                 raise Conflict(message, param=field)
 
 
-def require_mine(context: Context, kind: str, request: dict[str, Any]) -> None:
-    """Raises Conflict where a data set that a job makes is there already, and no earlier attempt has made it."""
+def require_still_free(context: Context, kind: str, request: dict[str, Any]) -> None:
+    """Raises Conflict where a data set that a job makes is there by now, before its work begins.
+
+    What an earlier attempt has done is not thrown away for it: at its end the job keeps what it cannot register.
+    """
+    if jobs.work_folder(context.tenant, request["job_uuid"]).exists():
+        return
     for name in names_of(kind, request):
         known = context.store.datasets.get(context.tenant, name)
         if known is not None and not _is_of(known, request["job_uuid"]):

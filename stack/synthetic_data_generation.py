@@ -116,7 +116,7 @@ def resources(context: Context, request: SyntheticDataJobRequest) -> dict[str, A
 
     Raises StorageFull where there is no room for it, and Conflict where another data set has its name by now.
     """
-    made_datasets.require_mine(context, jobs.GENERATE, request.model_dump(mode="json"))
+    made_datasets.require_still_free(context, jobs.GENERATE, request.model_dump(mode="json"))
     _require_room(context, request, datasets.sizes_before_reading(context, request))
     return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
 

@@ -63,9 +63,11 @@ def test_a_data_set_of_the_same_id_that_is_anothers_stays(context: Context, home
         made_datasets.require_free(context, jobs.GENERATE, taken, "output_dataset")
     assert caught.value.param == "output_dataset"
     with pytest.raises(Conflict, match="a data set 'mine' already, which this job has not made"):
-        made_datasets.require_mine(context, jobs.GENERATE, taken)
+        made_datasets.require_still_free(context, jobs.GENERATE, taken)
+    jobs.work_folder("default", "grow-1").mkdir(parents=True)
+    made_datasets.require_still_free(context, jobs.GENERATE, taken)
     made_datasets.require_free(context, jobs.GENERATE, {"job_uuid": "yours"}, "output_dataset")
-    made_datasets.require_mine(context, jobs.GENERATE, {"job_uuid": "yours"})
+    made_datasets.require_still_free(context, jobs.GENERATE, {"job_uuid": "yours"})
     assert datasets.get(context, "mine").rows == 2
 
 
