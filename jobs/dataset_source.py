@@ -4,7 +4,7 @@ They are read as `stack/datasets.py` does, a row at a time, and have the content
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -26,16 +26,23 @@ BLOCK_ROWS = 1_000
 BLOCK_BYTES = 4 * 2**20
 SCHEMA = pyarrow.schema([("row", pyarrow.int64()), ("value", pyarrow.string())])
 
+# How what a shape makes of a row becomes several rows.
+Split = Callable[[Any], Iterable[Any]]
+
 
 def rows(
-    context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int] = frozenset()
+    context: Context,
+    checked: datasets.Checked,
+    shape: Shape[Any],
+    but: Container[int] = frozenset(),
+    split: Split | None = None,
 ) -> ray.data.Dataset:
-    """The rows of a data set as a Dataset of Ray Data, but for those of these numbers.
+    """The rows of a data set, or their parts, as a Dataset of Ray Data, but for those of these numbers.
 
     Its columns are `row`, from 1, and `value`, what the shape makes of the row, as JSON. Reading takes no CPU of its
     own: it is faster than what is done with the rows.
     """
-    source = Rows(context, checked, shape, but)
+    source = Rows(context, checked, shape, but, split)
     found: ray.data.Dataset = ray.data.read_datasource(source, num_cpus=0, override_num_blocks=1)
     return found
 
@@ -44,10 +51,16 @@ class Rows(Datasource):
     """One task that reads the rows of a data set in blocks, so that it never holds more than one of them."""
 
     def __init__(
-        self, context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int] = frozenset()
+        self,
+        context: Context,
+        checked: datasets.Checked,
+        shape: Shape[Any],
+        but: Container[int] = frozenset(),
+        split: Split | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._read = partial(_blocks, context.config.model_dump(mode="json"), context.tenant, checked, shape, but)
+        config = context.config.model_dump(mode="json")
+        self._read = partial(_blocks, config, context.tenant, checked, shape, but, split)
         self._bytes = checked.bytes
 
     def estimate_inmemory_data_size(self) -> int:
@@ -61,20 +74,31 @@ class Rows(Datasource):
         return [ReadTask(self._read, about, schema=SCHEMA, per_task_row_limit=per_task_row_limit)]
 
 
+def numbered(
+    context: Context, checked: datasets.Checked, shape: Shape[Any], split: Split | None
+) -> Iterator[tuple[int, Any]]:
+    """The rows as their shape has them, with their numbers; or the parts of all rows, which are numbered through."""
+    read = datasets.read_as(context, checked, shape)
+    return read if split is None else enumerate((part for _, value in read for part in split(value)), 1)
+
+
 def _blocks(
-    config: dict[str, Any], tenant: str, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int]
+    config: dict[str, Any],
+    tenant: str,
+    checked: datasets.Checked,
+    shape: Shape[Any],
+    but: Container[int],
+    split: Split | None,
 ) -> Iterator[Block]:
     # Closed however the reading ends: the worker lives on.
     with closing(Context.open(Config.parse(config, "config"))) as context:
-        yield from _read_blocks(context.of_tenant(tenant), checked, shape, but)
+        yield from _read_blocks(numbered(context.of_tenant(tenant), checked, shape, split), but)
 
 
-def _read_blocks(
-    context: Context, checked: datasets.Checked, shape: Shape[Any], but: frozenset[int]
-) -> Iterator[Block]:
+def _read_blocks(values: Iterable[tuple[int, Any]], but: Container[int]) -> Iterator[Block]:
     read: list[dict[str, Any]] = []
     size = 0
-    for number, value in datasets.read_as(context, checked, shape):
+    for number, value in values:
         if number in but:
             continue
         text = json.dumps(asdict(value))

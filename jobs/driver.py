@@ -14,7 +14,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from ray.train import ControllerError, WorkerGroupError
 from sqlalchemy.exc import SQLAlchemyError
 
 from jobs.reporter import GIVEN_UP, Reporter, steadily
-from stack import jobs, keys, tracing
+from stack import jobs, keys, made_datasets, tracing
 from stack.api.jobs import JobStatus
 from stack.api.wire import Request, describe
 from stack.artifacts import File
@@ -53,12 +53,16 @@ LOST = (RayActorError, WorkerCrashedError, NodeDiedError, ObjectLostError, RaySy
 @dataclass(frozen=True)
 class Outcome:
     """What a job has come to: what its row keeps, the artifact it has published, and the adapter or the model that is
-    served from now on."""
+    served from now on.
+
+    With a `problem` the job has failed by it; what it has published is kept.
+    """
 
     result: dict[str, Any]
     artifact: Artifact
     adapter: Adapter | None = None
     model: AddedModel | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +144,12 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
     try:
         outcome = work(given, request)
     except SystemExit:
+        with suppress(SQLAlchemyError):
+            _forget_data(given)
         raise
     except BaseException as error:  # whatever it was, the row must say so; it is raised again
         why = reason(error)
+        steadily(lambda: _forget_data(given))
         steadily(given.reporter.finish)
         if is_lost(error):
             steadily(lambda: store.jobs.lose_attempt(job.id, number, why))
@@ -152,16 +159,23 @@ def _work(given: Work, request: R, work: Callable[[Work, R], Outcome]) -> int:
             print(f"failed: {error.message}", file=sys.stderr)
             return 1
         raise
-    made = (outcome.result, outcome.adapter, outcome.artifact, outcome.model)
+    made = (outcome.result, outcome.adapter, outcome.artifact, outcome.model, outcome.problem)
     mine = steadily(given.reporter.finish) and steadily(lambda: store.jobs.complete(job.id, number, *made))
     if not mine:
         now = steadily(lambda: store.jobs.get(job.tenant, job.uuid))
         # What another attempt has published, or is about to, has the same name.
         if now is not None and now.status in (JobStatus.failed, JobStatus.cancelled):
             given.context.artifacts.remove(outcome.artifact.path)
+            steadily(lambda: made_datasets.forget(given.context, job))
         return _report_earlier(given.context, job)
     shutil.rmtree(given.folder, ignore_errors=True)
     return _report(given.context, job, "")
+
+
+def require_open(work: Work) -> None:
+    """Raises Unavailable for an attempt that has been given up: the next one may be under way already."""
+    if not steadily(lambda: _is_open(work)):
+        raise Unavailable(GIVEN_UP)
 
 
 def publish(work: Work, name: str, folder: Path) -> list[File]:
@@ -169,8 +183,7 @@ def publish(work: Work, name: str, folder: Path) -> list[File]:
 
     Raises Unavailable for an attempt that has been given up: what lies there may be that of the next one.
     """
-    if not steadily(lambda: work.context.store.jobs.beat(work.job.id, work.reporter.number)):
-        raise Unavailable(GIVEN_UP)
+    require_open(work)
     if work.context.artifacts.exists(name):
         work.context.artifacts.remove(name)
     return work.context.artifacts.publish(name, folder)
@@ -184,6 +197,16 @@ def artifact_row(work: Work, name: str, type: str, files: list[File], metadata: 
     return Artifact(
         uuid.uuid4().hex, job.tenant, experiment_id, job.run_id, job.uuid, type, name, size, about, created_at=now()
     )
+
+
+def _is_open(work: Work) -> bool:
+    return work.context.store.jobs.beat(work.job.id, work.reporter.number)
+
+
+def _forget_data(work: Work) -> None:
+    """Removes the data sets that an attempt has registered which comes to no end; the next one registers its own."""
+    if made_datasets.names_of(work.job.kind, work.job.request) and _is_open(work):
+        made_datasets.forget(work.context, work.job)
 
 
 def _give_up(why: str) -> None:

@@ -96,25 +96,25 @@ def spent(before: dict[tuple[int, float], tuple[str, float]], after: dict[Any, t
 
 
 @contextmanager
-def stack(folder: Path, model: LanguageModel, *, is_scripted: bool, haproxy: bool) -> Iterator[Server]:
-    """The stack, by scripts/serve, with one model."""
+def stack(folder: Path, model: LanguageModel, *, is_scripted: bool, haproxy: bool, **args: Any) -> Iterator[Server]:
+    """The stack, by scripts/serve, with one model; `args` are more of those of its application."""
     port = free_port()
-    file = _written(folder, stack_document(model, is_scripted))
+    file = _written(folder, stack_document(model, is_scripted, **args))
     command = [sys.executable, "-m", "scripts.serve", "--config", str(file), "--port", str(port), "--stop-with-stdin"]
     with running("the stack", command, folder, port, "/health", **_proxy(haproxy)) as server:
         yield server
 
 
-def stack_document(model: LanguageModel, is_scripted: bool) -> dict[str, Any]:
-    """serve_apps/local.yaml, with this as its only model."""
+def stack_document(model: LanguageModel, is_scripted: bool, **args: Any) -> dict[str, Any]:
+    """serve_apps/local.yaml, with this as its only model, whose application has these arguments, too."""
     document: dict[str, Any] = yaml.safe_load(local_stack.CONFIG.read_text())
     gateway = next(one for one in document["applications"] if one["name"] == GATEWAY)
     entry = model.model_dump(exclude_unset=True)
     others = ("embedding_models", "classifiers", "reward_models", "shields", "model_shields")
     gateway["args"] = {key: value for key, value in gateway["args"].items() if key not in others} | {"models": [entry]}
     path = local_stack.SCRIPTED_IMPORT_PATH if is_scripted else local_stack.MODEL_IMPORT_PATH
-    args = {"model": entry, "artifacts": gateway["args"].get("artifacts", "artifacts")}
-    served = {"name": model.id, "import_path": path, "route_prefix": None, "args": args}
+    mine = {"model": entry, "artifacts": gateway["args"].get("artifacts", "artifacts")} | args
+    served = {"name": model.id, "import_path": path, "route_prefix": None, "args": mine}
     return document | {"applications": [gateway, served]}
 
 

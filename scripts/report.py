@@ -1,31 +1,17 @@
 """The quickstart's report: one HTML file with its plots inside."""
 
 import html
-import io
 import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import matplotlib
-from matplotlib.figure import Figure
-
-matplotlib.use("svg")
 from matplotlib import pyplot as plt
+
+from jobs.report import BLUE, GREY, ORANGE, row, svg, texts_row, write_page
 
 if TYPE_CHECKING:
     from scripts.quickstart import Results
-
-BLUE, ORANGE, GREY = "#2563eb", "#ea580c", "#94a3b8"
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #0f172a; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid #e2e8f0; }
-td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-svg { max-width: 100%; height: auto; } code { background: #f1f5f9; padding: .1rem .3rem; border-radius: .2rem; }
-.note { color: #475569; }
-"""
 
 
 def score_rows(results: "Results") -> list[tuple[str, float | None, float]]:
@@ -64,13 +50,9 @@ def write(file: Path, results: "Results") -> None:
     figures = "".join(
         row(list(pair)) for pair in [*figure_rows(results), ("the whole run", f"{results.seconds / 60:.1f} min")]
     )
-    answers = "".join(
-        f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in texts)}</tr>" for texts in results.answers
-    )
+    answers = "".join(texts_row(texts) for texts in results.answers)
     dropped = sum(results.splits[name].dropped for name in ("test", "other_test"))
-    document = f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Quickstart {html.escape(results.started_at)}</title><style>{STYLE}</style>
-<h1>A small model learns to detect prompt injections</h1>
+    body = f"""<h1>A small model learns to detect prompt injections</h1>
 <p class=note>{html.escape(results.started_at)} · {html.escape(platform.machine())}, {os.cpu_count()} CPUs ·
 model <code>{html.escape(config["model"])}</code> · tuned model <code>{html.escape(results.tuned_model)}</code></p>
 <h2>Scores</h2>
@@ -87,17 +69,8 @@ and alpha {lora["alpha"]} on all linear layers; {optimizer["optimizer_type"]}, l
 cosine; loss on the answer's tokens only.</p>
 <table>{figures}</table>
 <h2>Answers</h2>
-<table><tr><th>text</th><th>base model</th><th>tuned model</th></tr>{answers}</table>
-</html>
-"""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(document, encoding="utf-8")
-
-
-def row(cells: list[str]) -> str:
-    """A table row of a label and numbers."""
-    numbers = "".join(f"<td class=number>{html.escape(cell)}</td>" for cell in cells[1:])
-    return f"<tr><td>{html.escape(cells[0])}</td>{numbers}</tr>"
+<table><tr><th>text</th><th>base model</th><th>tuned model</th></tr>{answers}</table>"""
+    write_page(file, f"Quickstart {results.started_at}", body)
 
 
 def score(value: float | None) -> str:
@@ -135,16 +108,3 @@ def score_plot(results: "Results") -> str:
     axes.bar_label(drawn, fmt="%.3f", padding=2)
     axes.set(ylabel="exact match", ylim=(0, 1.1))
     return svg(figure)
-
-
-def svg(figure: Figure) -> str:
-    """A figure as an SVG element."""
-    for axes in figure.axes:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    drawn = io.StringIO()
-    # Without its metadata, which would name addresses.
-    figure.savefig(drawn, format="svg", metadata=dict.fromkeys(["Creator", "Date", "Format", "Type"]))
-    plt.close(figure)
-    text = drawn.getvalue()
-    return text[text.index("<svg") :]

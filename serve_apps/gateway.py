@@ -29,6 +29,7 @@ from serve_apps.routes import (
     post_training,
     reward_scoring,
     safety,
+    synthetic_data_generation,
     telemetry,
 )
 from stack import tracing
@@ -113,6 +114,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         datasets,
         post_training,
         evaluations,
+        synthetic_data_generation,
         experiments,
         telemetry,
     ):

@@ -36,7 +36,7 @@ from stack.channel import Sender, Target
 from stack.config import LanguageModel, artifacts_url, home
 from stack.errors import BadInput, StackError
 from stack.models import Ended, Endpoint, Failure
-from stack.post_training import adapter_of_model
+from stack.post_training import adapter_of_model, linear_modules
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -64,7 +64,7 @@ class ModelApplication(Wire):
 
 
 def engine_config(model: LanguageModel) -> LLMConfig:
-    """How ray.serve.llm sets up the engines of a model. Nothing of the model is read yet."""
+    """How ray.serve.llm sets up the engines of a model. Of that, nothing is read yet but the names of its layers."""
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS)}
     if not model.gpus:
         environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.kv_cache_gb)
@@ -104,6 +104,9 @@ def _engine_arguments(model: LanguageModel) -> dict[str, Any]:
     if model.adapters:
         rank = _supported_rank(model.adapter_rank)
         arguments |= dict(enable_lora=True, max_loras=model.adapters, max_lora_rank=rank)
+        # No adapter is one of the output layer. Were it open to them, vLLM would die of the logprobs of a prompt.
+        if modules := linear_modules(model):
+            arguments.setdefault("lora_target_modules", sorted(modules))
     return arguments
 
 
@@ -185,8 +188,14 @@ class LLM(LLMServer):
                     yield item
 
     def _require_no_logprobs_of_prompts(self, body: dict[str, Any]) -> None:
-        """Raises BadInput for logprobs of a prompt where adapters are served: vLLM's engine dies of them there."""
-        if body.get("echo") and body.get("logprobs") is not None and self._llm_config.lora_config is not None:
+        """Raises BadInput for logprobs of a prompt where adapters of any layer are served: vLLM's engine dies of them.
+
+        So it is where the names of the layers are not known (_engine_arguments).
+        """
+        has_any = self._llm_config.lora_config is not None
+        if not has_any or self._llm_config.engine_kwargs.get("lora_target_modules"):
+            return
+        if body.get("prompt_logprobs") is not None or (body.get("echo") and body.get("logprobs") is not None):
             raise BadInput(
                 "the logprobs of a prompt (echo with logprobs) cannot be had of a model that serves adapters; leave "
                 "out one of the two, or serve the model with adapters: 0",

@@ -20,7 +20,9 @@ class Answer:
     """An answer to a request at an endpoint: `tokens`, in as many equal `choices` as were asked for.
 
     `logprobs` is how many likely tokens are reported for each token; None reports nothing. `stop_reason` is the stop
-    token or text that ended it, where it was one that is told.
+    token or text that ended it, where it was one that is told. `forced` are the words behind the prompt's own tokens
+    where the logprobs of a prompt are asked for, `echoed` the tokens of the one prompt that is to be repeated, of which
+    the logprobs are told like those of the answer.
     """
 
     endpoint: Endpoint
@@ -31,13 +33,16 @@ class Answer:
     logprobs: int | None = None
     has_usage: bool = False
     stop_reason: int | str | None = None
+    forced: tuple[str, ...] | None = None
+    echoed: tuple[str, ...] = ()
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         text = "".join(self.tokens)
         shape = {"message": {"role": "assistant", "content": text}} if self.endpoint == "chat" else {"text": text}
         choice = shape | self._end() | self._logprobs(self.tokens)
-        return self._shape("", [choice | {"index": index} for index in range(self.choices)]) | {"usage": self._usage()}
+        shape = self._shape("", [choice | {"index": index} for index in range(self.choices)])
+        return shape | {"usage": self._usage()} | self._prompt_logprobs()
 
     def events(self) -> Iterator[str]:
         """The answer as server-sent events: one item for each token, then the end with the usage, then [DONE]."""
@@ -68,13 +73,24 @@ class Answer:
         total = PROMPT_TOKENS + completion
         return {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": completion, "total_tokens": total}
 
+    def _prompt_logprobs(self) -> dict[str, Any]:
+        """The logprobs of the prompt's tokens, of which the first has none, if the request asks for them."""
+        if self.forced is None:
+            return {}
+        words = (*(["prompt"] * (PROMPT_TOKENS - 1)), *self.forced)
+        told = [{str(index): _told(word)} for index, word in enumerate(words)]
+        return {"prompt_logprobs": [None, *told]}
+
     def _logprobs(self, tokens: tuple[str, ...]) -> dict[str, Any]:
         """The logprobs of tokens in vLLM's shape of each endpoint, if the request asks for them."""
         if self.logprobs is None:
             return {}
         if self.endpoint == "completions":
-            tops = [_likeliest(token, max(1, self.logprobs)) for token in tokens]
-            chosen = [LOGPROBS[0]] * len(tokens)
+            tokens = (*self.echoed, *tokens)
+            tops: list[dict[str, float] | None] = [_likeliest(token, max(1, self.logprobs)) for token in tokens]
+            chosen: list[float | None] = [LOGPROBS[0]] * len(tokens)
+            if self.echoed:
+                tops[0], chosen[0] = None, None
             return {"logprobs": {"tokens": list(tokens), "token_logprobs": chosen, "top_logprobs": tops}}
         return {"logprobs": {"content": [_position(token, self.logprobs) for token in tokens]}}
 
@@ -96,6 +112,8 @@ def answer_to(
         logprobs=_asked_logprobs(endpoint, body),
         has_usage=_wants_usage(body),
         stop_reason=stop_reason,
+        forced=tuple(text_of(body).split()) if body.get("prompt_logprobs") is not None else None,
+        echoed=tuple(map(str, _tokens_of(body))) if body.get("echo") else (),
     )
 
 
@@ -123,6 +141,13 @@ def _sequences(body: Mapping[str, Any]) -> int:
     return len(prompt) if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else 1
 
 
+def _tokens_of(body: Mapping[str, Any]) -> list[Any]:
+    """The tokens of a prompt, or of the first one of several; the words of a text."""
+    prompt = body.get("prompt") or ""
+    first = prompt[0] if isinstance(prompt, list) and not isinstance(prompt[0], int) else prompt
+    return first.split() if isinstance(first, str) else first
+
+
 def _asked_logprobs(endpoint: Endpoint, body: Mapping[str, Any]) -> int | None:
     asked = body.get("logprobs")
     if asked is None or asked is False:  # 0 is a number of logprobs
@@ -139,6 +164,10 @@ def _wants_usage(body: Mapping[str, Any]) -> bool:
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, separators=(',', ':'))}\n\n"
+
+
+def _told(word: str) -> dict[str, Any]:
+    return {"logprob": LOGPROBS[0], "rank": 1, "decoded_token": word}
 
 
 def _position(token: str, tops: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from stack.dataset_content import Content, opened
 from stack.dataset_files import Numbered, format_of, is_finite_number, read
 from stack.errors import BadInput, Conflict, NotFound, StackError
 from stack.inference import openai_message
+from stack.seen_ids import SeenIds
 from stack.store import now
 from stack.store.datasets import FIELDS
 
@@ -64,12 +65,14 @@ class Shape(Generic[T]):
     """What is wanted of each row of a data set.
 
     `columns_problem` says what is missing of the columns, if anything is. `read` makes of a row, by its number, what is
-    wanted, or raises BadInput, naming the row. With `of_examples` every row that is an example fits.
+    wanted, or raises BadInput, naming the row. With `of_examples` every row that is an example fits. `id_of` is the id
+    of a row, if it has one: no two rows may have the same.
     """
 
     columns_problem: Callable[[TrainEvalDataset], str | None]
     read: Callable[[int, dict[str, Any], TrainEvalDataset], T]
     of_examples: bool = False
+    id_of: Callable[[int, dict[str, Any], TrainEvalDataset], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -248,7 +251,7 @@ def check(context: Context, dataset: TrainEvalDataset, shape: Shape[Any] | None 
     Raises BadInput with the first rows at fault, TooLarge, and Conflict where it does not have the hash that is given.
     """
     shape = shape or EXAMPLES
-    with opened(context, dataset.content_url) as content:
+    with opened(context, dataset.content_url) as content, SeenIds() as seen:
         digest = _require_same(content, dataset.content_url, dataset.sha256)
         problems: list[str] = []
         misfit = shape.columns_problem(dataset)
@@ -259,7 +262,7 @@ def check(context: Context, dataset: TrainEvalDataset, shape: Shape[Any] | None 
                 if len(problems) == MAX_BAD_ROWS:
                     break
             elif misfit is None:
-                misfit = _misfit(count, row, dataset, shape)
+                misfit = _misfit(count, row, dataset, shape, seen)
         if problems:
             more = "; it was read no further" if len(problems) == MAX_BAD_ROWS else ""
             raise BadInput("; ".join(problems) + more, param="dataset.content_url")
@@ -313,8 +316,10 @@ def _registered_of_shape(context: Context, registered: RegisteredDataset, shape:
     if registered.examples and shape.of_examples:
         _require_untouched(context, registered)
     else:
-        for _ in read_as(context, found, shape):  # which says what row does not fit
-            pass
+        with SeenIds() as seen:
+            for number, row in rows(context, found):
+                if (misfit := _misfit(number, row, found.dataset, shape, seen)) is not None:
+                    raise BadInput(misfit)
     return found
 
 
@@ -438,9 +443,13 @@ def plain(message: Message) -> dict[str, Any]:
     return {key: value for key, value in openai_message(message).items() if key != "name"}
 
 
-def _misfit(number: int, row: dict[str, Any], dataset: TrainEvalDataset, shape: Shape[Any]) -> str | None:
+def _misfit(
+    number: int, row: dict[str, Any], dataset: TrainEvalDataset, shape: Shape[Any], seen: SeenIds
+) -> str | None:
     try:
         shape.read(number, row, dataset)
+        if shape.id_of is not None and (name := shape.id_of(number, row, dataset)) is not None:
+            seen.add(number, name)
     except BadInput as error:
         return error.message
     return None

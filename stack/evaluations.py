@@ -1,53 +1,109 @@
 """Evaluations: what is checked before a job is accepted, and what a finished one has found."""
 
-from typing import Any
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from stack import datasets, jobs, quotas
+from stack import datasets, function_calls, jobs, quotas
+from stack.api.datasets import TrainEvalDataset, TrainEvalDatasetColumnType
 from stack.api.evaluations import (
+    AnyEvaluationRequest,
+    EvaluateBenchmarkRequest,
+    EvaluateFunctionCallingRequest,
+    EvaluateJudgedRequest,
     EvaluateQuestionAnsweringRequest,
+    EvaluateSummarizationRequest,
+    EvaluateTextGenerationRequest,
     EvaluationJobArtifactsResponse,
     EvaluationJobEntry,
     EvaluationJobStatusResponse,
+    JudgedMetric,
 )
 from stack.api.jobs import ArtifactFile, JobStatus
+from stack.config import Judge
 from stack.context import Context
-from stack.datasets import Size
-from stack.errors import NotFound
+from stack.datasets import Checked, Example, Shape, Size
+from stack.errors import BadInput, NotFound, StackError
 from stack.inference import sampling_body
 from stack.models import Model
-from stack.post_training import model_id
+from stack.post_training import whole_model_of
 from stack.store import Job
 
-KINDS = (jobs.EVALUATE,)
+KINDS = (
+    *(jobs.EVALUATE, jobs.EVALUATE_SUMMARIZATION, jobs.EVALUATE_TEXT_GENERATION),
+    *(jobs.EVALUATE_JUDGED, jobs.EVALUATE_BENCHMARK, jobs.EVALUATE_FUNCTION_CALLING),
+)
 # What the worker that asks the questions reserves.
 ASKER_CPUS = 0.25
-# What the results say of each example beside its messages, about: an answer, scores, times.
-RESULT_BYTES = 1_024
+# What the results say of each example beside its messages, about: an answer, scores, times; and the report with its
+# plots. The messages stand in the results as JSON, with other letters escaped, and once more in Parquet.
+RESULT_BYTES = 1_536
+REPORT_BYTES = 2**18
+# What a benchmark keeps, about: lm-eval's results, and what was asked and answered.
+BENCHMARK_BYTES = 2**25
+PARQUET_FILE = "examples.parquet"
+R = TypeVar("R", bound=AnyEvaluationRequest)
+
+
+@dataclass(frozen=True)
+class Question(Example):
+    """An example with its id: that of its column `id`, if there is one of texts or numbers, or the row's number.
+
+    Where a model may call `functions`, in BFCL's format, the answer is the calls that are expected, as JSON.
+    """
+
+    id: str
+    functions: list[dict[str, Any]] | None = None
 
 
 def question_answering(
     context: Context, request: EvaluateQuestionAnsweringRequest, submission_id: str | None = None
 ) -> Job:
-    """Accepts an evaluation. Raises BadInput for data that has no examples, NotFound, Conflict."""
-    known = context.store.jobs.get(context.tenant, request.job_uuid)
-    if known is not None:
-        request = datasets.as_accepted(request, known.request)
-    else:
-        try:
-            model_of(context, request.checkpoint)
-        except NotFound as error:
-            error.param = "checkpoint"
-            raise
-        sampling_body(request.sampling_params)
-        request, found = datasets.accept(context, request, datasets.EXAMPLES)
-        _require_room(context, request, [datasets.size(context, one) for one in found])
-    return jobs.submit(
-        context, jobs.EVALUATE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,
-    )  # fmt: skip
+    """Accepts an evaluation. Raises BadInput for data that has no examples or the same id twice, NotFound, Conflict."""
+    return _accept(context, jobs.EVALUATE, request, submission_id)
 
 
-def resources(context: Context, request: EvaluateQuestionAnsweringRequest) -> dict[str, Any]:
+def summarization(context: Context, request: EvaluateSummarizationRequest, submission_id: str | None = None) -> Job:
+    """Accepts an evaluation. Raises as `question_answering` does, and BadInput for a reference that is empty."""
+    return _accept(context, jobs.EVALUATE_SUMMARIZATION, request, submission_id)
+
+
+def text_generation(context: Context, request: EvaluateTextGenerationRequest, submission_id: str | None = None) -> Job:
+    """Accepts an evaluation. Raises as `summarization` does."""
+    return _accept(context, jobs.EVALUATE_TEXT_GENERATION, request, submission_id)
+
+
+def judged(context: Context, request: EvaluateJudgedRequest, submission_id: str | None = None) -> Job:
+    """Accepts an evaluation. Raises as `question_answering` does, and NotFound and BadInput for what is no judge."""
+    return _accept(context, jobs.EVALUATE_JUDGED, request, submission_id)
+
+
+def function_calling(
+    context: Context, request: EvaluateFunctionCallingRequest, submission_id: str | None = None
+) -> Job:
+    """Accepts an evaluation. Raises as `question_answering` does, for rows that are not of BFCL's format too."""
+    return _accept(context, jobs.EVALUATE_FUNCTION_CALLING, request, submission_id)
+
+
+def benchmark(context: Context, request: EvaluateBenchmarkRequest, submission_id: str | None = None) -> Job:
+    """Accepts tasks of lm-eval. Whether it has them is found out by the job. Raises NotFound, BadInput, Conflict."""
+    if context.store.jobs.get(context.tenant, request.job_uuid) is None:
+        _require_text_model(context, request.checkpoint)
+        resources_of_benchmark(context, request)
+    body = request.model_dump(mode="json")
+    return jobs.submit(context, jobs.EVALUATE_BENCHMARK, request.job_uuid, body, submission_id=submission_id)
+
+
+def resources_of_benchmark(context: Context, request: EvaluateBenchmarkRequest) -> dict[str, Any]:
+    """What a benchmark takes beside the model that serves: nothing but its driver, and room. Raises StorageFull."""
+    work = jobs.work_folder(context.tenant, request.job_uuid)
+    quotas.require_room_for_job(context, kept=BENCHMARK_BYTES, temporary=BENCHMARK_BYTES, work=work)
+    return {"workers": 0}
+
+
+def resources(context: Context, request: AnyEvaluationRequest) -> dict[str, Any]:
     """What an evaluation that starts takes beside the model that serves.
 
     Raises StorageFull where there is no room for it: there may have been more when it was accepted.
@@ -64,14 +120,40 @@ def list_jobs(
 
 
 def model_of(context: Context, checkpoint: str) -> Model:
-    """The served model that a checkpoint means: by its id, or by the fine-tuning job that made it. Raises NotFound."""
+    """The served model that a checkpoint means: by its id, or by the training that made it, which is named by its
+    job_uuid or by the address of its artifact.
+
+    Raises NotFound, and BadInput for a model that makes no text.
+    """
     try:
         return context.models.get(checkpoint)
-    except NotFound:
-        job = context.store.jobs.get(context.tenant, checkpoint)
-        if job is None or job.kind != jobs.SUPERVISED_FINE_TUNE:
-            raise
-        return context.models.get(model_id(job.tenant, job.request["model"], job.uuid))
+    except NotFound as unknown:
+        for adapter in context.store.adapters.list(context.tenant):
+            if checkpoint in (adapter.job_uuid, context.artifacts.url(adapter.artifact)):
+                return context.models.get(adapter.model_id)
+        if (whole := whole_model_of(context, checkpoint)) is not None:
+            return context.models.get(whole)
+        raise NotFound(
+            f"the checkpoint {checkpoint!r} is not served; allowed: the id of a served model, or the job_uuid or the "
+            f"artifact's address of a training that has made one; {unknown.message.rpartition('; ')[2]}",
+            param="checkpoint",
+        ) from unknown
+
+
+def judge_of(request: EvaluateJudgedRequest) -> Judge:
+    """The judge of an evaluation."""
+    return Judge(kind="judge", id=request.job_uuid, model=request.judge, rubric=request.rubric)
+
+
+def shape_of(request: AnyEvaluationRequest) -> Shape[Question]:
+    """What is wanted of each row of the data set of an evaluation."""
+    if isinstance(request, EvaluateFunctionCallingRequest):
+        return Shape(function_calls.columns_problem, _function_question)
+    judges_references = isinstance(request, EvaluateJudgedRequest) and _compares_with_references(request)
+    # Some questions have no answer, and a judge may need none.
+    if isinstance(request, EvaluateQuestionAnsweringRequest | EvaluateJudgedRequest) and not judges_references:
+        return Shape(datasets.EXAMPLES.columns_problem, _question, of_examples=True)
+    return Shape(datasets.EXAMPLES.columns_problem, _question_with_reference)
 
 
 def job_status(context: Context, job_uuid: str) -> EvaluationJobStatusResponse:
@@ -80,7 +162,7 @@ def job_status(context: Context, job_uuid: str) -> EvaluationJobStatusResponse:
 
 
 def job_artifacts(context: Context, job_uuid: str) -> EvaluationJobArtifactsResponse:
-    """The files that an evaluation has made: each example with its output and scores. Raises NotFound."""
+    """The files that an evaluation has made: each example with its output and scores, and a report. Raises NotFound."""
     result = jobs.get(context, job_uuid, KINDS).result or {}
     return EvaluationJobArtifactsResponse(
         job_uuid=job_uuid,
@@ -94,11 +176,104 @@ def results_name(tenant: str, job_uuid: str) -> str:
     return jobs.artifact_name(tenant, jobs.RESULTS, job_uuid)
 
 
-def _require_room(context: Context, request: EvaluateQuestionAnsweringRequest, sizes: list[Size]) -> None:
-    """Raises StorageFull unless there is room for the results, which repeat all messages, with other letters escaped.
+def _accept(context: Context, kind: str, request: R, submission_id: str | None) -> Job:
+    known = context.store.jobs.get(context.tenant, request.job_uuid)
+    request = _checked(context, request) if known is None else datasets.as_accepted(request, known.request)
+    return jobs.submit(
+        context, kind, request.job_uuid, request.model_dump(mode="json"),
+        bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,
+    )  # fmt: skip
+
+
+def _checked(context: Context, request: R) -> R:
+    """The request with the hash of the data set that it describes. Raises what `summarization` raises."""
+    _require_text_model(context, request.checkpoint)
+    if isinstance(request, EvaluateJudgedRequest):
+        _check_judged(context, request)
+    sampling_body(request.sampling_params)
+    _require_each_once(request.metrics)
+    request, found = datasets.accept(context, request, shape_of(request))
+    for one in found:
+        _require_different_ids(context, one)
+    _require_room(context, request, [datasets.size(context, one) for one in found])
+    return request
+
+
+def _require_text_model(context: Context, checkpoint: str) -> None:
+    try:
+        model_of(context, checkpoint)
+    except StackError as error:
+        error.param = "checkpoint"
+        raise
+
+
+def _check_judged(context: Context, request: EvaluateJudgedRequest) -> None:
+    field = "judge"
+    try:
+        context.models.get(request.judge)
+        if request.opponent is not None:
+            field = "opponent"
+            if JudgedMetric.win_rate not in request.metrics:
+                raise BadInput("an opponent is for the metric win_rate, which is not asked for: leave it out")
+            model_of(context, request.opponent)
+    except StackError as error:
+        error.param = field
+        raise
+
+
+def _compares_with_references(request: EvaluateJudgedRequest) -> bool:
+    return JudgedMetric.win_rate in request.metrics and request.opponent is None
+
+
+def _require_each_once(metrics: Sequence[str]) -> None:
+    for number, metric in enumerate(metrics):
+        if metric in metrics[:number]:
+            raise BadInput(f"the metric {str(metric)!r} is asked for twice; allowed: each once", param="metrics")
+
+
+def _require_different_ids(context: Context, checked: Checked) -> None:
+    """Raises BadInput for two rows with the same id. Of each, a short hash is in memory."""
+    if not _has_ids(checked.dataset):
+        return
+    seen: dict[bytes, int] = {}
+    for number, row in datasets.rows(context, checked):
+        named = str(row["id"])
+        digest = hashlib.blake2b(named.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if (before := seen.setdefault(digest, number)) != number:
+            raise BadInput(f"the rows {before} and {number} have the same id, {named[:100]!r}; allowed: different ones",
+                           param="dataset")  # fmt: skip
+
+
+def _has_ids(dataset: TrainEvalDataset) -> bool:
+    return dataset.columns.get("id") in (TrainEvalDatasetColumnType.text, TrainEvalDatasetColumnType.number)
+
+
+def _id_of(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> str:
+    return str(row["id"]) if _has_ids(dataset) else str(number)
+
+
+def _function_question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
+    case = function_calls.read(number, row)
+    return Question(case.messages, json.dumps(case.expected), _id_of(number, row, dataset), case.functions)
+
+
+def _question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
+    example = datasets.EXAMPLES.read(number, row, dataset)
+    return Question(example.messages, example.answer, _id_of(number, row, dataset))
+
+
+def _question_with_reference(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
+    question = _question(number, row, dataset)
+    if not question.answer.strip():
+        raise BadInput(f"row {number}: the reference, which answers are compared with, is empty")
+    return question
+
+
+def _require_room(context: Context, request: AnyEvaluationRequest, sizes: list[Size]) -> None:
+    """Raises StorageFull unless there is room for the results, which repeat all messages.
 
     They are written to the job's folder, and become an artifact at its end.
     """
-    results = sum(2 * size.text + size.rows * RESULT_BYTES for size in sizes)
+    results = sum(3 * size.text + size.rows * RESULT_BYTES for size in sizes) + REPORT_BYTES
     work = jobs.work_folder(context.tenant, request.job_uuid)
     quotas.require_room_for_job(context, kept=results, temporary=results, work=work)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from stack import chats, safety
@@ -59,6 +60,22 @@ async def chat_completion(context: Context, request: ChatCompletionRequest) -> C
     Raises NotFound for an unknown model, BadInput, ShieldViolation, TooManyRequests, Unavailable. A tool call that
     cannot be read stays in the message's content.
     """
+    found = await ask_chat(context, request)
+    return ChatCompletionResponse(completion_message=found.message, logprobs=found.logprobs)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer of a model, with the tokens that were read for it and written, and what was asked for of these."""
+
+    message: CompletionMessage
+    prompt_tokens: int
+    completion_tokens: int
+    logprobs: list[TokenLogProbs] | None = None
+
+
+async def ask_chat(context: Context, request: ChatCompletionRequest) -> Answer:
+    """The same as `chat_completion`, with the tokens."""
     chat = await _prepared(context, request)
     answer = json.loads(await chats.answer(context, chat))
     choice = answer["choices"][0]
@@ -68,9 +85,25 @@ async def chat_completion(context: Context, request: ChatCompletionRequest) -> C
         stop_reason=_stop_reason(choice),
         tool_calls=[_tool_call(piece) for piece in pieces if isinstance(piece, CallParsed)],
     )
-    return ChatCompletionResponse(
-        completion_message=message, logprobs=_chat_logprobs(choice) if request.logprobs else None
-    )
+    return _answer(message, answer["usage"], _chat_logprobs(choice) if request.logprobs else None)
+
+
+async def ask_text(context: Context, request: CompletionRequest) -> Answer:
+    """The same as `completion`, with the tokens."""
+    body = completion_body(await _as_text(context, request))
+    answer = json.loads(await safety.answer(context, "completions", body))
+    choice = answer["choices"][0]
+    message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice))
+    return _answer(message, answer["usage"], _text_logprobs(choice) if request.logprobs else None)
+
+
+async def answer_chat(context: Context, body: dict[str, Any]) -> Answer:
+    """The answer to a chat in OpenAI's shape that offers no tools. Raises as `chat_completion` does."""
+    chat = await chats.prepare(context, body)
+    answer = json.loads(await chats.answer(context, chat))
+    choice = answer["choices"][0]
+    message = CompletionMessage(content=choice["message"]["content"] or "", stop_reason=_stop_reason(choice))
+    return _answer(message, answer["usage"])
 
 
 async def stream_chat_completion(
@@ -88,11 +121,8 @@ async def stream_chat_completion(
 
 async def completion(context: Context, request: CompletionRequest) -> CompletionResponse:
     """The continuation of a text, whole. Raises as `chat_completion` does."""
-    body = completion_body(await _as_text(context, request))
-    answer = json.loads(await safety.answer(context, "completions", body))
-    choice = answer["choices"][0]
-    message = CompletionMessage(content=choice["text"], stop_reason=_stop_reason(choice))
-    return CompletionResponse(completion_message=message, logprobs=_text_logprobs(choice) if request.logprobs else None)
+    found = await ask_text(context, request)
+    return CompletionResponse(completion_message=found.message, logprobs=found.logprobs)
 
 
 async def stream_completion(
@@ -191,6 +221,10 @@ async def _as_text(context: Context, request: CompletionRequest) -> CompletionRe
 
 async def _prepared(context: Context, request: ChatCompletionRequest) -> Chat:
     return await chats.prepare(context, chat_body(request), request.tool_prompt_format.value)
+
+
+def _answer(message: CompletionMessage, usage: dict[str, Any], logprobs: list[TokenLogProbs] | None = None) -> Answer:
+    return Answer(message, usage["prompt_tokens"], usage["completion_tokens"], logprobs)
 
 
 def _openai_call(call: ToolCall) -> dict[str, Any]:

@@ -29,7 +29,13 @@ from stack.store.telemetry import Log
 SUPERVISED_FINE_TUNE = "supervised_fine_tune"
 PREFERENCE_OPTIMIZE = "preference_optimize"
 TRAIN_REWARD_MODEL = "train_reward_model"
+# Of question answering. It is called as it was when there were no others.
 EVALUATE = "evaluate"
+EVALUATE_SUMMARIZATION = "evaluate_summarization"
+EVALUATE_TEXT_GENERATION = "evaluate_text_generation"
+EVALUATE_JUDGED = "evaluate_judged"
+EVALUATE_BENCHMARK = "evaluate_benchmark"
+EVALUATE_FUNCTION_CALLING = "evaluate_function_calling"
 GENERATE = "generate_synthetic_data"
 BATCH_INFERENCE = "batch_inference"
 # What runs a job of each kind: the module of its driver.
@@ -38,10 +44,20 @@ DRIVERS = {
     PREFERENCE_OPTIMIZE: "jobs.preference_optimize",
     TRAIN_REWARD_MODEL: "jobs.train_reward_model",
     EVALUATE: "jobs.evaluate",
+    GENERATE: "jobs.generate_synthetic_data",
+    BATCH_INFERENCE: "jobs.batch_inference",
+    EVALUATE_SUMMARIZATION: "jobs.evaluate_summarization",
+    EVALUATE_TEXT_GENERATION: "jobs.evaluate_text_generation",
+    EVALUATE_JUDGED: "jobs.evaluate_judged",
+    EVALUATE_BENCHMARK: "jobs.evaluate_benchmark",
+    EVALUATE_FUNCTION_CALLING: "jobs.evaluate_function_calling",
 }
-# The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, and those of
-# evaluations.
-ADAPTERS, WHOLE_MODELS, RESULTS = "adapters", "models", "evaluations"
+# The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, of evaluations,
+# of generations and of batches.
+ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES = "adapters", "models", "evaluations", "generations", "batches"
+FOLDERS = (ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES)
+# What a worker that asks served models reserves: it only waits.
+ASKER_CPUS = 0.25
 SWEEP_AFTER = dt.timedelta(days=1)
 FOLLOW_S = 0.5
 PAGE = 1_000
@@ -197,7 +213,7 @@ def _sweep_artifacts(context: Context) -> list[str]:
     files, known = context.artifacts, context.store.artifacts.known_paths()
     removed = []
     for tenant in [DEFAULT_TENANT, *(name.rsplit("/", 1)[-1] for name in files.names("tenants"))]:
-        for folder in (ADAPTERS, WHOLE_MODELS, RESULTS):
+        for folder in FOLDERS:
             names = files.names(artifact_name(tenant, folder, "").rstrip("/"))
             uuids = {name: name.rsplit("/", 1)[-1] for name in names if name not in known}
             statuses = context.store.jobs.statuses(tenant, list(uuids.values()))

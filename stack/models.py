@@ -192,10 +192,16 @@ class Models:
         return await asyncio.to_thread(self.get_reward_model, id)
 
     async def find_embedding_model(self, id: str) -> EmbeddingModel:
-        """The embedding model of this id. Raises as `get` does."""
+        """`get_embedding_model`, without blocking the event loop."""
         if id in self._embedding_models:
             return self._embedding_models[id]
-        model = await asyncio.to_thread(self.get_any, id)
+        return await asyncio.to_thread(self.get_embedding_model, id)
+
+    def get_embedding_model(self, id: str) -> EmbeddingModel:
+        """The embedding model of this id. Raises as `get` does."""
+        model = self.get_any(id)
+        if isinstance(model, EmbeddingModel):
+            return model
         able = _listed(self._embedding_models) or "none, as the config lists no embedding_models"
         raise BadInput(f"{_kind(model)} and no embeddings; models for that: {able}", param="model")
 

@@ -230,6 +230,24 @@ def adapter_of_model(base: str, model_id: str) -> str:
     return artifact_name(tenant or DEFAULT_TENANT, job_uuid, whole=False)
 
 
+def whole_model_of(context: Context, named: str) -> str | None:
+    """The id of the whole model that the job of this uuid has made, or that has this address; None if there is none.
+
+    Raises BadInput for the best checkpoint of one: an adapter that is trained on it would be served on the last one.
+    """
+    uuid = named.removesuffix(f"/{BEST}").rsplit("/", 1)[-1]
+    job = context.store.jobs.get(context.tenant, uuid)
+    checkpoints: list[dict[str, Any]] = (job.result or {}).get("checkpoints", []) if job is not None else []
+    for checkpoint in checkpoints:
+        # What object storage holds is not served.
+        if model := checkpoint.get("model"):
+            if named in (uuid, checkpoint["path"]):
+                return str(model)
+            if named == f"{checkpoint['path']}/{BEST}":
+                raise BadInput(f"{named} is not served; allowed: the last checkpoint, {checkpoint['path']}")
+    return None
+
+
 def _accept(context: Context, kind: str, request: TrainingRequest, shape: Shape[Any], submission_id: str | None) -> Job:
     known = context.store.jobs.get(context.tenant, request.job_uuid)
     if known is None:
@@ -253,7 +271,7 @@ def _finetuned(context: Context, named: str) -> Start:
         if (kept := _kept_by_job(context, named)) is not None:
             return kept
         if all(named != model.id for model in context.models.language_models()):
-            named = _made_by_job(context, named) or named
+            named = whole_model_of(context, named) or named
         return Start(context.models.get(named).base)
     except StackError as error:
         error.param = "finetuned_model"
@@ -275,24 +293,6 @@ def _kept_by_job(context: Context, address: str) -> Start | None:
     if is_whole(request, start):
         raise BadInput(f"{address} is not served, as its training failed; allowed: adapters, and models that are")
     return Start(start.base, artifact_name(job.tenant, job.uuid, whole=False))
-
-
-def _made_by_job(context: Context, named: str) -> str | None:
-    """The whole model that the job of this uuid has made, or that has this address.
-
-    Raises BadInput for the best checkpoint of one: an adapter that is trained on it would be served on the last one.
-    """
-    uuid = named.removesuffix(f"/{BEST}").rsplit("/", 1)[-1]
-    job = context.store.jobs.get(context.tenant, uuid)
-    checkpoints: list[dict[str, Any]] = (job.result or {}).get("checkpoints", []) if job is not None else []
-    for checkpoint in checkpoints:
-        # What object storage holds is not served.
-        if model := checkpoint.get("model"):
-            if named in (uuid, checkpoint["path"]):
-                return str(model)
-            if named == f"{checkpoint['path']}/{BEST}":
-                raise BadInput(f"{named} is not served; allowed: the last checkpoint, {checkpoint['path']}")
-    return None
 
 
 def _checkpoints(job: Job) -> list[Checkpoint]:

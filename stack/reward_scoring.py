@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,22 +49,48 @@ async def score(context: Context, request: RewardScoringRequest) -> RewardScorin
     )
 
 
+async def rate(context: Context, judge: Judge, messages: list[dict[str, Any]]) -> float:
+    """The rating that a judge expects of the last of messages in OpenAI's shape. Raises as `score` does."""
+    return expected_rating(judge, await _first_tokens(context, judge, _question(judge, messages)))
+
+
+async def prefer(context: Context, judge: Judge, messages: list[dict[str, Any]], first: str, second: str) -> float:
+    """How probable a judge takes it, from 0 to 1, that the first of two answers to messages is the better one.
+
+    It depends on their order too: ask both ways (Zheng et al. 2023, arXiv 2306.05685). Raises as `score` does.
+    """
+    tokens = await _first_tokens(context, judge, _choice(judge, messages, first, second))
+    weights = _probabilities(tokens, ("A", "B"))
+    if weights is None:
+        raise EngineFailed(f"the judge {judge.id!r} prefers neither A nor B: it would begin with {_likely(tokens)}")
+    return weights["A"]
+
+
 def expected_rating(judge: Judge, top_tokens: list[dict[str, Any]]) -> float:
     """The mean of the ratings, weighted with the probabilities of their tokens among an answer's likeliest first ones.
 
     Raises EngineFailed where no rating is among them.
     """
-    weights = dict.fromkeys(range(judge.lowest, judge.highest + 1), 0.0)
-    ratings = {str(rating): rating for rating in weights}
-    for token in top_tokens:  # with a blank before it or without: both say the rating
-        if (rating := ratings.get(token["token"].strip())) is not None:
-            weights[rating] += math.exp(token["logprob"])
+    weights = _probabilities(top_tokens, [str(rating) for rating in range(judge.lowest, judge.highest + 1)])
+    if weights is None:
+        ratings = f"{judge.lowest} to {judge.highest}"
+        likely = _likely(top_tokens)
+        raise EngineFailed(f"the judge {judge.id!r} gives no rating from {ratings}: it would begin with {likely}")
+    return sum(int(rating) * weight for rating, weight in weights.items())
+
+
+def _probabilities(top_tokens: list[dict[str, Any]], choices: Sequence[str]) -> dict[str, float] | None:
+    """Those of some choices, among each other, by the tokens that say them; None where no token does."""
+    weights = dict.fromkeys(choices, 0.0)
+    for token in top_tokens:  # with a blank before it or without: both say it
+        if (choice := token["token"].strip()) in weights:
+            weights[choice] += math.exp(token["logprob"])
     total = sum(weights.values())
-    if not total:
-        likely = ", ".join(repr(token["token"]) for token in top_tokens[:3]) or "nothing"
-        ratings_are = f"{judge.lowest} to {judge.highest}"
-        raise EngineFailed(f"the judge {judge.id!r} gives no rating from {ratings_are}: it would begin with {likely}")
-    return sum(rating * weight for rating, weight in weights.items()) / total
+    return {choice: weight / total for choice, weight in weights.items()} if total else None
+
+
+def _likely(top_tokens: list[dict[str, Any]]) -> str:
+    return ", ".join(repr(token["token"]) for token in top_tokens[:3]) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -107,12 +133,17 @@ async def _classified(context: Context, model: RewardModel, rows: list[_Row]) ->
 
 async def _judged(context: Context, judge: Judge, rows: list[_Row]) -> list[float]:
     """The ratings that a judge expects. Whoever leaves takes all questions along."""
-    patient = replace(context, engine=PatientEngine(context.engine))
+    is_patient = isinstance(context.engine, PatientEngine)
+    patient = context if is_patient else replace(context, engine=PatientEngine(context.engine))
     slots = asyncio.Semaphore(AT_ONCE)
 
     async def ask(row: _Row) -> float:
         async with slots:
-            return await _rating(patient, judge, row)
+            try:
+                return await rate(patient, judge, row.messages)
+            except BadInput as error:
+                error.param = row.place
+                raise
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -122,10 +153,11 @@ async def _judged(context: Context, judge: Judge, rows: list[_Row]) -> list[floa
     return [task.result() for task in tasks]
 
 
-async def _rating(context: Context, judge: Judge, row: _Row) -> float:
+async def _first_tokens(context: Context, judge: Judge, question: str) -> list[dict[str, Any]]:
+    """The likeliest tokens with which a judge would begin its answer."""
     body = dict(
         model=judge.model,
-        messages=[dict(role="user", content=_question(judge, row.messages))],
+        messages=[dict(role="user", content=question)],
         max_tokens=1,
         temperature=0,
         logprobs=True,
@@ -136,18 +168,31 @@ async def _rating(context: Context, judge: Judge, row: _Row) -> float:
     except NotFound as error:
         raise NotFound(f"the judge {judge.id!r} has lost its model: {error.message}", param="model") from error
     except BadInput as error:  # too long, mostly
-        raise BadInput(f"the judge {judge.id!r} cannot read it: {error.message}", param=row.place) from error
+        raise BadInput(f"the judge {judge.id!r} cannot read it: {error.message}") from error
     positions = (answer["choices"][0].get("logprobs") or {}).get("content") or [{"top_logprobs": []}]
-    return expected_rating(judge, positions[0]["top_logprobs"])
+    top_tokens: list[dict[str, Any]] = positions[0]["top_logprobs"]
+    return top_tokens
+
+
+def _conversation(judge: Judge, dialog: Sequence[dict[str, Any]]) -> str:
+    said = "\n\n".join(f"{message['role']}: {message['content']}" for message in dialog)
+    return f"{judge.rubric}\n\n--- The conversation ---\n{said}"
 
 
 def _question(judge: Judge, messages: list[dict[str, Any]]) -> str:
     *dialog, answer = template_messages("plain", messages)
-    said = "\n\n".join(f"{message['role']}: {message['content']}" for message in dialog)
     return (
-        f"{judge.rubric}\n\n--- The conversation ---\n{said}\n\n--- The answer to rate ---\n{answer['content']}\n\n"
+        f"{_conversation(judge, dialog)}\n\n--- The answer to rate ---\n{answer['content']}\n\n"
         f"--- Your rating ---\nReply with one whole number from {judge.lowest} (worst) to {judge.highest} (best), and "
         "with nothing else."
+    )
+
+
+def _choice(judge: Judge, messages: list[dict[str, Any]], first: str, second: str) -> str:
+    return (
+        f"{_conversation(judge, template_messages('plain', messages))}\n\n--- Answer A ---\n{first}\n\n"
+        f"--- Answer B ---\n{second}\n\n--- The better answer ---\nReply with one letter, A or B, and with nothing "
+        "else."
     )
 
 

@@ -94,6 +94,14 @@ def receive(context: Context, name: str) -> Iterator[Upload]:
         yield Upload(context, name, Path(folder), file)
 
 
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what is written while a file is looked at, and gone at the end; `sweep` removes what is left."""
+    _folder().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=_folder()) as folder:
+        yield Path(folder)
+
+
 def require_room(context: Context, size: int) -> None:
     """Raises StorageFull unless the tenant may keep so much more, and there is room for it as it arrives."""
     quotas.require_room(context, size)

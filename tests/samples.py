@@ -38,6 +38,23 @@ def dataset(file: Path, **columns: str) -> dict[str, Any]:
     return {"columns": columns or {"dialog": "dialog"}, "content_url": file.as_uri()}
 
 
+def function_calls(file: Path) -> dict[str, Any]:
+    """The description of a data set of one row in BFCL's format."""
+    parameters = {
+        "type": "dict",
+        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"],
+    }
+    row = {
+        "id": "weather-1",
+        "question": [[{"role": "user", "content": "How will the weather be in Paris?"}]],
+        "function": [{"name": "get_weather", "description": "The forecast.", "parameters": parameters}],
+        "ground_truth": [{"get_weather": {"city": ["Paris", "Paris, France"], "days": ["", 1]}}],
+    }
+    columns = {"id": "text", "question": "json", "function": "json", "ground_truth": "json"}
+    return dataset(write_rows(file, [row]), **columns)
+
+
 def add_job(store: Store, uuid: str, kind: str = "evaluate", tenant: str = "default", **request: Any) -> Job:
     """A job that waits."""
     job, _ = store.jobs.add(NewJob(tenant, uuid, kind, request, experiment=kind), max_waiting=10_000)
@@ -148,3 +165,13 @@ def evaluation(data: Any, **changes: Any) -> dict[str, Any]:
         "sampling_params": {"strategy": "greedy", "max_tokens": 8},
         "metrics": ["em", "f1"],
     } | changes
+
+
+def generation(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /synthetic_data_generation/jobs."""
+    return {"job_uuid": "generation-1", "dataset": data, "filtering_function": "top_k"} | changes
+
+
+def batch(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /batch_inference/jobs."""
+    return {"job_uuid": "batch-1", "kind": "chat_completion", "model": "small", "dataset": data} | changes

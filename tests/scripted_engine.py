@@ -54,7 +54,8 @@ class ScriptedEngine:
     """Implements stack.models.Engine.
 
     Every answer consists of `tokens`, but for those choices of one that have others in `tokens_of`, by their indices.
-    A `fault` happens after `fault_after` items, an exception by being raised.
+    A `fault` happens after `fault_after` items, an exception by being raised; what `fail_for` makes of a single
+    request's body is raised at once.
     `asked`, `asked_to_embed` and `asked_to_classify` are the requests so far, and `closed_early` is set when a
     generation is closed or cancelled before its end.
     A classifier has `labels`, and a window of words gets the logits that `logits_of` gives to it.
@@ -68,6 +69,7 @@ class ScriptedEngine:
         self.stop_reason: int | str | None = None
         self.fault: Fault | None = None
         self.fault_after = 0
+        self.fail_for: Callable[[dict[str, Any]], BaseException | None] = lambda body: None
         self.asked: list[Asked] = []
         self.asked_to_embed: list[AskedToEmbed] = []
         self.asked_to_classify: list[AskedToClassify] = []
@@ -89,6 +91,8 @@ class ScriptedEngine:
         answer = answer_to(endpoint, body, self.tokens, self.finish_reason, self.stop_reason)
         items = self._items(answer, bool(body.get("stream")))
         left = len(items)
+        if (fault := self.fail_for(body)) is not None:
+            raise fault
         try:
             for number, item in enumerate(items):
                 if self.fault is not None and number == self.fault_after:

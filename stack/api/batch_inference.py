@@ -5,10 +5,12 @@ What is wrong with one row does not refuse the others: such a row is read as a R
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from enum import StrEnum
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, FailFast, Field, ValidationError, WrapValidator, model_validator
 
+from stack.api.datasets import DatasetReference
 from stack.api.inference import (
     MAX_MESSAGES,
     LogProbConfig,
@@ -18,6 +20,7 @@ from stack.api.inference import (
     ToolDefinition,
     ToolPromptFormat,
 )
+from stack.api.jobs import ArtifactFile, JobEntry, JobState, MakingJobUuid, Priority
 from stack.api.messages import Attachment, CompletionMessage, Content, Message, UserMessage
 from stack.api.wire import ModelId, Request, Wire, at_most, explain
 
@@ -26,6 +29,7 @@ MAX_ROWS = 256
 MAX_BATCH_MESSAGES = 10_000
 MAX_BATCH_CHARACTERS = 16_000_000
 MAX_BATCH_ATTACHMENTS = 32
+MAX_FAILED_ROWS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -132,3 +136,80 @@ class BatchCompletionResponse(Wire):
 
 class BatchChatCompletionResponse(BatchCompletionResponse):
     """The same for conversations."""
+
+
+class BatchKind(StrEnum):
+    """What a job asks of each row: an answer to a dialog, a continuation of a text, or the vector of a text."""
+
+    chat_completion = "chat_completion"
+    completion = "completion"
+    embeddings = "embeddings"
+
+
+_CHATS = (BatchKind.chat_completion,)
+_ANSWERS = (BatchKind.chat_completion, BatchKind.completion)
+# With which kinds some fields can be used.
+_KINDS_OF = {
+    "sampling_params": _ANSWERS,
+    "tools": _CHATS,
+    "tool_choice": _CHATS,
+    "tool_prompt_format": _CHATS,
+    "logprobs": _ANSWERS,
+    "truncate": (BatchKind.embeddings,),
+}
+
+
+class BatchInferenceJobRequest(Request):
+    """A model's answers to all rows of a data set.
+
+    Chats need a column of type dialog, or `prompt` of type text; completions and embeddings `text` or `prompt` of type
+    text. Sampling, tools and `logprobs` are as in a request of the kind. Ids of rows stand in a column `id`, of type
+    text or number; without it, they are the numbers of the rows. The answers become the data set `JOB_UUID.answers`,
+    what failed the data set `JOB_UUID.errors`. More than `max_failed_rows` of them fail the job. With `truncate`, texts
+    over an embedding model's length are cut.
+    """
+
+    job_uuid: MakingJobUuid
+    kind: BatchKind
+    model: ModelId
+    dataset: DatasetReference
+    sampling_params: SamplingParams = SamplingParams()
+    tools: Annotated[list[ToolDefinition], at_most(128)] = []
+    tool_choice: ToolChoice = ToolChoice.auto
+    tool_prompt_format: ToolPromptFormat = ToolPromptFormat.json
+    logprobs: LogProbConfig | None = None
+    truncate: bool = False
+    max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 1_000
+    priority: Priority = 0
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> Self:
+        for name, kinds in _KINDS_OF.items():
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and self.kind not in kinds:
+                allowed = ", ".join(repr(kind.value) for kind in kinds)
+                raise ValueError(f"{name} cannot be used with the kind {self.kind.value!r}; allowed: {allowed}")
+        if self.tool_choice == ToolChoice.required and not self.tools:
+            raise ValueError("tool_choice is 'required', but there are no tools")
+        return self
+
+
+class BatchInferenceJob(Wire):
+    job_uuid: str
+
+
+class BatchInferenceJobEntry(JobEntry):
+    """A batch in a list."""
+
+
+class BatchInferenceJobStatusResponse(JobState):
+    """`metrics` holds `rows`, `failed`, `prompt_tokens`, `completion_tokens` and `seconds`."""
+
+
+class BatchInferenceJobArtifactsResponse(Wire):
+    """`datasets` are the ids of those that the job has made: `answers`, and `errors` where rows have failed."""
+
+    job_uuid: str
+    path: str | None
+    files: list[ArtifactFile]
+    datasets: dict[str, str]

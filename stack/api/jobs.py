@@ -10,6 +10,9 @@ from stack.api.wire import Id, Request, Wire, at_most
 JsonObject = Annotated[dict[str, Any], at_most(1_000)]
 # Of the jobs of a tenant that wait, those with the greatest number run first.
 Priority = Annotated[int, Field(ge=-100, le=100)]
+# Of jobs that make data sets, which are called after them.
+MakingJobUuid = Annotated[Id, Field(max_length=80)]
+MadeDatasetId = Annotated[Id, Field(max_length=80)]
 
 
 class JobStatus(StrEnum):

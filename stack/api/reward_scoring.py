@@ -50,32 +50,30 @@ class RewardScoringRequest(Request):
 
     @model_validator(mode="after")
     def _is_not_too_great(self) -> "RewardScoringRequest":
-        characters = sum(
-            len(one.sampled_generations) * sum(map(_characters, one.dialog))
-            + sum(map(_characters, one.sampled_generations))
+        total = sum(
+            len(one.sampled_generations) * sum(map(characters, one.dialog))
+            + sum(map(characters, one.sampled_generations))
             for one in self.dialog_generations
         )
-        if characters > MAX_SCORED_CHARACTERS:
+        if total > MAX_SCORED_CHARACTERS:
             raise ValueError(
-                f"{characters} characters would be read, each dialog once with each of its generations; allowed: at "
+                f"{total} characters would be read, each dialog once with each of its generations; allowed: at "
                 f"most {MAX_SCORED_CHARACTERS}"
             )
         return self
 
 
-def _characters(message: Message) -> int:
+def characters(message: Message) -> int:
     """How many characters a model reads of a message: its contents, and what it says of calls of tools."""
     contents = [message.content, message.context or ""] if isinstance(message, UserMessage) else [message.content]
     parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
-    characters = sum(len(part.content if isinstance(part, Attachment) else part) for part in parts)
+    read = sum(len(part.content if isinstance(part, Attachment) else part) for part in parts)
     match message:
         case CompletionMessage():
-            return characters + sum(
-                len(call.call_id) + len(call.tool_name) + _written(call) for call in message.tool_calls
-            )
+            return read + sum(len(call.call_id) + len(call.tool_name) + _written(call) for call in message.tool_calls)
         case ToolResponseMessage():
-            return characters + len(message.call_id) + len(message.tool_name)
-    return characters
+            return read + len(message.call_id) + len(message.tool_name)
+    return read
 
 
 def _written(call: ToolCall) -> int:

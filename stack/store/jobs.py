@@ -154,6 +154,16 @@ class Jobs:
         with self._engine.connect() as connection:
             return connection.execute(query).scalar_one() not in UNFINISHED
 
+    def unfinished(self, tenant: str, kinds: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """The uuid, kind and request of each job of these kinds that has not ended."""
+        query = select(jobs.c.uuid, jobs.c.kind, jobs.c.request).where(
+            jobs.c.tenant == tenant, jobs.c.kind.in_(kinds), jobs.c.status.in_(UNFINISHED)
+        )
+        # A few at a time, as requests may be megabytes.
+        with self._engine.connect() as connection:
+            for row in connection.execute(query.execution_options(yield_per=10)):
+                yield row.uuid, row.kind, row.request
+
     def statuses(self, tenant: str, uuids: Sequence[str]) -> dict[str, str]:
         """How those of these jobs stand that there are."""
         query = select(jobs.c.uuid, jobs.c.status).where(jobs.c.tenant == tenant, jobs.c.uuid.in_(uuids))
@@ -313,11 +323,13 @@ class Jobs:
     def complete(
         self, job_id: int, number: int, result: dict[str, Any],
         adapter: Adapter | None = None, artifact: Artifact | None = None, model: AddedModel | None = None,
+        problem: str | None = None,
     ) -> bool:  # fmt: skip
         """running -> completed, and registers what the job has made; False if the attempt has been given up.
 
         What is done is done: a job that was to be cancelled is completed all the same. One whose model has an id that
-        was taken meanwhile has failed: the row that is there stays. What it has made is kept.
+        was taken meanwhile has failed: the row that is there stays. So has one with a `problem`. What they have made is
+        kept.
         """
         with self._taken(job_id) as connection:
             if not _close_attempt(connection, job_id, number, "completed", retryable=False):
@@ -326,7 +338,10 @@ class Jobs:
                 connection.execute(insert(adapters).values(**asdict(adapter)))
             if artifact is not None:
                 connection.execute(insert(artifacts).values(**asdict(artifact)))
-            if model is None or add_if_free(connection, model):
+            if problem is not None:
+                kept = f"; what was made is kept as the artifact {artifact.path!r}" if artifact else ""
+                _end(connection, job_id, JobStatus.failed, result=result, error=_written(f"{problem}{kept}"))
+            elif model is None or add_if_free(connection, model):
                 _end(connection, job_id, JobStatus.completed, result=result)
             else:
                 kept = f"; what was trained is kept as the artifact {artifact.path!r}" if artifact else ""

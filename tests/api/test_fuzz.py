@@ -32,11 +32,8 @@ with warnings.catch_warnings():
     import schemathesis
     from schemathesis import Case, GenerationMode
 
-FUZZED = [
-    path
-    for path in POSTS
-    if path.startswith(("/inference/", "/batch_inference/", "/reward_scoring/", "/safety/", "/v1/"))
-]
+APIS = ("/inference/", "/batch_inference/", "/synthetic_data_generation/", "/reward_scoring/", "/safety/", "/v1/")
+FUZZED = [path for path in POSTS if path.startswith(APIS) and "/job" not in path]
 # Nothing is kept for another run, and a request that fails is told as it was drawn: to make it smaller takes minutes.
 SETTINGS = settings(
     max_examples=15,
@@ -139,6 +136,16 @@ ODD: list[Any] = [
 PLAIN: dict[str, dict[str, Any]] = {
     "/inference/chat_completion": CHAT | {"sampling_params": {"strategy": "greedy"}, "tools": [{"tool_name": "a"}]},
     "/inference/completion": STACK_TEXT[1] | {"logprobs": {"top_k": 1}},
+    "/synthetic_data_generation/generate": {
+        "dialogs": CHAT["messages"],
+        "filtering_function": "top_k_top_p",
+        "model": "small",
+        "reward_model": "reward",
+        "num_generations": 2,
+        "sampling_params": {"strategy": "top_p", "temperature": 1},
+        "threshold": 0,
+        "seed": 1,
+    },
     "/v1/chat/completions": CHAT
     | {
         "messages": [

@@ -26,7 +26,12 @@ POSTS = [
     "/inference/embeddings",
     "/batch_inference/chat_completion",
     "/batch_inference/completion",
+    "/batch_inference/jobs",
+    "/batch_inference/job/cancel",
     "/reward_scoring/score",
+    "/synthetic_data_generation/generate",
+    "/synthetic_data_generation/jobs",
+    "/synthetic_data_generation/job/cancel",
     "/safety/run_shields",
     "/v1/chat/completions",
     "/v1/completions",
@@ -41,6 +46,12 @@ POSTS = [
     "/post_training/train_reward_model",
     "/post_training/job/cancel",
     "/evaluate/question_answering/",
+    "/evaluate/summarization/",
+    "/evaluate/text_generation/",
+    "/evaluate/judged/",
+    "/evaluate/benchmark/",
+    "/evaluate/function_calling/",
+    "/evaluate/compare",
     "/evaluate/job/cancel",
     "/experiments/create",
     "/experiments/update",
@@ -63,6 +74,12 @@ GETS = [
     "/evaluate/job/status",
     "/evaluate/job/logs",
     "/evaluate/job/artifacts",
+    "/batch_inference/job/status",
+    "/batch_inference/job/logs",
+    "/batch_inference/job/artifacts",
+    "/synthetic_data_generation/job/status",
+    "/synthetic_data_generation/job/logs",
+    "/synthetic_data_generation/job/artifacts",
     "/experiments/get",
     "/experiments/runs",
     "/artifacts/get",
@@ -83,6 +100,8 @@ OTHERS = [
     "/v1/models/{model}",
     "/post_training/jobs",
     "/evaluate/jobs",
+    "/batch_inference/jobs",
+    "/synthetic_data_generation/jobs",
 ]
 # The parameters that GETS require, by how the paths begin.
 IDS = {
@@ -262,7 +281,11 @@ def test_an_unknown_path_is_404_and_named(client: TestClient, method: str, path:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [*(("GET", path) for path in POSTS), *(("POST", path) for path in [*GETS, "/health"]), ("DELETE", "/v1/models")],
+    [
+        *(("GET", path) for path in POSTS if path not in OTHERS),
+        *(("POST", path) for path in [*GETS, "/health"]),
+        ("DELETE", "/v1/models"),
+    ],
 )
 def test_a_wrong_method_is_405_and_named(client: TestClient, method: str, path: str) -> None:
     error = error_of(client.request(method, path), 405)

@@ -277,6 +277,10 @@ def test_health_tells_other_machines_nothing_of_this_one(app: FastAPI, key: str)
         ("data", "POST", "/datasets/create"),
         ("training", "GET", "/post_training/jobs"),
         ("training", "GET", "/evaluate/jobs"),
+        ("inference", "POST", "/synthetic_data_generation/generate"),
+        ("training", "POST", "/synthetic_data_generation/jobs"),
+        ("inference", "POST", "/batch_inference/chat_completion"),
+        ("training", "GET", "/batch_inference/jobs"),
         ("admin", "GET", "/metrics"),
     ],
 )

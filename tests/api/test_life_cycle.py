@@ -11,6 +11,7 @@ from stack.context import Context
 from stack.store import Adapter, now
 from tests import samples
 from tests.api.envelope import error_of
+from tests.evaluated import completed
 from tests.samples import (
     PREFERENCES,
     dataset,
@@ -311,6 +312,44 @@ def test_a_fine_tuning_shows_its_way_to_a_served_model(
         "/v1/chat/completions", json={"model": "small:tune-1", "messages": [{"role": "user", "content": "a"}]}
     )
     assert answer.status_code == 200
+
+
+def test_two_evaluations_are_compared(client: TestClient, context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "before", ["Paris", "London"])
+    completed(context, tmp_path, "after", ["Paris", "Paris"])
+    found = post(client, "/evaluate/compare", {"first": "before", "second": "after"}).json()
+    em, f1 = found["metrics"]
+    assert (em["name"], em["difference"]["value"], f1["name"]) == ("em", 0.5, "f1")
+    assert em["outcomes"] == {"both": 1, "only_first": 0, "only_second": 1, "neither": 0}
+    (changed,) = found["changed"]
+    assert (changed["row"], changed["first_answer"], changed["second_answer"]) == (2, "London", "Paris")
+    completed(context, tmp_path, "other", ["Paris"], sha256="1" * 64)
+    error = error_of(post(client, "/evaluate/compare", {"first": "before", "second": "other"}), 409)
+    assert "different data" in error["message"]
+    error_of(post(client, "/evaluate/compare", {"first": "before", "second": "after", "most": 101}), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "kind"),
+    [
+        ("summarization/", {"metrics": ["rouge", "bleu"]}, "evaluate_summarization"),
+        ("text_generation/", {"metrics": ["perplexity"]}, "evaluate_text_generation"),
+        ("judged/", {"metrics": ["rating"], "judge": "small", "rubric": "Be brief."}, "evaluate_judged"),
+    ],
+)
+def test_the_other_evaluations_are_jobs_too(
+    client: TestClient, data: dict[str, Any], path: str, fields: dict[str, Any], kind: str
+) -> None:
+    assert post(client, f"/evaluate/{path}", evaluation(data) | fields).json() == {"job_uuid": "evaluation-1"}
+    assert status_of(client, "evaluate", "evaluation-1")["kind"] == kind
+    error = error_of(post(client, f"/evaluate/{path}", evaluation(data) | fields | {"metrics": ["em"]}), 400)
+    assert all(metric in error["message"] for metric in fields["metrics"])
+
+
+def test_a_benchmark_is_a_job_too(client: TestClient) -> None:
+    body = {"job_uuid": "benchmark-1", "tasks": ["capitals"], "checkpoint": "small"}
+    assert post(client, "/evaluate/benchmark/", body).json() == {"job_uuid": "benchmark-1"}
+    assert status_of(client, "evaluate", "benchmark-1")["kind"] == "evaluate_benchmark"
 
 
 def test_an_evaluation_shows_its_scores(client: TestClient, context: Context, data: dict[str, Any]) -> None:

@@ -18,12 +18,16 @@ from stack.context import Context, Principal
 from stack.store import Adapter, now
 from tests import samples
 from tests.api.envelope import error_of
+from tests.evaluated import completed
 from tests.samples import (
     PREFERENCES,
+    batch,
     dataset,
     dialogs,
     evaluation,
     fine_tuning,
+    function_calls,
+    generation,
     preference_optimization,
     preferences,
     reward_training,
@@ -38,6 +42,7 @@ EVENT = {
 }  # fmt: skip
 CHAT = {"model": "small:tune-1", "messages": [{"role": "user", "content": "a"}]}
 GENERATIONS = [{"dialog": CHAT["messages"], "sampled_generations": [{"role": "assistant", "content": "b"}]}]
+GENERATION = {"dialogs": CHAT["messages"], "filtering_function": "none"}
 UPLOADED = {"columns": {"dialog": "dialog"}, "content_url": "UPLOAD_URL"}
 
 
@@ -72,11 +77,38 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/evaluate/question_answering/", evaluation("train", job_uuid="new")),
     ("POST", "/evaluate/question_answering/", evaluation(UPLOADED, job_uuid="new")),
     ("POST", "/evaluate/question_answering/", evaluation("MINE", job_uuid="new", checkpoint="small:tune-1")),
+    ("POST", "/evaluate/summarization/", evaluation("train", job_uuid="new", metrics=["rouge"])),
+    ("POST", "/evaluate/text_generation/", evaluation("train", job_uuid="new", metrics=["bleu"])),
+    ("POST", "/evaluate/judged/", evaluation("train", job_uuid="new", metrics=["rating"], judge="small", rubric="a")),
+    (
+        "POST",
+        "/evaluate/judged/",
+        evaluation("MINE", job_uuid="new", metrics=["rating"], judge="small:tune-1", rubric="a"),
+    ),
+    ("POST", "/evaluate/function_calling/", evaluation("calls", job_uuid="new", metrics=["ast"])),
+    ("POST", "/evaluate/benchmark/", {"job_uuid": "new", "tasks": ["a"], "checkpoint": "small:tune-1"}),
+    ("POST", "/evaluate/compare", {"first": "evaluated-1", "second": "evaluated-1"}),
     ("GET", "/evaluate/job/status?job_uuid=evaluation-1", None),
     ("GET", "/evaluate/job/logs?job_uuid=evaluation-1", None),
     ("GET", "/evaluate/job/artifacts?job_uuid=evaluation-1", None),
     ("POST", "/evaluate/job/cancel", {"job_uuid": "evaluation-1"}),
     ("GET", "/evaluate/jobs?after=evaluation-1", None),
+    ("POST", "/synthetic_data_generation/generate", GENERATION | {"model": "small:tune-1"}),
+    ("POST", "/synthetic_data_generation/generate", GENERATION | {"reward_model": "small-reward-1"}),
+    ("POST", "/synthetic_data_generation/jobs", generation("train", job_uuid="new")),
+    ("POST", "/synthetic_data_generation/jobs", generation("MINE", job_uuid="new", model="small:tune-1")),
+    ("GET", "/synthetic_data_generation/job/status?job_uuid=generation-1", None),
+    ("GET", "/synthetic_data_generation/job/logs?job_uuid=generation-1", None),
+    ("GET", "/synthetic_data_generation/job/artifacts?job_uuid=generation-1", None),
+    ("POST", "/synthetic_data_generation/job/cancel", {"job_uuid": "generation-1"}),
+    ("GET", "/synthetic_data_generation/jobs?after=generation-1", None),
+    ("POST", "/batch_inference/jobs", batch("train", job_uuid="new")),
+    ("POST", "/batch_inference/jobs", batch("MINE", job_uuid="new", model="small:tune-1")),
+    ("GET", "/batch_inference/job/status?job_uuid=batch-1", None),
+    ("GET", "/batch_inference/job/logs?job_uuid=batch-1", None),
+    ("GET", "/batch_inference/job/artifacts?job_uuid=batch-1", None),
+    ("POST", "/batch_inference/job/cancel", {"job_uuid": "batch-1"}),
+    ("GET", "/batch_inference/jobs?after=batch-1", None),
     ("POST", "/inference/chat_completion", CHAT),
     ("POST", "/inference/completion", {"model": "small:tune-1", "content": "a"}),
     ("POST", "/batch_inference/chat_completion", {"model": "small:tune-1", "messages_batch": [CHAT["messages"]]}),
@@ -118,6 +150,8 @@ LISTING: list[tuple[str, str, Any]] = [
     ("GET", "/datasets/uploads", None),
     ("GET", "/post_training/jobs", None),
     ("GET", "/evaluate/jobs", None),
+    ("GET", "/synthetic_data_generation/jobs", None),
+    ("GET", "/batch_inference/jobs", None),
     ("GET", "/experiments/list", None),
     ("POST", "/logging/get_logs", {"query": ""}),
     ("POST", "/logging/get_logs", {"query": "", "filters": {"trace_id": "trace-1"}}),
@@ -179,6 +213,7 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     made(owner, "/datasets/create", uuid="mine", dataset=data)
     pairs = dataset(write_rows(home / "data" / "pairs.jsonl", preferences(4)), **PREFERENCES)
     made(owner, "/datasets/create", uuid="pairs", dataset=pairs)
+    made(owner, "/datasets/create", uuid="calls", dataset=function_calls(home / "data" / "calls.jsonl"))
     for client in (owner, other):
         made(client, "/datasets/create", uuid="my-pairs", dataset=pairs)
     rows = b'{"dialog": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
@@ -193,8 +228,11 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     made(owner, "/telemetry/log_event", event=EVENT)
     tune(context, OWNER, "tune-1")
     context.artifacts.publish(f"tenants/{OWNER}/adapters/tune-1", home / "data")
+    completed(context, home, "evaluated-1", ["Paris"], tenant=OWNER)
     samples.add_trained(context.store, "small-whole-1", OWNER)
     samples.add_trained_reward(context.store, "small-reward-1", OWNER)
+    made(owner, "/synthetic_data_generation/jobs", **generation(data))
+    made(owner, "/batch_inference/jobs", **batch(data))
     # The longer words first: UPLOAD_URL is not UPLOAD.
     ids = {"UPLOAD_URL": upload["content_url"], "UPLOAD": upload["id"], "EXPERIMENT": experiment, "RUN": run}
     return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine", "PAIRS": "my-pairs"})

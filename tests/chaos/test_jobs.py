@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from tests import samples
-from tests.running_stack import MODEL, Stack, ended, wait_for
+from tests.running_stack import MODEL, SCRIPTED, Stack, ended, wait_for
 
 pytestmark = pytest.mark.long
 DRIVER = "jobs.supervised_fine_tune"
@@ -91,6 +91,103 @@ def test_what_a_killed_gateway_has_accepted_is_kept(stack: Stack, client: httpx.
     wait_for(lambda: answers(client), 60)
     for uuid in accepted:
         assert ended(client, "evaluate", uuid)["status"] == "completed"
+
+
+def test_a_batch_accounts_for_every_row_once_when_its_driver_and_its_worker_are_killed(
+    stack: Stack, client: httpx.Client
+) -> None:
+    rows = [
+        {"id": f"row-{number}", "prompt": f"Count on from {number}, please." + " Do it well." * 20}
+        for number in range(400)
+    ]
+    file = samples.write_rows(stack.home / "data" / "counts.jsonl", rows)
+    data = samples.dataset(file, id="text", prompt="text")
+    body = samples.batch(data, job_uuid="batch-killed", model=MODEL, sampling_params={"max_tokens": 16})
+    assert client.post("/batch_inference/jobs", json=body).status_code == 200
+
+    def done() -> int:
+        status = client.get("/batch_inference/job/status", params={"job_uuid": "batch-killed"}).json()
+        assert status["status"] in ("scheduled", "running"), status
+        return int((status.get("progress") or {"done": 0})["done"])
+
+    wait_for(lambda: done() >= 32, 240)
+    stack.kill_9("jobs.batch_inference --tenant default --job batch-killed")
+    before = done()
+    wait_for(lambda: done() > before, 240)
+    stack.kill_9("MapWorker")
+    status = ended(client, "batch_inference", "batch-killed")
+    assert status["status"] == "completed", status
+    assert (status["metrics"]["rows"], status["metrics"]["failed"]) == (400, 0)
+    made = client.get("/datasets/get", params={"dataset_uuid": "batch-killed.answers"}).json()
+    assert made["rows"] == 400
+
+
+def done_of(client: httpx.Client, api: str, uuid: str) -> int:
+    """How many rows a job that has not ended is done with."""
+    status = client.get(f"/{api}/job/status", params={"job_uuid": uuid}).json()
+    assert status["status"] in ("scheduled", "running"), status
+    return int((status.get("progress") or {"done": 0})["done"])
+
+
+def test_a_batch_survives_its_engine(stack: Stack, client: httpx.Client) -> None:
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(200)]
+    file = samples.write_rows(stack.home / "data" / "engine.jsonl", rows)
+    data = samples.dataset(file, id="text", prompt="text")
+    body = samples.batch(data, job_uuid="batch-engine", model=MODEL, sampling_params={"max_tokens": 32})
+    assert client.post("/batch_inference/jobs", json=body).status_code == 200
+    wait_for(lambda: done_of(client, "batch_inference", "batch-engine") >= 32, 240)
+    stack.kill_9("VLLM::EngineCore")
+    status = ended(client, "batch_inference", "batch-engine", seconds=600)
+    assert status["status"] == "completed", status
+    assert status["metrics"]["rows"] == 200
+    answers, errors = (f"batch-engine.{what}" for what in ("answers", "errors"))
+    made = client.get("/datasets/get", params={"dataset_uuid": answers}).json()["rows"]
+    failed = status["metrics"]["failed"]
+    assert made + failed == 200
+    if failed:
+        assert client.get("/datasets/get", params={"dataset_uuid": errors}).json()["rows"] == failed
+
+
+def test_a_row_that_kills_its_model_is_the_only_one_that_fails(stack: Stack, client: httpx.Client) -> None:
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}."} for number in range(5)]
+    rows.insert(2, {"id": "poison", "prompt": "fault:die-before-first"})
+    data = samples.dataset(samples.write_rows(stack.home / "data" / "poison.jsonl", rows), id="text", prompt="text")
+    body = samples.batch(data, job_uuid="batch-poison", model=SCRIPTED, sampling_params={"max_tokens": 2})
+    assert client.post("/batch_inference/jobs", json=body).status_code == 200
+    status = ended(client, "batch_inference", "batch-poison", seconds=900)
+    assert status["status"] == "completed", status
+    (error,) = client.get("/datasets/preview", params={"dataset_uuid": "batch-poison.errors", "rows": 9}).json()["rows"]
+    assert (error["id"], error["code"]) == ("poison", "unavailable")
+    made = client.get("/datasets/get", params={"dataset_uuid": "batch-poison.answers"}).json()
+    assert made["rows"] == 5
+
+
+def test_a_generation_accounts_for_every_passage_once_when_its_driver_and_its_worker_are_killed(
+    stack: Stack, client: httpx.Client
+) -> None:
+    text = "".join(f"The river {number} rises in the mountains and is {number} km long. " for number in range(200))
+    file = samples.write_rows(stack.home / "data" / "rivers-of-chaos.jsonl", [{"id": "rivers", "text": text}])
+    body = samples.generation(
+        samples.dataset(file, id="text", text="text"), job_uuid="grow-killed", model=MODEL, source="documents",
+        filtering_function="none", num_generations=2, passage_characters=200,
+        sampling_params={"strategy": "top_p", "temperature": 1.0, "max_tokens": 64},
+    )  # fmt: skip
+    assert client.post("/synthetic_data_generation/jobs", json=body).status_code == 200
+
+    def done() -> int:
+        return done_of(client, "synthetic_data_generation", "grow-killed")
+
+    wait_for(lambda: done() >= 4, 240)
+    stack.kill_9("jobs.generate_synthetic_data --tenant default --job grow-killed")
+    before = done()
+    wait_for(lambda: done() > before, 240)
+    stack.kill_9("MapWorker")
+    status = ended(client, "synthetic_data_generation", "grow-killed", seconds=600)
+    assert status["status"] == "completed", status
+    metrics = status["metrics"]
+    rejected = sum(value for name, value in metrics.items() if name.startswith("rejected_"))
+    assert metrics["failed"] == 0
+    assert metrics["rows"] + rejected == 2 * metrics["prompts"], "each answer is a row, or is rejected"
 
 
 def answers(client: httpx.Client) -> bool:

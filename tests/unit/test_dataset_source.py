@@ -3,6 +3,8 @@
 import json
 import pickle
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from stack.api.datasets import TrainEvalDataset
 from stack.context import Context
 from stack.datasets import EXAMPLES, Shape
 from stack.errors import BadInput, Conflict
+from stack.prompt_rows import TEXTS, Text
 from stack.training_rows import DIALOGS, PREFERENCES
 from tests.samples import DIALOG, dataset, write_rows
 
@@ -108,3 +111,22 @@ def test_the_source_reads_in_the_name_of_its_tenant(context: Context, file: Path
     described = TrainEvalDataset.model_validate({"columns": {"dialog": "dialog"}, "content_url": url})
     found = blocks(Rows(acme, datasets.check(acme, described), EXAMPLES))
     assert sum(block.num_rows for block in found) == 25
+
+
+@dataclass(frozen=True)
+class Word:
+    word: str
+
+
+def as_words(value: Text) -> Iterator[Word]:
+    return (Word(word) for word in value.text.split())
+
+
+def test_rows_may_be_split_into_parts_that_are_numbered_through(context: Context, home: Path) -> None:
+    texts = write_rows(home / "data" / "d.jsonl", [{"text": "a b"}, {"text": "c"}, {"text": "d e"}])
+    found = checked(context, texts, TEXTS, text="text")
+    parts = [row for block in blocks(Rows(context, found, TEXTS, {2, 3}, as_words)) for row in block.to_pylist()]
+    assert [(row["row"], json.loads(row["value"])) for row in parts] == [
+        (1, {"word": "a"}), (4, {"word": "d"}), (5, {"word": "e"}),
+    ]  # fmt: skip
+    assert sum(1 for _ in dataset_source.numbered(context, found, TEXTS, as_words)) == 5

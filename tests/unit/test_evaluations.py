@@ -1,6 +1,7 @@
 """Evaluations: what is accepted, what is refused and why, and what a job has found."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ from pydantic import ValidationError
 
 from stack import datasets, evaluations
 from stack.api.datasets import CreateDatasetRequest
-from stack.api.evaluations import EvaluateQuestionAnsweringRequest
+from stack.api.evaluations import (
+    EvaluateFunctionCallingRequest,
+    EvaluateJudgedRequest,
+    EvaluateQuestionAnsweringRequest,
+    EvaluateSummarizationRequest,
+    EvaluateTextGenerationRequest,
+)
 from stack.api.wire import describe
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StackError, StorageFull
@@ -54,7 +61,37 @@ def test_a_checkpoint_is_a_model_or_the_job_that_made_one(context: Context, chec
     assert evaluations.model_of(context, checkpoint).id == model
 
 
-@pytest.mark.parametrize("checkpoint", ["big", "tune-unfinished", "evaluation-0", "tune-of-big"])
+def test_a_checkpoint_is_the_address_of_an_adapter_s_artifact(context: Context) -> None:
+    add_adapter(context, "tune-1")
+    address = context.artifacts.url("adapters/tune-1")
+    assert address.startswith("file://")
+    assert evaluations.model_of(context, address).id == "small:tune-1"
+
+
+@pytest.mark.parametrize("checkpoint", ["whole-1", "file:///models/whole-1"])
+def test_a_checkpoint_is_the_job_or_the_address_of_a_whole_model(context: Context, checkpoint: str) -> None:
+    samples.add_trained(context.store, "small-whole-1")
+    assert evaluations.model_of(context, checkpoint).id == "small-whole-1"
+
+
+def test_a_checkpoint_that_is_not_the_served_one_is_refused_with_that(context: Context, data: dict[str, Any]) -> None:
+    samples.add_trained(context.store, "small-whole-1")
+    error = refusal(context, data, checkpoint="file:///models/whole-1/best")
+    assert isinstance(error, BadInput)
+    assert error.message.endswith("allowed: the last checkpoint, file:///models/whole-1")
+    assert error.param == "checkpoint"
+
+
+def test_a_reward_model_makes_no_text_to_evaluate(context: Context, data: dict[str, Any]) -> None:
+    samples.add_trained_reward(context.store, "small-reward-1")
+    error = refusal(context, data, checkpoint="small-reward-1")
+    assert isinstance(error, BadInput)
+    assert "gives scores and no text" in error.message
+
+
+@pytest.mark.parametrize(
+    "checkpoint", ["big", "tune-unfinished", "evaluation-0", "tune-of-big", "file:///adapters/none"]
+)
 def test_a_checkpoint_that_is_not_served_is_refused_with_the_models_there_are(
     context: Context, data: dict[str, Any], checkpoint: str
 ) -> None:
@@ -81,6 +118,8 @@ def test_an_unknown_checkpoint_is_told_with_its_field(context: Context, data: di
         ({"dataset": None}, ["dataset", "None"]),
         ({"dataset": "no/id"}, ["dataset", "'no/id'"]),
         ({"sampling_params": {"strategy": "beam"}}, ["sampling_params.strategy", "'greedy', 'top_p' or 'top_k'"]),
+        ({"max_failed_share": 1.5}, ["max_failed_share", "less than or equal to 1", "1.5"]),
+        ({"checkpoint": ""}, ["checkpoint", "at least 1 character"]),
         ({"temperature": 1}, ["unknown key 'temperature'", "sampling_params"]),
     ],
     ids=str,
@@ -106,6 +145,135 @@ def test_data_without_examples_is_refused(context: Context, home: Path) -> None:
     assert isinstance(error, BadInput)
     assert error.param == "dataset"
     assert "question (text)" in error.message
+
+
+def judged(data: Any, **changes: Any) -> EvaluateJudgedRequest:
+    body = evaluation(data, metrics=["rating", "win_rate"], judge="small", rubric="Good answers are brief.")
+    return EvaluateJudgedRequest.model_validate(body | changes)
+
+
+def test_a_judged_evaluation_is_a_job_with_a_judge(context: Context, data: dict[str, Any]) -> None:
+    add_adapter(context, "tune-1")
+    job = evaluations.judged(context, judged(data, opponent="tune-1"))
+    assert job.kind == "evaluate_judged"
+    judge = evaluations.judge_of(EvaluateJudgedRequest.model_validate(job.request))
+    assert (judge.model, judge.rubric, judge.lowest, judge.highest) == ("small", "Good answers are brief.", 1, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"judge": "big"}, "judge", "there is no model 'big'"),
+        ({"judge": "small-reward-1"}, "judge", "gives scores and no text"),
+        ({"opponent": "big"}, "opponent", "'big' is not served"),
+        ({"opponent": "small", "metrics": ["rating"]}, "opponent", "leave it out"),
+    ],
+)
+def test_what_cannot_judge_or_be_compared_is_refused(
+    context: Context, data: dict[str, Any], changes: dict[str, Any], param: str, words: str
+) -> None:
+    samples.add_trained_reward(context.store, "small-reward-1")
+    with pytest.raises(StackError, match=words) as caught:
+        evaluations.judged(context, judged(data, **changes))
+    assert caught.value.param == param
+
+
+def test_answers_are_compared_only_with_references_that_are_there(context: Context, home: Path) -> None:
+    rows = [{"prompt": "a", "completion": ""}]
+    data = dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text")
+    with pytest.raises(BadInput, match="row 1: the reference"):
+        evaluations.judged(context, judged(data))
+    evaluations.judged(context, judged(data, metrics=["rating"]))
+    evaluations.judged(context, judged(data, opponent="small", job_uuid="other"))
+
+
+def test_function_calls_are_read_and_become_questions(context: Context, home: Path) -> None:
+    data = samples.function_calls(home / "data" / "calls.jsonl")
+    wanted = EvaluateFunctionCallingRequest.model_validate(evaluation(data, metrics=["ast"]))
+    assert evaluations.function_calling(context, wanted).kind == "evaluate_function_calling"
+    checked = datasets.resolve(context, wanted.dataset)
+    ((_, question),) = datasets.read_as(context, checked, evaluations.shape_of(wanted))
+    assert question.id == "weather-1"
+    assert question.functions is not None
+    assert question.functions[0]["name"] == "get_weather"
+    assert json.loads(question.answer) == [{"get_weather": {"city": ["Paris", "Paris, France"], "days": ["", 1]}}]
+
+
+def test_data_that_is_not_of_function_calls_is_refused(context: Context, data: dict[str, Any]) -> None:
+    wanted = EvaluateFunctionCallingRequest.model_validate(evaluation(data, metrics=["ast"]))
+    with pytest.raises(BadInput, match="question, function, ground_truth of type json") as caught:
+        evaluations.function_calling(context, wanted)
+    assert caught.value.param == "dataset"
+
+
+TASKS: list[tuple[Any, Any, list[str]]] = [
+    (EvaluateSummarizationRequest, evaluations.summarization, ["rouge", "bleu"]),
+    (EvaluateTextGenerationRequest, evaluations.text_generation, ["perplexity", "rouge", "bleu"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "accept", "metrics"), TASKS)
+def test_the_other_tasks_are_jobs_of_their_own(
+    context: Context, data: dict[str, Any], kind: Any, accept: Any, metrics: list[str]
+) -> None:
+    job = accept(context, kind.model_validate(evaluation(data, metrics=metrics)))
+    assert job.kind == f"evaluate_{kind.task}"
+    assert job.request["metrics"] == metrics
+    assert evaluations.job_status(context, "evaluation-1").kind == job.kind
+    (entry,) = evaluations.list_jobs(context, job.kind, None, None, 10)
+    assert entry.job_uuid == "evaluation-1"
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(evaluation(data, metrics=["em"]))
+    assert all(metric in describe(caught.value) for metric in metrics)
+
+
+@pytest.mark.parametrize(("kind", "accept", "metrics"), TASKS)
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_a_reference_that_is_empty_is_refused_where_answers_need_one(
+    context: Context, home: Path, kind: Any, accept: Any, metrics: list[str], is_registered: bool
+) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": " "}]
+    data: Any = dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text")
+    evaluations.question_answering(context, request(data, job_uuid="of-questions"))
+    if is_registered:
+        datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "a", "dataset": data}))
+        data = "a"
+    with pytest.raises(BadInput, match="row 2: the reference, which answers are compared with, is empty") as caught:
+        accept(context, kind.model_validate(evaluation(data, metrics=metrics)))
+    assert caught.value.param == "dataset"
+
+
+@pytest.mark.parametrize("kind", ["text", "number"])
+@pytest.mark.parametrize("is_registered", [True, False])
+def test_rows_with_the_same_id_are_refused(context: Context, home: Path, kind: str, is_registered: bool) -> None:
+    ids: list[Any] = ["a", "b", "a"] if kind == "text" else [1, 2, 1]
+    rows = [{"id": one, "prompt": "a", "completion": "b"} for one in ids]
+    data: Any = dataset(write_rows(home / "data" / "a.jsonl", rows), id=kind, prompt="text", completion="text")
+    if is_registered:
+        datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "a", "dataset": data}))
+        data = "a"
+    error = refusal(context, data)
+    assert isinstance(error, BadInput)
+    assert error.message.startswith(f"the rows 1 and 3 have the same id, {str(ids[0])!r}")
+    assert error.param == "dataset"
+
+
+@pytest.mark.parametrize(("columns", "ids"), [({"id": "text"}, ["x", "y"]), ({}, ["1", "2"])])
+def test_an_example_has_the_id_of_its_row_or_its_number(
+    context: Context, home: Path, columns: dict[str, str], ids: list[str]
+) -> None:
+    rows = [{"id": one, "prompt": "a", "completion": "b"} for one in ("x", "y")]
+    wanted = request(dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text", **columns))
+    checked = datasets.resolve(context, wanted.dataset)
+    found = [question for _, question in datasets.read_as(context, checked, evaluations.shape_of(wanted))]
+    assert [question.id for question in found] == ids
+    assert [question.answer for question in found] == ["b", "b"]
+
+
+def test_a_metric_that_is_asked_for_twice_is_refused(context: Context, data: dict[str, Any]) -> None:
+    error = refusal(context, data, metrics=["em", "em"])
+    assert isinstance(error, BadInput)
+    assert error.message == "the metric 'em' is asked for twice; allowed: each once"
 
 
 def test_unknown_data_is_refused_by_its_name(context: Context, home: Path) -> None:
@@ -156,12 +324,12 @@ def test_content_of_another_hash_than_is_asked_for_is_refused(context: Context, 
 def test_results_that_would_not_fit_are_refused_when_the_job_is_accepted_and_when_it_starts(
     context: Context, home: Path
 ) -> None:
-    """Twice the bytes of the data set, and a part for each row: here about 25,000 bytes."""
+    """Three times the bytes of the data set, a part for each row, and the report: here about 300,000 bytes."""
     rows = [{"prompt": "x" * 400, "completion": "y"} for _ in range(12)]
     data = dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text")
     datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "a", "dataset": data}))
     for reference in (data, "a"):
-        for most, is_enough in ((15_000, False), (40_000, True)):
+        for most, is_enough in ((270_000, False), (400_000, True)):
             limited = replace(context, config=context.config.model_copy(update={"max_tenant_bytes": most}))
             wanted = request(reference, job_uuid=f"evaluation-{len(str(reference))}")
             if is_enough:

@@ -10,10 +10,12 @@ import pytest
 import ray
 import yaml
 from ray.util.accelerators import accelerators
+from safetensors.numpy import save_file
 
 from scripts.local_stack import read_serve_file
 from stack.config import DEFAULT_FILE, GATEWAY, Accelerator, Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput
+from tests.conftest import WEIGHTS
 
 FILES = sorted(DEFAULT_FILE.parent.glob("*.yaml"))
 GPU_FILE = DEFAULT_FILE.parent / "gpu.yaml"
@@ -181,3 +183,20 @@ def test_accelerators_have_rays_names() -> None:
 def test_args_that_are_wrong_are_refused_with_the_key() -> None:
     with pytest.raises(BadInput, match="model: gpus is 3"):
         built_of(gpus=3)
+
+
+def test_adapters_are_of_the_layers_that_a_model_has_and_not_of_its_output(without_ray: Path) -> None:
+    """With the output layer among them, the logprobs of a prompt would end vLLM's engine."""
+    folder = without_ray / "models" / "m"
+    folder.mkdir(parents=True)
+    save_file(WEIGHTS, folder / "model.safetensors")
+    modules = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert engine_of(built_of(adapters=1))["lora_target_modules"] == modules
+    assert "lora_target_modules" not in engine_of(built_of(adapters=0))
+    assert engine_of(built_of(adapters=1, engine={"lora_target_modules": ["q_proj"]}))["lora_target_modules"] == [
+        "q_proj"
+    ]
+
+
+def test_where_the_layers_are_not_known_adapters_may_be_of_any() -> None:
+    assert "lora_target_modules" not in engine_of(built_of(adapters=1))

@@ -110,6 +110,13 @@ def test_every_kind_of_job_has_a_driver() -> None:
         jobs.PREFERENCE_OPTIMIZE: "jobs.preference_optimize",
         jobs.TRAIN_REWARD_MODEL: "jobs.train_reward_model",
         jobs.EVALUATE: "jobs.evaluate",
+        jobs.GENERATE: "jobs.generate_synthetic_data",
+        jobs.BATCH_INFERENCE: "jobs.batch_inference",
+        jobs.EVALUATE_SUMMARIZATION: "jobs.evaluate_summarization",
+        jobs.EVALUATE_TEXT_GENERATION: "jobs.evaluate_text_generation",
+        jobs.EVALUATE_JUDGED: "jobs.evaluate_judged",
+        jobs.EVALUATE_BENCHMARK: "jobs.evaluate_benchmark",
+        jobs.EVALUATE_FUNCTION_CALLING: "jobs.evaluate_function_calling",
     }
     for module in jobs.DRIVERS.values():
         assert importlib.util.find_spec(module) is not None, module
@@ -148,7 +155,7 @@ def test_cancelling_is_idempotent_and_bound_to_the_tenant(context: Context) -> N
         assert jobs.cancel(context, "job-1", [jobs.EVALUATE]).status == "cancelled"
 
 
-@pytest.mark.parametrize("kind", ["bake", "", jobs.BATCH_INFERENCE])
+@pytest.mark.parametrize("kind", ["bake", "", "red_teaming"])
 def test_a_job_that_nothing_would_run_is_not_accepted(context: Context, kind: str) -> None:
     with pytest.raises(BadInput, match=f"there are no jobs of the kind '{kind}'; allowed: supervised_fine_tune"):
         submit(context, kind)
@@ -213,7 +220,7 @@ def test_what_was_published_for_a_job_that_came_to_nothing_is_swept(
     names = {}
     for number, uuid in enumerate(["waits", "runs", "failed", "cancelled", "completed", "kept"]):
         submit(mine, uuid=uuid)
-        names[uuid] = jobs.artifact_name(tenant, (jobs.ADAPTERS, jobs.WHOLE_MODELS, jobs.RESULTS)[number % 3], uuid)
+        names[uuid] = jobs.artifact_name(tenant, jobs.FOLDERS[number % len(jobs.FOLDERS)], uuid)
         context.artifacts.publish(names[uuid], tmp_path / "files")
     for uuid in ("runs", "completed"):
         samples.start(context.store, uuid, tenant)

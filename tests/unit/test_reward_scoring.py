@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from stack import reward_scoring
 from stack.api.reward_scoring import MAX_GENERATIONS, RewardScoringRequest, RewardScoringResponse
+from stack.batch_inference import PatientEngine
 from stack.config import Config, Judge, RewardModel
 from stack.context import Context
 from stack.errors import BadInput, EngineFailed, NotFound, TooManyRequests
@@ -237,6 +239,23 @@ async def test_a_judge_whose_queue_is_full_is_asked_again(judged: Context, monke
     response = await reward_scoring.score(judged, request([answer("4")], model="judge"))
     assert scores(response)[0] == pytest.approx([3.25])
     assert waits == [1, 1]
+
+
+async def test_a_judge_is_not_waited_for_twice_as_long_by_who_is_patient_already(
+    judged: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr("stack.batch_inference.pause", pause)
+    monkeypatch.setattr("stack.batch_inference.PATIENCE_S", 3)
+    judged.engine.refusals = 1_000  # type: ignore[attr-defined]
+    patient = replace(judged, engine=PatientEngine(judged.engine))
+    with pytest.raises(TooManyRequests):
+        await reward_scoring.score(patient, request([answer("4")], model="judge"))
+    assert waits == [1, 1, 1]
 
 
 async def test_what_a_judges_model_refuses_is_told_with_the_place(context: Context, engine: ScriptedEngine) -> None:

@@ -1,0 +1,131 @@
+"""Workers of Ray Data that ask served models about the rows of a batch, side by side.
+
+The models answer them as they answer users: behind their shields. A row is asked again while a model is away or fails.
+What is wrong with the row itself is recorded in its place, in the column `error`. So is that a row breaks its model, or
+is never answered in time: while others are answered, the model is there.
+"""
+
+import asyncio
+import json
+from asyncio import sleep as pause
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
+
+import ray.data
+from pydantic import ValidationError
+
+from stack import jobs
+from stack.api.wire import describe
+from stack.batch_inference import PatientEngine
+from stack.config import Config
+from stack.context import Context
+from stack.errors import BadInput, EngineFailed, StackError, TooManyRequests, Unavailable
+
+# How many rows a batch has, how many blocks a worker takes at once, so that it need not wait for the slowest row of
+# each, and how many rows it asks about at once; the engine batches them.
+BATCH_SIZE = 32
+BLOCKS_AT_ONCE = 4
+ROWS_AT_ONCE = 128
+# How much comes together before a worker hands it on. A job that is lost has lost no more than that.
+BLOCK_BYTES = 2**16
+# How often a row is asked while a model cannot answer for the moment, and while it fails.
+TRIES = 6
+TRIES_OF_FAILED = 3
+T = TypeVar("T")
+
+
+class Asker:
+    """A worker that asks about rows. What it adds to them are the columns that `ask` returns, and `error`.
+
+    `error` is empty or, in JSON, the `code`, `message`, `type` and `param` of why the row has failed; then the row has
+    what is in `nothing`. `harmless` is a value that the models can answer when they are there at all.
+    """
+
+    nothing: ClassVar[dict[str, Any]] = {"result": ""}
+    harmless: ClassVar[dict[str, Any]]
+
+    def __init__(self, config: dict[str, Any], tenant: str) -> None:
+        context = Context.open(Config.parse(config, "config")).of_tenant(tenant)
+        self._context = replace(context, engine=PatientEngine(context.engine))
+        self._slots = asyncio.Semaphore(ROWS_AT_ONCE)
+        self._turn = asyncio.Lock()
+
+    async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
+        """What comes of a row, by its number and its value: the same columns for each.
+
+        It asks each model `patiently`. Raises StackError, and ValidationError where a row is over a request's bounds.
+        """
+        raise NotImplementedError
+
+    async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        pairs = zip(batch["row"], batch["value"], strict=True)
+        rows = [(int(row), json.loads(value)) for row, value in pairs]
+        outcomes = await asyncio.gather(*(self._outcome(*one) for one in rows))
+        # Where one row brings a model down, those beside it have no answer either.
+        found = [
+            await self._alone(*rows[index]) if isinstance(one, Unavailable) else one
+            for index, one in enumerate(outcomes)
+        ]
+        yield dict(batch) | {name: [one[name] for one in found] for name in found[0]}
+
+    async def _outcome(self, row: int, value: dict[str, Any]) -> dict[str, Any] | Unavailable:
+        """The columns of a row; Unavailable where a model was away as often as it was asked."""
+        try:
+            async with self._slots:
+                return await self.ask(row, value) | {"error": ""}
+        except (Unavailable, TooManyRequests) as error:
+            return Unavailable(error.message, param=error.param)
+        except ValidationError as error:
+            return self._failed(BadInput(describe(error)))
+        except StackError as error:
+            return self._failed(error)
+
+    async def _alone(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
+        """The columns of a row for which a model was away: it is asked again while no other such row is.
+
+        Raises Unavailable where the model is away for what is harmless, too: that is no fault of the row, and another
+        attempt may go well.
+        """
+        async with self._turn:
+            await self._require_there(row)
+            found = await self._outcome(row, value)
+            if not isinstance(found, Unavailable):
+                return found
+            await self._require_there(row)
+            return self._failed(found)
+
+    async def _require_there(self, row: int) -> None:
+        found = await self._outcome(0, self.harmless)
+        if isinstance(found, Unavailable):
+            raise Unavailable(f"row {row}: {found.message}")
+
+    def _failed(self, error: StackError) -> dict[str, Any]:
+        told = {"code": error.code, "message": error.message, "type": error.type, "param": error.param}
+        return self.nothing | {"error": json.dumps(told)}
+
+
+async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
+    """What is answered at last: asked again while a model is away (TRIES times) or fails (TRIES_OF_FAILED times)."""
+    for tries in range(1, TRIES):
+        try:
+            return await ask()
+        except (Unavailable, TooManyRequests) as error:  # a replica is being replaced, say
+            await pause(error.retry_after or 1)
+        except EngineFailed:
+            if tries >= TRIES_OF_FAILED:
+                raise
+            await pause(1)
+    return await ask()
+
+
+def asked(read: Callable[[], ray.data.Dataset], asker: type[Asker], *arguments: Any) -> Generator[dict[str, Any]]:
+    """The rows that `read` gives, as one worker answers them, which is made with these arguments: as they come, a few
+    blocks at a time."""
+    ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
+    one = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE)
+    answered = read().map_batches(
+        asker, fn_constructor_args=arguments, batch_size=BATCH_SIZE, compute=one, num_cpus=jobs.ASKER_CPUS
+    )
+    for row in answered.iter_rows():
+        yield {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}

@@ -1,0 +1,124 @@
+"""Benchmarks: tasks of lm-eval (EleutherAI's lm-evaluation-harness), run by itself against the engine that serves.
+
+    ray job submit -- python -m jobs.evaluate_benchmark --config FILE
+
+The file holds the body of POST /evaluate/benchmark/. Beside lm-eval's own tasks there are those in STACK_HOME/tasks,
+one YAML file each, which may name functions of a Python file beside it. Whoever may write there may run code.
+
+lm-eval asks by its `local-completions`, which speaks OpenAI's HTTP: it does so at a door of the job's own. It tokenizes
+by the model's own tokenizer, and where a task compares how likely continuations are, by the logprobs of prompts.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from jobs import driver, engine_door
+from stack import evaluations
+from stack.api.evaluations import EvaluateBenchmarkRequest
+from stack.config import home
+from stack.errors import BadInput
+from stack.models import Model
+
+# How many requests are with the engine at once, and how often one that failed is repeated.
+AT_ONCE = 16
+TRIES = 6
+
+
+def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Outcome:
+    """Runs tasks of lm-eval on a model."""
+    context, job = work.context, work.job
+    model = evaluations.model_of(context, request.checkpoint)
+    if not ray.is_initialized():
+        ray.init()
+    with engine_door.opened(context) as door:
+        found = run(door, model, request, home() / "tasks")
+    results = work.folder / "results"
+    results.mkdir(exist_ok=True)
+    _write(results, found)
+    figures = scores(found)
+    work.reporter.metrics.log(0, figures.items())
+    work.reporter.metrics.progress(len(request.tasks), len(request.tasks), "tasks", 0)
+    name = evaluations.results_name(job.tenant, job.uuid)
+    files = driver.publish(work, name, results)
+    kept = {"path": context.artifacts.url(name), "files": [asdict(one) for one in files], "model": model.id}
+    return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, {"model": model.id, **figures}))
+
+
+def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest, folder: Path) -> dict[str, Any]:
+    """What lm-eval finds, in its own shape: `results`, `samples` and how it was done.
+
+    Raises BadInput for a task that is not known.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(include_path=str(folder) if folder.is_dir() else None)
+    unknown = [name for name in request.tasks if name not in tasks.all_tasks]
+    if unknown:
+        own = sorted(file.stem for file in folder.glob("*.yaml"))
+        raise BadInput(
+            f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(tasks.all_tasks)} tasks, or of those in "
+            f"{folder}: {', '.join(own) or 'none'}"
+        )
+    asked = LocalCompletionsAPI(
+        base_url=f"{door.url}/v1/completions",
+        header=door.headers,
+        model=model.id,
+        tokenizer=str(model.base.folder),
+        tokenizer_backend="huggingface",
+        max_length=model.base.context,
+        num_concurrent=AT_ONCE,
+        max_retries=TRIES,
+        timeout=int(model.base.request_timeout_s),
+        seed=request.seed,
+    )
+    found: dict[str, Any] = simple_evaluate(
+        model=asked,
+        tasks=list(request.tasks),
+        task_manager=tasks,
+        num_fewshot=request.num_fewshot,
+        limit=request.limit,
+        apply_chat_template=request.apply_chat_template,
+        random_seed=request.seed,
+        numpy_random_seed=request.seed,
+        torch_random_seed=request.seed,
+        fewshot_random_seed=request.seed,
+    )
+    return found
+
+
+def scores(found: dict[str, Any]) -> dict[str, float]:
+    """The scores by `task/metric`, with their standard errors as `task/metric_stderr`.
+
+    lm-eval names a metric with the filter that its answers went through, `none` for no filter, which is left out.
+    """
+    figures = {}
+    for task, metrics in found["results"].items():
+        for name, value in metrics.items():
+            metric, _, filtered = name.partition(",")
+            if filtered and isinstance(value, int | float):
+                kept = "" if filtered == "none" else f",{filtered}"
+                figures[f"{task}/{metric}{kept}"] = float(value)
+    return figures
+
+
+def _write(folder: Path, found: dict[str, Any]) -> None:
+    """lm-eval's table, its results, and a file of what was asked and answered for each task."""
+    from lm_eval.utils import handle_non_serializable, make_table
+
+    (folder / "table.md").write_text(make_table(found), encoding="utf-8")
+    samples = found.pop("samples", {})
+    (folder / "results.json").write_text(json.dumps(found, indent=1, default=handle_non_serializable))
+    for task, rows in samples.items():
+        lines = (json.dumps(row, default=handle_non_serializable) + "\n" for row in rows)
+        (folder / f"samples_{task}.jsonl").write_text("".join(lines))
+
+
+if __name__ == "__main__":
+    sys.exit(driver.run(EvaluateBenchmarkRequest, evaluations.benchmark, evaluations.resources_of_benchmark, benchmark))

@@ -1,0 +1,159 @@
+"""The results of an evaluation: its examples in a file, and what they come to.
+
+While an evaluation runs, each answered example is a line of JSON, so that another attempt goes on from there. At its
+end the same rows are written as Parquet too.
+"""
+
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from jobs import scores
+from stack import intervals
+from stack.api.evaluations import AnyEvaluationRequest
+from stack.evaluations import PARQUET_FILE
+from stack.intervals import Estimate
+
+EXAMPLES_FILE = "examples.jsonl"
+BATCH_ROWS = 1_000
+_MESSAGES = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
+_COLUMNS: dict[str, pyarrow.DataType] = {
+    "row": pyarrow.int64(),
+    "id": pyarrow.string(),
+    "messages": _MESSAGES,
+    "expected": pyarrow.string(),
+    "answer": pyarrow.string(),
+    "opponent_answer": pyarrow.string(),
+    "error": pyarrow.string(),
+    "shield_violation": pyarrow.string(),
+    "prompt_tokens": pyarrow.int64(),
+    "completion_tokens": pyarrow.int64(),
+    "started": pyarrow.float64(),
+    "ended": pyarrow.float64(),
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
+    missing. `seconds` are from the first question to the last answer."""
+
+    task: str
+    model: str
+    dataset_sha256: str
+    estimates: dict[str, Estimate]
+    examples: int
+    failed: int
+    shield_violations: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    bleu_signature: str | None
+
+    def figures(self) -> dict[str, float]:
+        """All that are numbers, as metrics of the job's run."""
+        ends = {f"{name}_low": one.low for name, one in self.estimates.items()}
+        ends |= {f"{name}_high": one.high for name, one in self.estimates.items()}
+        counts = ("examples", "failed", "shield_violations", "prompt_tokens", "completion_tokens", "seconds")
+        values = {name: one.value for name, one in self.estimates.items()}
+        return values | ends | {name: float(getattr(self, name)) for name in counts}
+
+    def kept(self) -> dict[str, Any]:
+        """What the job's row keeps of it, by which it can be compared with another one."""
+        about = dict(task=self.task, model=self.model, dataset_sha256=self.dataset_sha256, scores=[*self.estimates])
+        return about | ({"bleu_signature": self.bleu_signature} if self.bleu_signature else {})
+
+
+def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The examples in a file; a line that a lost attempt did not finish is cut off."""
+    if not file.exists():
+        return
+    with file.open("rb+") as lines:
+        end = 0
+        while (line := lines.readline()).endswith(b"\n"):
+            end += len(line)
+            yield json.loads(line)
+        lines.truncate(end)
+
+
+def keep_answered(file: Path) -> frozenset[int]:
+    """The rows that earlier attempts have answered. Those that failed are taken out of the file, to be asked again."""
+    answered = set()
+    has_failed = False
+    part = file.with_suffix(".part")
+    with part.open("w") as lines:
+        for example in whole_lines(file):
+            if example["error"]:
+                has_failed = True
+                continue
+            answered.add(example["row"])
+            lines.write(json.dumps(example) + "\n")
+    if has_failed:
+        part.replace(file)
+    else:
+        part.unlink()
+    return frozenset(answered)
+
+
+def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str) -> Summary:
+    """Adds up the examples in a file."""
+    columns = {name: array("d") for name in scores.columns(request.metrics)}
+    sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
+    first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
+    for example in whole_lines(file):
+        examples += 1
+        failed += bool(example["error"])
+        violations += bool(example["shield_violation"])
+        first, last = min(first, example["started"]), max(last, example["ended"])
+        for name in sums:
+            sums[name] += example[name]
+        for name, column in columns.items():
+            column.append(example.get(name, float("nan")))
+    return Summary(
+        task=request.task,
+        model=model,
+        dataset_sha256=dataset_sha256,
+        estimates=_estimates(scores.names(request.metrics), columns),
+        examples=examples,
+        failed=failed,
+        shield_violations=violations,
+        seconds=last - first,
+        bleu_signature=scores.bleu_signature() if "bleu" in request.metrics else None,
+        **sums,
+    )
+
+
+def write_parquet(file: Path, metrics: Sequence[str]) -> None:
+    """Writes the examples in a file of JSON Lines as Parquet beside it, a batch at a time."""
+    schema = pyarrow.schema([*_COLUMNS.items(), *((name, pyarrow.float64()) for name in scores.columns(metrics))])
+    examples = whole_lines(file)
+    with pyarrow.parquet.ParquetWriter(file.with_name(PARQUET_FILE), schema, compression="zstd") as writer:
+        while batch := list(islice(examples, BATCH_ROWS)):
+            writer.write_table(pyarrow.Table.from_pylist([_as_utf8(example) for example in batch], schema))
+
+
+def _estimates(names: Sequence[str], columns: dict[str, "array[float]"]) -> dict[str, Estimate]:
+    found = {}
+    for name in names:
+        aggregate = intervals.aggregate(name)
+        values = np.column_stack([np.asarray(columns[column]) for column in aggregate.columns])
+        if (estimate := intervals.estimate(aggregate, values)) is not None:
+            found[name] = estimate
+    return found
+
+
+def _as_utf8(value: Any) -> Any:
+    """The same without halves of characters, which JSON can hold, and Parquet cannot."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {name: _as_utf8(one) for name, one in value.items()}
+    return [_as_utf8(one) for one in value] if isinstance(value, list) else value

@@ -1,0 +1,95 @@
+"""The scores of one answer beside its reference, and the columns from which those of a whole set follow.
+
+- em, f1: exact match and F1 of the words, after SQuAD's normalisation (Rajpurkar et al. 2016), as transformers has
+  them.
+- rouge: the F1 of unigrams, bigrams and the longest common subsequence, of the whole (rougeL) and line by line
+  (rougeLsum), as rouge-score has them (Lin 2004). Its words are of the letters a to z and digits: other scripts have
+  none.
+- bleu: sacrebleu's, with its defaults (Papineni et al. 2002; Post 2018). Of a set it is that of the corpus, which
+  follows from the counts of n-grams; of a single answer it is of the orders that the answer is long enough for.
+- perplexity: exp of the negative log likelihood of a reference's tokens, given the prompt, per token. Of a set it is
+  per token of all references.
+- rating, win_rate, consistent: what a judge says; see JudgedMetric.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.bleu import BLEU
+from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
+
+from stack.intervals import BLEU_COLUMNS, MAX_EXPONENT, aggregate
+
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+# The metrics of which there are several scores.
+_SEVERAL = {"rouge": ROUGE, "win_rate": ("win_rate", "consistent")}
+# Of a reference and an answer, the values of some columns.
+Scorer = Callable[[str, str], dict[str, float]]
+
+
+def names(metrics: Sequence[str]) -> list[str]:
+    """The scores that there are of the metrics of a request."""
+    return [name for metric in metrics for name in _SEVERAL.get(metric, (metric,))]
+
+
+def columns(metrics: Sequence[str]) -> list[str]:
+    """The columns that an example has of the metrics of a request: its scores, and what those of a set follow from."""
+    scores = names(metrics)
+    return list(dict.fromkeys([*scores, *(column for name in scores for column in aggregate(name).columns)]))
+
+
+def scorers(metrics: Sequence[str]) -> list[Scorer]:
+    """What scores answers by the metrics of a request. Perplexity is none of answers, and a judge has other ways."""
+    return [_SCORERS[metric]() for metric in metrics if metric in _SCORERS]
+
+
+def perplexity(nll: float, tokens: int) -> dict[str, float]:
+    """The columns of a reference that has so many tokens and this negative log likelihood."""
+    # An engine says -9999 for no probability at all, whose exp is beyond what a float holds.
+    return {"perplexity": math.exp(min(nll / tokens, MAX_EXPONENT)), "nll": nll, "reference_tokens": float(tokens)}
+
+
+def win_rate(shown_first: float, shown_second: float) -> dict[str, float]:
+    """The columns of an answer that a judge prefers to another one with these probabilities, as it was shown first and
+    second: it wins or loses where both say so, and else its place has decided."""
+    wins = [float(shown_first > 0.5), float(shown_second > 0.5)]
+    return {"win_rate": sum(wins) / 2, "consistent": float(wins[0] == wins[1])}
+
+
+def bleu_signature() -> str:
+    """How sacrebleu computes the BLEU of a set, in its own words, by which it can be compared to others'."""
+    metric = BLEU()
+    metric.corpus_score([""], [[""]])  # it must have seen how many references there are
+    return str(metric.get_signature())
+
+
+def _exact_match() -> Scorer:
+    return lambda reference, answer: {"em": float(compute_exact(reference, answer))}
+
+
+def _f1() -> Scorer:
+    return lambda reference, answer: {"f1": float(compute_f1(reference, answer))}
+
+
+def _rouge() -> Scorer:
+    scorer = RougeScorer(ROUGE)
+
+    def score(reference: str, answer: str) -> dict[str, float]:
+        return {name: float(one.fmeasure) for name, one in scorer.score(reference, answer).items()}
+
+    return score
+
+
+def _bleu() -> Scorer:
+    metric = BLEU(effective_order=True)  # which changes the score of one answer alone, and no count
+
+    def score(reference: str, answer: str) -> dict[str, float]:
+        one = metric.sentence_score(answer, [reference])
+        counts = [*one.counts, *one.totals, one.sys_len, one.ref_len]
+        return {"bleu": float(one.score), **dict(zip(BLEU_COLUMNS, map(float, counts), strict=True))}
+
+    return score
+
+
+_SCORERS: dict[str, Callable[[], Scorer]] = {"em": _exact_match, "f1": _f1, "rouge": _rouge, "bleu": _bleu}

@@ -1,0 +1,139 @@
+"""Two evaluations side by side: the scores of real answers, in the files that evaluations write."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stack import comparisons
+from stack.api.evaluations import CompareEvaluationsRequest, CompareEvaluationsResponse
+from stack.context import Context
+from stack.errors import BadInput, Conflict, NotFound, StackError
+from tests import samples
+from tests.evaluated import completed
+
+
+def compared(context: Context, **changes: Any) -> CompareEvaluationsResponse:
+    return comparisons.compare(
+        context, CompareEvaluationsRequest.model_validate({"first": "a", "second": "b"} | changes)
+    )
+
+
+def refusal(context: Context, **changes: Any) -> StackError:
+    with pytest.raises(StackError) as caught:
+        compared(context, **changes)
+    return caught.value
+
+
+BEFORE: list[str | None] = ["Paris", "London", "London", "Paris", None, "Paris"]
+AFTER: list[str | None] = ["Paris", "Paris", "Paris", "Rome", "Paris", None]
+
+
+def test_scores_differences_and_counts_are_of_the_examples_that_both_have(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    completed(context, tmp_path, "b", AFTER)
+    found = compared(context)
+    assert (found.examples, found.left_out, found.task) == (6, 2, "question_answering")
+    em, f1 = found.metrics
+    assert (em.name, em.better, em.first.value, em.second.value) == ("em", "higher", 0.5, 0.75)
+    assert (em.difference.value, em.difference.examples) == (0.25, 4)
+    assert em.difference.low < 0.25 < em.difference.high
+    assert em.outcomes is not None
+    assert em.outcomes.model_dump() == {"both": 1, "only_first": 1, "only_second": 2, "neither": 0}
+    assert f1.outcomes is None
+
+
+def test_the_examples_that_flipped_are_told_with_both_answers(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    completed(context, tmp_path, "b", AFTER)
+    found = compared(context)
+    assert found.changed_examples == 3
+    assert [(one.row, one.id, one.first_score, one.second_score) for one in found.changed] == [
+        (2, "q2", 0.0, 1.0),
+        (3, "q3", 0.0, 1.0),
+        (4, "q4", 1.0, 0.0),
+    ]
+    last = found.changed[-1]
+    assert (last.prompt, last.expected, last.first_answer, last.second_answer) == (
+        "Which city?", "Paris", "Paris", "Rome",
+    )  # fmt: skip
+    assert [one.row for one in compared(context, most=1).changed] == [2]
+    assert compared(context, most=0).changed == []
+    assert compared(context, most=0).changed_examples == 3
+
+
+def test_an_evaluation_differs_from_itself_in_nothing(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    found = compared(context, second="a")
+    assert all((one.difference.low, one.difference.high) == (0, 0) for one in found.metrics)
+    assert found.changed == []
+
+
+def test_bleu_and_perplexity_are_compared_as_those_of_the_sets(context: Context, tmp_path: Path) -> None:
+    answers: list[str | None] = ["Paris is big", "the city of light", "Paris"]
+    metrics = ("bleu", "perplexity", "rouge")
+    completed(context, tmp_path, "a", answers, "text_generation", metrics)
+    completed(context, tmp_path, "b", answers[::-1], "text_generation", metrics, nll=4.0)
+    found = {one.name: one for one in compared(context).metrics}
+    assert list(found) == ["bleu", "perplexity", "rouge1", "rouge2", "rougeL", "rougeLsum"]
+    assert found["perplexity"].better == "lower"
+    assert found["perplexity"].difference.value == pytest.approx(2.718281828**2 - 2.718281828)
+    assert found["bleu"].difference.value == 0
+    assert found["rouge1"].difference.value == 0
+
+
+def test_only_scores_that_both_have_are_compared(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    completed(context, tmp_path, "b", AFTER, metrics=("f1",))
+    assert [one.name for one in compared(context).metrics] == ["f1"]
+    completed(context, tmp_path, "c", AFTER, metrics=("em",))
+    error = refusal(context, first="b", second="c")
+    assert isinstance(error, BadInput)
+    assert "'b' has f1, 'c' em" in error.message
+
+
+def test_evaluations_of_different_data_are_a_conflict_with_both_hashes(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    completed(context, tmp_path, "b", AFTER, sha256="1" * 64)
+    error = refusal(context)
+    assert isinstance(error, Conflict)
+    assert "0" * 64 in error.message
+    assert "1" * 64 in error.message
+    assert error.param == "second"
+
+
+def test_evaluations_of_different_tasks_are_refused(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    completed(context, tmp_path, "b", AFTER, "text_generation", ("bleu",))
+    error = refusal(context)
+    assert isinstance(error, BadInput)
+    assert "question_answering" in error.message
+    assert "text_generation" in error.message
+
+
+def test_only_completed_evaluations_are_compared(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE)
+    error = refusal(context)
+    assert isinstance(error, NotFound)
+    assert error.param == "second"
+    samples.add_job(context.store, "b")
+    error = refusal(context)
+    assert isinstance(error, Conflict)
+    assert error.message == "the evaluation 'b' is scheduled; allowed: completed ones"
+    samples.add_job(context.store, "tune", "supervised_fine_tune")
+    assert isinstance(refusal(context, second="tune"), NotFound)
+
+
+def test_an_evaluation_of_an_earlier_release_is_refused(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "b", BEFORE)
+    samples.add_job(context.store, "a")
+    samples.start(context.store, "a")
+    samples.complete(context.store, "a", {"path": "file:///x", "files": []})
+    assert "earlier release" in refusal(context).message
+
+
+def test_long_texts_are_cut(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", ["x" * 10_000])
+    completed(context, tmp_path, "b", ["Paris"])
+    (changed,) = compared(context).changed
+    assert len(changed.first_answer) == comparisons.MAX_TEXT
