@@ -6,7 +6,6 @@ what is wrong with the row itself is recorded in its place, in the column `error
 
 import asyncio
 import json
-import time
 from asyncio import sleep as pause
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,11 +13,11 @@ from typing import Any, ClassVar, TypeVar
 
 import ray.data
 
-from stack import jobs, safety
+from stack import jobs
 from stack.batch_inference import PatientEngine
 from stack.config import Config
 from stack.context import Context
-from stack.errors import EngineFailed, ShieldViolation, StackError, TooManyRequests, Unavailable
+from stack.errors import EngineFailed, StackError, TooManyRequests, Unavailable
 
 # How many rows one worker asks about at once; the engine batches them.
 BATCH_SIZE = 32
@@ -95,43 +94,6 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
                 raise
             await pause(1)
     return await ask()
-
-
-class Ask(Asker):
-    """Asks a model for the answer to each row's messages.
-
-    A question or an answer that the model's shields do not pass has an empty answer and the shield's reason.
-    """
-
-    nothing: ClassVar[dict[str, Any]] = {
-        "answer": "",
-        "shield_violation": "",
-        "prompt_tokens": 0,
-        "completion_tokens": 0,
-        "started": 0.0,
-        "ended": 0.0,
-    }
-
-    def __init__(
-        self, config: dict[str, Any], tenant: str, body: dict[str, Any], failures: Failures | None = None
-    ) -> None:
-        """Without `failures` the first row that fails ends the job."""
-        super().__init__(config, tenant, failures or Failures(most=0))
-        self._body = body
-
-    async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
-        started, messages = time.time(), value["messages"]
-        found = {}
-        try:
-            given = json.loads(
-                await safety.answer(self._context, "chat", dict(self._body, messages=messages), messages)
-            )
-            usage = given["usage"]
-            found["answer"] = given["choices"][0]["message"]["content"] or ""
-            found |= {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
-        except ShieldViolation as error:
-            found["shield_violation"] = error.message
-        return self.nothing | found | {"started": started, "ended": time.time()}
 
 
 def asked(read: Callable[[], ray.data.Dataset], asker: type[Asker], *arguments: Any) -> Iterator[dict[str, Any]]:

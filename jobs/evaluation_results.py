@@ -1,12 +1,7 @@
-"""The results of an evaluation: its examples in a file, and what they come to.
+"""The results of an evaluation: its examples in a file of JSON Lines and as Parquet, and what they come to."""
 
-While an evaluation runs, each answered example is a line of JSON, so that another attempt goes on from there. At its
-end the same rows are written as Parquet too.
-"""
-
-import json
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from jobs import scores
+from jobs.row_log import lines_of
 from stack import intervals
 from stack.api.evaluations import AnyEvaluationRequest
 from stack.evaluations import PARQUET_FILE
@@ -44,7 +40,7 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are from the first question to the last answer."""
+    missing. `seconds` are from the first question to the last answer of those that have not failed."""
 
     task: str
     model: str
@@ -72,47 +68,17 @@ class Summary:
         return about | ({"bleu_signature": self.bleu_signature} if self.bleu_signature else {})
 
 
-def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The examples in a file; a line that a lost attempt did not finish is cut off."""
-    if not file.exists():
-        return
-    with file.open("rb+") as lines:
-        end = 0
-        while (line := lines.readline()).endswith(b"\n"):
-            end += len(line)
-            yield json.loads(line)
-        lines.truncate(end)
-
-
-def keep_answered(file: Path) -> frozenset[int]:
-    """The rows that earlier attempts have answered. Those that failed are taken out of the file, to be asked again."""
-    answered = set()
-    has_failed = False
-    part = file.with_suffix(".part")
-    with part.open("w") as lines:
-        for example in whole_lines(file):
-            if example["error"]:
-                has_failed = True
-                continue
-            answered.add(example["row"])
-            lines.write(json.dumps(example) + "\n")
-    if has_failed:
-        part.replace(file)
-    else:
-        part.unlink()
-    return frozenset(answered)
-
-
 def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str) -> Summary:
     """Adds up the examples in a file."""
     columns = {name: array("d") for name in scores.columns(request.metrics)}
     sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
     first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
-    for example in whole_lines(file):
+    for example in lines_of(file):
         examples += 1
         failed += bool(example["error"])
         violations += bool(example["shield_violation"])
-        first, last = min(first, example["started"]), max(last, example["ended"])
+        if not example["error"]:
+            first, last = min(first, example["started"]), max(last, example["ended"])
         for name in sums:
             sums[name] += example[name]
         for name, column in columns.items():
@@ -125,7 +91,7 @@ def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha
         examples=examples,
         failed=failed,
         shield_violations=violations,
-        seconds=last - first,
+        seconds=last - first if failed < examples else 0.0,
         bleu_signature=scores.bleu_signature() if "bleu" in request.metrics else None,
         **sums,
     )
@@ -134,7 +100,7 @@ def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha
 def write_parquet(file: Path, metrics: Sequence[str]) -> None:
     """Writes the examples in a file of JSON Lines as Parquet beside it, a batch at a time."""
     schema = pyarrow.schema([*_COLUMNS.items(), *((name, pyarrow.float64()) for name in scores.columns(metrics))])
-    examples = whole_lines(file)
+    examples = lines_of(file)
     with pyarrow.parquet.ParquetWriter(file.with_name(PARQUET_FILE), schema, compression="zstd") as writer:
         while batch := list(islice(examples, BATCH_ROWS)):
             writer.write_table(pyarrow.Table.from_pylist([_as_utf8(example) for example in batch], schema))

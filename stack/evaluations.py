@@ -35,8 +35,6 @@ KINDS = (
     *(jobs.EVALUATE, jobs.EVALUATE_SUMMARIZATION, jobs.EVALUATE_TEXT_GENERATION),
     *(jobs.EVALUATE_JUDGED, jobs.EVALUATE_BENCHMARK, jobs.EVALUATE_FUNCTION_CALLING),
 )
-# What the worker that asks the questions reserves.
-ASKER_CPUS = 0.25
 # What the results say of each example beside its messages, about: an answer, scores, times; and the report with its
 # plots. The messages stand in the results as JSON, with other letters escaped, and once more in Parquet.
 RESULT_BYTES = 1_536
@@ -109,7 +107,7 @@ def resources(context: Context, request: AnyEvaluationRequest) -> dict[str, Any]
     Raises StorageFull where there is no room for it: there may have been more when it was accepted.
     """
     _require_room(context, request, datasets.sizes_before_reading(context, request))
-    return {"workers": 1, "per_worker": {"CPU": ASKER_CPUS}}
+    return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
 
 
 def list_jobs(
@@ -181,7 +179,7 @@ def _accept(context: Context, kind: str, request: R, submission_id: str | None) 
     request = _checked(context, request) if known is None else datasets.as_accepted(request, known.request)
     return jobs.submit(
         context, kind, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,
+        bundles=[{"CPU": jobs.ASKER_CPUS}], submission_id=submission_id,
     )  # fmt: skip
 
 

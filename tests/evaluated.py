@@ -17,9 +17,11 @@ QUESTIONS = {"question_answering": EvaluateQuestionAnsweringRequest, "text_gener
 def example(row: int, answer: str | None, metrics: list[str], nll: float = 2.0) -> dict[str, Any]:
     """A row of results; without an answer, one that failed."""
     found: dict[str, Any] = dict(row=row, id=f"q{row}", expected="Paris", answer=answer or "", shield_violation="")
-    found |= dict(messages=[{"role": "user", "content": "Which city?"}], started=1.0, ended=2.0)
-    found |= dict(prompt_tokens=7, completion_tokens=3, error="" if answer is not None else "away")
-    if answer is not None:
+    found |= dict(messages=[{"role": "user", "content": "Which city?"}], started=1.0, ended=2.0, error="")
+    found |= dict(prompt_tokens=7, completion_tokens=3)
+    if answer is None:
+        found |= dict(error="away", prompt_tokens=0, completion_tokens=0, started=None, ended=None)
+    else:
         for score in scores.scorers(metrics):
             found |= score("Paris", answer)
         if "perplexity" in metrics:

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from stack.api.batch_inference import MAX_FAILED_ROWS
 from stack.api.datasets import DatasetReference
 from stack.api.inference import SamplingParams
 from stack.api.jobs import ArtifactFile, JobEntry, JobState, Priority
@@ -58,8 +59,8 @@ class EvaluationRequest(Request):
     """What every evaluation asks of a model and compares with references.
 
     `checkpoint` is the id of a served model, or the training that made one: by its job_uuid, or by the address of the
-    artifact that it made. An example of which the model gives no answer, asked several times, has failed and has no
-    score; the evaluation ends as failed when these are more than `max_failed_share` of all examples.
+    artifact that it made. An example that gets no answer has failed and has no score; more than `max_failed_rows` of
+    them fail the evaluation, and so it is where all have.
     """
 
     task: ClassVar[str]
@@ -67,7 +68,7 @@ class EvaluationRequest(Request):
     dataset: DatasetReference
     checkpoint: Checkpoint
     sampling_params: SamplingParams
-    max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 100
     priority: Priority = 0
 
 

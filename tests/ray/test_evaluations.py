@@ -98,10 +98,10 @@ def test_a_row_that_fails_is_told_and_ends_nothing_until_they_are_too_many(stack
     lines = (results(client, "some-fail") / "examples.jsonl").read_text().splitlines()
     (failed,) = [row for row in map(json.loads, lines) if row["error"]]
     assert (failed["id"], "em" in failed) == ("7", False)
-    client.post("/evaluate/question_answering/", json=body | {"job_uuid": "too-many", "max_failed_share": 0})
+    client.post("/evaluate/question_answering/", json=body | {"job_uuid": "too-many", "max_failed_rows": 0})
     status = ended(client, "evaluate", "too-many")
     assert status["status"] == "failed"
-    assert "1 of 20 examples have failed" in status["error"]
+    assert status["error"].startswith("row 8: ")
 
 
 def test_two_lengths_of_answers_are_compared(client: httpx.Client, capitals: dict[str, Any]) -> None:

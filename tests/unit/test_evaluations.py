@@ -118,7 +118,7 @@ def test_an_unknown_checkpoint_is_told_with_its_field(context: Context, data: di
         ({"dataset": None}, ["dataset", "None"]),
         ({"dataset": "no/id"}, ["dataset", "'no/id'"]),
         ({"sampling_params": {"strategy": "beam"}}, ["sampling_params.strategy", "'greedy', 'top_p' or 'top_k'"]),
-        ({"max_failed_share": 1.5}, ["max_failed_share", "less than or equal to 1", "1.5"]),
+        ({"max_failed_rows": -1}, ["max_failed_rows", "greater than or equal to 0", "-1"]),
         ({"checkpoint": ""}, ["checkpoint", "at least 1 character"]),
         ({"temperature": 1}, ["unknown key 'temperature'", "sampling_params"]),
     ],
