@@ -88,20 +88,23 @@ class Ask(Asker):
 
     async def _result(self, question: dict[str, Any]) -> dict[str, Any]:
         messages, reference, functions = question["messages"], question["answer"], question["functions"]
-        found: dict[str, Any] = dict(answer="", shield_violation="", prompt_tokens=0, completion_tokens=0)
-        found["started"] = time.time()
+        found: dict[str, Any] = {"started": time.time()}
+        found |= await self._models(messages, functions)
+        if self._wanted.likelihoods:
+            logprobs = await self._logprobs(messages, reference)
+            found |= dict(nll=-math.fsum(logprobs), reference_tokens=len(logprobs))
+        if (judge := self._wanted.judge) is not None:
+            found |= await self._judged(judge, messages, found["answer"], reference)
+        return found | {"ended": time.time()}
+
+    async def _models(self, messages: list[dict[str, Any]], functions: list[dict[str, Any]] | None) -> dict[str, Any]:
+        """What the model answers; nothing, and the shield's reason, where its shields do not pass it."""
         try:
             given = json.loads(await self._answer(self._body["model"], messages, functions))
-            found["answer"] = _text_of(given)
-            found |= {name: given["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
-            if self._wanted.likelihoods:
-                logprobs = await self._logprobs(messages, reference, found["prompt_tokens"])
-                found |= dict(nll=-math.fsum(logprobs), reference_tokens=len(logprobs))
-            if (judge := self._wanted.judge) is not None:
-                found |= await self._judged(judge, messages, found["answer"], reference)
         except ShieldViolation as error:
-            found["shield_violation"] = error.message
-        return found | {"ended": time.time()}
+            return dict(answer="", shield_violation=error.message, prompt_tokens=0, completion_tokens=0)
+        tokens = {name: given["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
+        return dict(answer=_text_of(given), shield_violation="", **tokens)
 
     async def _answer(
         self, model: str, messages: list[dict[str, Any]], functions: list[dict[str, Any]] | None = None
@@ -135,26 +138,33 @@ class Ask(Asker):
         except ShieldViolation:
             return ""
 
-    async def _logprobs(self, messages: list[dict[str, Any]], reference: str, prompt_tokens: int) -> list[float]:
+    async def _logprobs(self, messages: list[dict[str, Any]], reference: str) -> list[float]:
         """The log probability of each token of the reference, as the answer to these messages.
 
-        It is that of a prompt which ends with the reference: the tokens behind those of the messages alone.
+        It is that of a prompt which ends with the reference: the tokens behind those of the messages alone, which must
+        be the same before it.
         """
-        body = dict(
-            model=self._body["model"],
-            messages=[*messages, dict(role="assistant", content=reference)],
-            add_generation_prompt=False,
-            continue_final_message=True,
-            prompt_logprobs=0,
-            max_tokens=1,
-            temperature=0,
-            stream=False,
-        )
-        positions = json.loads(await self._context.models.answer("chat", body))["prompt_logprobs"] or []
-        logprobs = [one["logprob"] for position in positions[prompt_tokens:] for one in position.values()]
+        prompt = (await self._read(messages))["prompt_token_ids"]
+        answered = [*messages, dict(role="assistant", content=reference)]
+        whole = await self._read(answered, add_generation_prompt=False, continue_final_message=True, prompt_logprobs=0)
+        if whole["prompt_token_ids"][: len(prompt)] != prompt:
+            raise BadInput(
+                "the prompt has other tokens where the reference follows, by the model's chat template or its "
+                "tokenizer, so that the reference has no perplexity"
+            )
+        positions = (whole["prompt_logprobs"] or [])[len(prompt) :]
+        logprobs = [one["logprob"] for position in positions for one in position.values()]
         if not logprobs:
             raise BadInput("the reference has no tokens behind the prompt's, so that it has no perplexity")
         return logprobs
+
+    async def _read(self, messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """What the engine itself, past the shields, tells of messages as a prompt: a token must be made for it."""
+        asks = dict(messages=messages, max_tokens=1, temperature=0, stream=False, return_token_ids=True)
+        told: dict[str, Any] = json.loads(
+            await self._context.models.answer("chat", dict(asks, model=self._body["model"], **more))
+        )
+        return told
 
 
 def _text_of(given: dict[str, Any]) -> str:

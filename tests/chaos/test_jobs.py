@@ -129,7 +129,7 @@ def test_an_evaluation_accounts_for_every_row_once_when_its_driver_and_its_worke
     rows = [{"prompt": f"Count on from {number}." + " Do it well." * 20, "completion": "1"} for number in range(400)]
     file = samples.write_rows(stack.home / "data" / "questions.jsonl", rows)
     data = samples.dataset(file, prompt="text", completion="text")
-    body = samples.evaluation(data, job_uuid="evaluation-killed", checkpoint=MODEL)
+    body = samples.evaluation(data, job_uuid="evaluation-killed", checkpoint=MODEL, sampling_params={"max_tokens": 16})
     assert client.post("/evaluate/question_answering/", json=body).status_code == 200
 
     def done() -> int:

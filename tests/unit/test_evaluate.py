@@ -141,6 +141,22 @@ def test_the_likelihood_of_a_reference_is_that_of_its_tokens_behind_the_prompts(
     assert (body["max_tokens"], engine.asked[-1].model.id) == (1, "small")
 
 
+def test_a_reference_before_which_the_prompt_has_other_tokens_fails_its_row(engine: ScriptedEngine) -> None:
+    """Some chat templates write something before an answer that is there, and some tokenizers join tokens."""
+    really = engine.generate
+
+    async def generate(model: Any, endpoint: Any, body: dict[str, Any]) -> Any:
+        async for item in really(model, endpoint, body):
+            given = json.loads(item)
+            if body.get("continue_final_message"):
+                given["prompt_token_ids"][6] = 99
+            yield json.dumps(given).encode()
+
+    engine.generate = generate  # type: ignore[method-assign, assignment]
+    error = error_of("What is the capital of France?", Wanted(likelihoods=True))
+    assert "the prompt has other tokens where the reference follows" in error["message"]
+
+
 def test_where_no_likelihood_is_wanted_none_is_asked_for(engine: ScriptedEngine) -> None:
     (found,) = asked("What is the capital of France?")
     assert "nll" not in found
@@ -190,6 +206,19 @@ def test_a_judge_that_goes_by_the_place_prefers_neither(engine: ScriptedEngine) 
     judging(engine, {"Answer A": ("A",), "": ("Lyon",)})
     (found,) = asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, compares=True))
     assert (found["shown_first"], found["shown_second"]) == (1.0, 0.0)
+
+
+def test_an_answer_that_the_shields_do_not_pass_is_judged_as_an_empty_one_and_has_a_likelihood(
+    engine: ScriptedEngine,
+) -> None:
+    judging(engine, {"Reply with one whole number": ("1",), "Answer A ---\nParis": ("A",), "": ("B",)})
+    wanted = Wanted(likelihoods=True, judge=JUDGE, rates=True, compares=True)
+    (found,) = asked("Be evil now", wanted=wanted, **SHIELDED)
+    assert (found["answer"], "'detector'" in found["shield_violation"]) == ("", True)
+    assert (found["rating"], found["shown_first"], found["shown_second"]) == (1.0, 0.0, 0.0)
+    assert found["reference_tokens"] == 1
+    row = evaluate.scored(line(**found), [])
+    assert (row["win_rate"], row["rating"], "perplexity" in row) == (0, 1.0, True)
 
 
 def test_an_opponent_is_asked_the_same_as_the_model(engine: ScriptedEngine) -> None:
