@@ -45,20 +45,20 @@ def evaluate(work: driver.Work, request: AnyEvaluationRequest) -> driver.Outcome
     context = work.context
     model = evaluations.model_of(context, request.checkpoint)
     checked = datasets.resolve(context, request.dataset)
-    log = RowLog(work.folder / "rows.jsonl")
+    wanted, log = _wanted(context, request), RowLog(work.folder / "rows.jsonl")
     if len(log.rows):
         print(f"going on from {len(log.rows)} of {checked.rows} rows")
     if len(log.rows) < checked.rows:
         rows = partial(dataset_source.rows, context, checked, evaluations.shape_of(request), but=log.rows)
         failures = Failures(request.max_failed_rows, log.failed, log.first_error)
         body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
-        told = (context.config.model_dump(mode="json"), context.tenant, failures, body, _wanted(context, request))
+        told = (context.config.model_dump(mode="json"), context.tenant, failures, body, wanted)
         fill(log, asked(rows, Ask, *told), checked.rows, work.reporter.metrics)
     if len(log.rows) < checked.rows:
         raise Unavailable(f"{checked.rows - len(log.rows)} of {checked.rows} rows have no answer")
     if log.failed == checked.rows:
         raise BadInput(f"all {checked.rows} rows have failed; the first of them: {log.first_error}")
-    return _outcome(work, request, model, checked, log)
+    return _outcome(work, request, model, wanted, checked, log)
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,13 @@ def _wanted(context: Context, request: AnyEvaluationRequest) -> Wanted:
 
 
 def _outcome(
-    work: driver.Work, request: AnyEvaluationRequest, model: Model, checked: Checked, log: RowLog
+    work: driver.Work, request: AnyEvaluationRequest, model: Model, wanted: Wanted, checked: Checked, log: RowLog
 ) -> driver.Outcome:
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
     file, scorers = results / EXAMPLES_FILE, scores.scorers(request.metrics)
     write_rows(file, (scored(line, scorers) for line in log))
-    summary = evaluation_results.summarize(request, file, model.id, checked.sha256)
+    summary = evaluation_results.summarize(request, file, model.id, checked.sha256, wanted.opponent)
     evaluation_results.write_parquet(file, request.metrics)
     evaluation_report.write(results / "report.html", file, summary)
     work.reporter.metrics.log(0, summary.figures().items())

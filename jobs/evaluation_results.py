@@ -1,5 +1,6 @@
 """The results of an evaluation: its examples in a file of JSON Lines and as Parquet, and what they come to."""
 
+import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import pyarrow.parquet
 from jobs import scores
 from jobs.row_log import lines_of
 from stack import intervals
-from stack.api.evaluations import AnyEvaluationRequest
+from stack.api.evaluations import AnyEvaluationRequest, EvaluateJudgedRequest
 from stack.evaluations import PARQUET_FILE
 from stack.intervals import Estimate
 
@@ -40,7 +41,8 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are from the first question to the last answer of those that have not failed."""
+    missing. `seconds` are from the first question to the last answer of those that have not failed. `judged` says by
+    whom, against whom and by the hash of which rubric, where a judge has."""
 
     task: str
     model: str
@@ -53,6 +55,7 @@ class Summary:
     completion_tokens: int
     seconds: float
     bleu_signature: str | None
+    judged: dict[str, str | None]
 
     def figures(self) -> dict[str, float]:
         """All that are numbers, as metrics of the job's run."""
@@ -65,11 +68,13 @@ class Summary:
     def kept(self) -> dict[str, Any]:
         """What the job's row keeps of it, by which it can be compared with another one."""
         about = dict(task=self.task, model=self.model, dataset_sha256=self.dataset_sha256, scores=[*self.estimates])
-        return about | ({"bleu_signature": self.bleu_signature} if self.bleu_signature else {})
+        return about | ({"bleu_signature": self.bleu_signature} if self.bleu_signature else {}) | self.judged
 
 
-def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str) -> Summary:
-    """Adds up the examples in a file."""
+def summarize(
+    request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str, opponent: str | None = None
+) -> Summary:
+    """Adds up the examples in a file. `opponent` is the id of the model that the answers were compared with."""
     columns = {name: array("d") for name in scores.columns(request.metrics)}
     sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
     first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
@@ -93,8 +98,16 @@ def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha
         shield_violations=violations,
         seconds=last - first if failed < examples else 0.0,
         bleu_signature=scores.bleu_signature() if "bleu" in request.metrics else None,
+        judged=_judged(request, opponent),
         **sums,
     )
+
+
+def _judged(request: AnyEvaluationRequest, opponent: str | None) -> dict[str, str | None]:
+    if not isinstance(request, EvaluateJudgedRequest):
+        return {}
+    rubric = hashlib.sha256(request.rubric.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"judge": request.judge, "opponent": opponent, "rubric_sha256": rubric}
 
 
 def write_parquet(file: Path, metrics: Sequence[str]) -> None:
