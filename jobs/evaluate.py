@@ -64,8 +64,10 @@ def evaluate(work: driver.Work, request: AnyEvaluationRequest) -> driver.Outcome
 @dataclass(frozen=True)
 class Wanted:
     """What is asked beside the questions themselves: how likely the references are, and a judge, who rates answers or
-    compares them with those of the model `opponent`, or else with the references."""
+    compares them with those of the model `opponent`, or else with the references. With `rouge` an answer must not be
+    too long for it."""
 
+    rouge: bool = False
     likelihoods: bool = False
     judge: Judge | None = None
     rates: bool = False
@@ -90,6 +92,8 @@ class Ask(Asker):
         messages, reference, functions = question["messages"], question["answer"], question["functions"]
         found: dict[str, Any] = {"started": time.time()}
         found |= await self._models(messages, functions)
+        if self._wanted.rouge:
+            scores.require_rouge(reference, found["answer"])
         if self._wanted.likelihoods:
             logprobs = await self._logprobs(messages, reference)
             found |= dict(nll=-math.fsum(logprobs), reference_tokens=len(logprobs))
@@ -177,7 +181,7 @@ def _text_of(given: dict[str, Any]) -> str:
 
 def _wanted(context: Context, request: AnyEvaluationRequest) -> Wanted:
     if not isinstance(request, EvaluateJudgedRequest):
-        return Wanted(likelihoods="perplexity" in request.metrics)
+        return Wanted(rouge="rouge" in request.metrics, likelihoods="perplexity" in request.metrics)
     return Wanted(
         judge=evaluations.judge_of(request),
         rates="rating" in request.metrics,

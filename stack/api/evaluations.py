@@ -41,8 +41,8 @@ class TextGenerationMetric(StrEnum):
 class JudgedMetric(StrEnum):
     """How a judge rates an answer from 1 to 5, and how often it prefers it to another one.
 
-    `win_rate` counts an answer that is preferred in whichever order the two are shown as 1, one that is preferred in
-    neither as 0, and one whose place decides as 0.5; `consistent` is how often the place does not decide.
+    The two are shown in both orders, in each of which the answer wins (1), loses (0) or ties (0.5). `win_rate` is the
+    mean of that; `consistent` is how often both orders say the same, so that the place does not decide.
     """
 
     rating = "rating"

@@ -157,6 +157,15 @@ def test_a_reference_before_which_the_prompt_has_other_tokens_fails_its_row(engi
     assert "the prompt has other tokens where the reference follows" in error["message"]
 
 
+def test_an_answer_that_is_too_long_for_rouge_fails_its_row_where_rouge_is_wanted(engine: ScriptedEngine) -> None:
+    engine.tokens = ("a " * 5_000,)
+    asks = question("Say a lot", reference="b " * 5_000)
+    (failed,) = lines_for(asks, wanted=Wanted(rouge=True))
+    assert "the reference has 5000 words and the answer 5000" in failed["error"]["message"]
+    (found,) = lines_for(asks, wanted=Wanted())
+    assert found["error"] is None
+
+
 def test_where_no_likelihood_is_wanted_none_is_asked_for(engine: ScriptedEngine) -> None:
     (found,) = asked("What is the capital of France?")
     assert "nll" not in found
@@ -270,16 +279,9 @@ def line(question: dict[str, Any] = question("Which city?"), **result: Any) -> d
     return dict(row=1, value=question, error=None, result=found | dict(prompt_tokens=7, completion_tokens=3) | result)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "wins", "consistent"), [(0.9, 0.6, 1, 1), (0.9, 0.4, 0.5, 0), (0.1, 0.2, 0, 1)]
-)
-def test_an_answer_wins_that_is_preferred_in_both_places(
-    first: float, second: float, wins: float, consistent: float
-) -> None:
-    row = evaluate.scored(line(shown_first=first, shown_second=second, opponent_answer="Lyon", rating=3.5), [])
-    assert (row["win_rate"], row["consistent"], row["opponent_answer"], row["rating"]) == (
-        wins, consistent, "Lyon", 3.5,
-    )  # fmt: skip
+def test_a_row_that_was_judged_has_what_the_judge_said_and_of_what() -> None:
+    row = evaluate.scored(line(shown_first=0.9, shown_second=0.4, opponent_answer="Lyon", rating=3.5), [])
+    assert (row["win_rate"], row["consistent"], row["opponent_answer"], row["rating"]) == (0.5, 0, "Lyon", 3.5)
     assert "shown_first" not in row
 
 
