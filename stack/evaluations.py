@@ -1,13 +1,12 @@
 """Evaluations: what is checked before a job is accepted, and what a finished one has found."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stack import datasets, function_calls, jobs, quotas
-from stack.api.datasets import TrainEvalDataset, TrainEvalDatasetColumnType
+from stack import datasets, function_calls, jobs, prompt_rows, quotas
+from stack.api.datasets import TrainEvalDataset
 from stack.api.evaluations import (
     AnyEvaluationRequest,
     EvaluateBenchmarkRequest,
@@ -24,7 +23,7 @@ from stack.api.evaluations import (
 from stack.api.jobs import ArtifactFile, JobStatus
 from stack.config import Judge
 from stack.context import Context
-from stack.datasets import Checked, Example, Shape, Size
+from stack.datasets import Example, Shape, Size
 from stack.errors import BadInput, NotFound, StackError
 from stack.inference import sampling_body
 from stack.models import Model
@@ -47,7 +46,7 @@ R = TypeVar("R", bound=AnyEvaluationRequest)
 
 @dataclass(frozen=True)
 class Question(Example):
-    """An example with its id: that of its column `id`, if there is one of texts or numbers, or the row's number.
+    """An example with its id: that of its column `id`, if there is one, or the row's number.
 
     Where a model may call `functions`, in BFCL's format, the answer is the calls that are expected, as JSON.
     """
@@ -192,7 +191,7 @@ def _checked(context: Context, request: R) -> R:
     _require_each_once(request.metrics)
     request, found = datasets.accept(context, request, shape_of(request))
     for one in found:
-        _require_different_ids(context, one)
+        prompt_rows.require_unique_ids(context, one)
     _require_room(context, request, [datasets.size(context, one) for one in found])
     return request
 
@@ -229,35 +228,14 @@ def _require_each_once(metrics: Sequence[str]) -> None:
             raise BadInput(f"the metric {str(metric)!r} is asked for twice; allowed: each once", param="metrics")
 
 
-def _require_different_ids(context: Context, checked: Checked) -> None:
-    """Raises BadInput for two rows with the same id. Of each, a short hash is in memory."""
-    if not _has_ids(checked.dataset):
-        return
-    seen: dict[bytes, int] = {}
-    for number, row in datasets.rows(context, checked):
-        named = str(row["id"])
-        digest = hashlib.blake2b(named.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if (before := seen.setdefault(digest, number)) != number:
-            raise BadInput(f"the rows {before} and {number} have the same id, {named[:100]!r}; allowed: different ones",
-                           param="dataset")  # fmt: skip
-
-
-def _has_ids(dataset: TrainEvalDataset) -> bool:
-    return dataset.columns.get("id") in (TrainEvalDatasetColumnType.text, TrainEvalDatasetColumnType.number)
-
-
-def _id_of(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> str:
-    return str(row["id"]) if _has_ids(dataset) else str(number)
-
-
 def _function_question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
     case = function_calls.read(number, row)
-    return Question(case.messages, json.dumps(case.expected), _id_of(number, row, dataset), case.functions)
+    return Question(case.messages, json.dumps(case.expected), prompt_rows.id_of(number, row, dataset), case.functions)
 
 
 def _question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
     example = datasets.EXAMPLES.read(number, row, dataset)
-    return Question(example.messages, example.answer, _id_of(number, row, dataset))
+    return Question(example.messages, example.answer, prompt_rows.id_of(number, row, dataset))
 
 
 def _question_with_reference(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:

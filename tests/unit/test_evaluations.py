@@ -258,11 +258,28 @@ def test_rows_with_the_same_id_are_refused(context: Context, home: Path, kind: s
     assert error.param == "dataset"
 
 
-@pytest.mark.parametrize(("columns", "ids"), [({"id": "text"}, ["x", "y"]), ({}, ["1", "2"])])
+def test_an_id_that_is_no_name_is_refused(context: Context, home: Path) -> None:
+    rows = [{"id": "x" * 1_001, "prompt": "a", "completion": "b"}]
+    data = dataset(write_rows(home / "data" / "a.jsonl", rows), id="text", prompt="text", completion="text")
+    error = refusal(context, data)
+    assert isinstance(error, BadInput)
+    assert "row 1: the id has 1001 characters; allowed: 1 to 1000" in error.message
+    assert error.param == "dataset"
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "ids"),
+    [
+        ({"id": "text"}, ["x", "y"], ["x", "y"]),
+        ({"id": "number"}, [7.0, 7.5], ["7", "7.5"]),
+        ({"id": "json"}, ["x", "y"], ["x", "y"]),
+        ({}, ["x", "y"], ["1", "2"]),
+    ],
+)
 def test_an_example_has_the_id_of_its_row_or_its_number(
-    context: Context, home: Path, columns: dict[str, str], ids: list[str]
+    context: Context, home: Path, columns: dict[str, str], values: list[Any], ids: list[str]
 ) -> None:
-    rows = [{"id": one, "prompt": "a", "completion": "b"} for one in ("x", "y")]
+    rows = [{"id": one, "prompt": "a", "completion": "b"} for one in values]
     wanted = request(dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text", **columns))
     checked = datasets.resolve(context, wanted.dataset)
     found = [question for _, question in datasets.read_as(context, checked, evaluations.shape_of(wanted))]
