@@ -21,13 +21,14 @@ from stack.api.evaluations import (
     JudgedMetric,
 )
 from stack.api.jobs import ArtifactFile, JobStatus
+from stack.batch_inference import TOKEN_BYTES
 from stack.config import Judge
 from stack.context import Context
 from stack.datasets import Example, Shape, Size
 from stack.errors import BadInput, NotFound, StackError
 from stack.inference import sampling_body
 from stack.models import Model
-from stack.post_training import whole_model_of
+from stack.post_training import linear_modules, whole_model_of
 from stack.store import Job
 
 KINDS = (
@@ -38,8 +39,10 @@ KINDS = (
 # plots. The messages stand in the results as JSON, with other letters escaped, and once more in Parquet.
 RESULT_BYTES = 1_536
 REPORT_BYTES = 2**18
-# What a benchmark keeps, about: lm-eval's results, and what was asked and answered.
+# What a benchmark keeps, about: lm-eval's results, and what was asked and answered; and the answers of the engine while
+# it works.
 BENCHMARK_BYTES = 2**25
+ANSWERS_BYTES = 2**28
 PARQUET_FILE = "examples.parquet"
 R = TypeVar("R", bound=AnyEvaluationRequest)
 
@@ -96,7 +99,8 @@ def benchmark(context: Context, request: EvaluateBenchmarkRequest, submission_id
 def resources_of_benchmark(context: Context, request: EvaluateBenchmarkRequest) -> dict[str, Any]:
     """What a benchmark takes beside the model that serves: nothing but its driver, and room. Raises StorageFull."""
     work = jobs.work_folder(context.tenant, request.job_uuid)
-    quotas.require_room_for_job(context, kept=BENCHMARK_BYTES, temporary=BENCHMARK_BYTES, work=work)
+    temporary = BENCHMARK_BYTES + ANSWERS_BYTES
+    quotas.require_room_for_job(context, kept=BENCHMARK_BYTES, temporary=temporary, work=work)
     return {"workers": 0}
 
 
@@ -189,6 +193,7 @@ def _checked(context: Context, request: R) -> R:
         _check_judged(context, request)
     sampling_body(request.sampling_params)
     _require_each_once(request.metrics)
+    _require_likelihoods(context, request)
     request, found = datasets.accept(context, request, shape_of(request))
     for one in found:
         prompt_rows.require_unique_ids(context, one)
@@ -228,6 +233,19 @@ def _require_each_once(metrics: Sequence[str]) -> None:
             raise BadInput(f"the metric {str(metric)!r} is asked for twice; allowed: each once", param="metrics")
 
 
+def _require_likelihoods(context: Context, request: AnyEvaluationRequest) -> None:
+    """Raises BadInput for perplexity of a model that cannot tell the logprobs of a prompt: see serve_apps/llm.py."""
+    if "perplexity" not in request.metrics:
+        return
+    base = model_of(context, request.checkpoint).base
+    if base.adapters and not linear_modules(base):
+        raise BadInput(
+            f"the model {base.id!r} serves adapters, and its weights do not tell of which layers these may be, so that "
+            "it has no perplexity; allowed: other metrics, or adapters: 0 in the config",
+            param="metrics",
+        )
+
+
 def _function_question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
     case = function_calls.read(number, row)
     return Question(case.messages, json.dumps(case.expected), prompt_rows.id_of(number, row, dataset), case.functions)
@@ -248,8 +266,14 @@ def _question_with_reference(number: int, row: dict[str, Any], dataset: TrainEva
 def _require_room(context: Context, request: AnyEvaluationRequest, sizes: list[Size]) -> None:
     """Raises StorageFull unless there is room for the results, which repeat all messages.
 
-    They are written to the job's folder, and become an artifact at its end.
+    They are written to the job's folder, beside the log of its rows, and become an artifact at its end. Answers stand
+    in them twice too, as JSON and in Parquet.
     """
-    results = sum(3 * size.text + size.rows * RESULT_BYTES for size in sizes) + REPORT_BYTES
+    text, rows = sum(size.text for size in sizes), sum(size.rows for size in sizes)
+    most = request.sampling_params.max_tokens or model_of(context, request.checkpoint).base.context
+    has_opponent = isinstance(request, EvaluateJudgedRequest) and request.opponent is not None
+    answers = most * TOKEN_BYTES * (2 if has_opponent else 1)
+    log = 2 * text + rows * (answers + RESULT_BYTES)
+    results = 3 * text + rows * (2 * answers + RESULT_BYTES) + REPORT_BYTES
     work = jobs.work_folder(context.tenant, request.job_uuid)
-    quotas.require_room_for_job(context, kept=results, temporary=results, work=work)
+    quotas.require_room_for_job(context, kept=results, temporary=log + results, work=work)

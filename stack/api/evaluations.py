@@ -14,6 +14,8 @@ from stack.api.wire import Id, ModelId, Request, Wire, at_most, without_nul
 Checkpoint = Annotated[str, Field(min_length=1, max_length=4_096), AfterValidator(without_nul)]
 TaskName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 MAX_CHANGED = 100
+# lm-eval holds all that is asked of a task in memory, with what is answered.
+MAX_LIMIT = 100_000
 
 
 class QuestionAnsweringMetric(StrEnum):
@@ -132,7 +134,7 @@ class EvaluateBenchmarkRequest(Request):
     tasks: Annotated[list[TaskName], Field(min_length=1), at_most(100)]
     checkpoint: Checkpoint
     num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
     apply_chat_template: bool = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1_234
     priority: Priority = 0

@@ -252,6 +252,9 @@ def test_what_an_opponents_shields_do_not_pass_is_an_empty_answer(engine: Script
 def test_a_judge_that_does_not_say_fails_the_row(engine: ScriptedEngine) -> None:
     error = error_of("What is the capital of France?", Wanted(judge=JUDGE, rates=True))
     assert "the judge 'judge' gives no rating from 1 to 5" in error["message"]
+    error = error_of("What is the capital of France?", Wanted(judge=JUDGE, compares=True))
+    assert "the judge 'judge' prefers neither A nor B" in error["message"]
+    assert len(engine.asked) == 2 * 2, "it would say the same again"
 
 
 WEATHER = {

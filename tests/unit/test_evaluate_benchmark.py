@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from stack import evaluations
 from stack.api.evaluations import EvaluateBenchmarkRequest
@@ -284,6 +285,18 @@ def test_a_benchmark_of_what_is_not_served_is_refused(context: Context) -> None:
     with pytest.raises(NotFound) as caught:
         evaluations.benchmark(context, request("capitals", checkpoint="big"))
     assert caught.value.param == "checkpoint"
+
+
+def test_a_benchmark_needs_room_for_its_answers_too(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("stack.quotas.require_room_for_job", lambda _, kept, temporary, work: needed.append(temporary))
+    evaluations.resources_of_benchmark(context, request("capitals"))
+    assert needed == [evaluations.BENCHMARK_BYTES + evaluations.ANSWERS_BYTES]
+
+
+def test_a_benchmark_asks_no_more_than_lm_eval_can_hold() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 100000"):
+        request("capitals", limit=100_001)
 
 
 @pytest.mark.parametrize("task", ["", "../a", "a b", "/etc/passwd", "a,b"])
