@@ -389,9 +389,8 @@ def test_answers_count_by_the_length_that_they_may_have_and_twice_with_an_oppone
 def test_a_perplexity_that_the_model_cannot_have_is_refused(context: Context, home: Path, data: dict[str, Any]) -> None:
     """Weights that are packed (GPTQ, AWQ) have other names, from which no layers follow."""
     evaluations.text_generation(context, text_generation(data, job_uuid="first"))
-    save_file(
-        {"model.layers.0.mlp.up_proj.qweight": np.zeros((4, 4), np.int32)}, home / "models/small/model.safetensors"
-    )
+    packed = {"model.layers.0.mlp.up_proj.qweight": np.zeros((4, 4), np.int32)}
+    save_file(packed, home / "models" / "small" / "model.safetensors")
     with pytest.raises(BadInput, match="the model 'small' serves adapters, and its weights do not tell") as caught:
         evaluations.text_generation(context, text_generation(data))
     assert caught.value.param == "metrics"
