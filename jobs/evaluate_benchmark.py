@@ -155,7 +155,7 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
         found.pop(name, None)
     for config in found.get("configs", {}).values():
         for name in _OF_TASKS_FILES:
-            config.get("metadata", {}).pop(name, None)
+            (config.get("metadata") or {}).pop(name, None)
     told = json.dumps(found, indent=1, default=handle_non_serializable)
     (folder / "results.json").write_text(told.replace(f"{home()}/", ""))  # one's own tasks name their data
     for task, rows in samples.items():
