@@ -10,14 +10,13 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from functools import partial
 from typing import Any, ClassVar
 
 from jobs import dataset_source, driver, made_data
 from jobs.asking import Asker, asked, patiently
 from jobs.made_data import MadeData
-from jobs.row_log import Bounds, RowLog, fill, text_of, write_rows
+from jobs.row_log import Bounds, RowLog, complete, text_of, write_rows
 from stack import batch_inference, datasets, jobs, made_datasets
 from stack.api.batch_inference import BatchInferenceJobRequest, BatchKind
 from stack.api.datasets import TrainEvalDatasetColumnType as Kind
@@ -26,7 +25,7 @@ from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG, Checked
 from stack.errors import TooLarge
 from stack.inference import Answer, ask_chat, ask_text
-from stack.prompt_rows import MAX_ID
+from stack.row_ids import MAX_ID
 
 _ANSWER = {"id": Kind.text, "answer": Kind.text, "stop_reason": Kind.text}
 _TOKENS = {"prompt_tokens": Kind.number, "completion_tokens": Kind.number}
@@ -43,18 +42,13 @@ def answer_all(work: driver.Work, request: BatchInferenceJobRequest) -> driver.O
     context, started = work.context, time.time()
     checked = datasets.resolve(context, request.dataset)
     log = RowLog(work.folder / "rows.jsonl", size_of)
-    if len(log.rows):
-        print(f"going on from {len(log.rows)} of {checked.rows} rows")
-    if len(log.rows) < checked.rows:
-        shape = batch_inference.shape_of(request)
-        rows = partial(dataset_source.rows, context, checked, shape, but=log.rows)
-        told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
-        bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
-        try:
-            with closing(asked(rows, _ASKERS[request.kind], *told)) as answered:
-                fill(log, answered, checked.rows, work.reporter.metrics, bounds)
-        except TooLarge as error:
-            return _outcome(work, request, checked, log, started, error.message)
+    rows = partial(dataset_source.rows, context, checked, batch_inference.shape_of(request), but=log.rows)
+    told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
+    bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
+    try:
+        complete(log, lambda: asked(rows, _ASKERS[request.kind], *told), checked.rows, work.reporter.metrics, bounds)
+    except TooLarge as error:
+        return _outcome(work, request, checked, log, started, error.message)
     return _outcome(work, request, checked, log, started)
 
 

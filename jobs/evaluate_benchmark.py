@@ -5,8 +5,9 @@
 The file holds the body of POST /evaluate/benchmark/. Beside lm-eval's own tasks there are those in STACK_HOME/tasks,
 one YAML file each, which may name functions of a Python file beside it. Whoever may write there may run code.
 
-lm-eval asks by its `local-completions`, which speaks OpenAI's HTTP: it does so at a door of the job's own. It tokenizes
-by the model's own tokenizer, and where a task compares how likely continuations are, by the logprobs of prompts.
+lm-eval asks by its `local-completions`, which speaks OpenAI's HTTP: it does so at a door of the job's own, which keeps
+the answers, so that another attempt has them at once. It tokenizes by the model's own tokenizer, and where a task
+compares how likely continuations are, by the logprobs of prompts.
 """
 
 import json
@@ -15,18 +16,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import ray
+from transformers import AutoTokenizer
 
-from jobs import driver, engine_door
+from jobs import benchmark_report, driver, engine_door
+from jobs.kept_answers import KeptAnswers
 from stack import evaluations
 from stack.api.evaluations import EvaluateBenchmarkRequest
 from stack.config import home
 from stack.errors import BadInput
 from stack.models import Model
 
-# How many requests are with the engine at once, and how often one that failed is repeated.
+# How many requests are with the engine at once, and how often it is noted how many were answered.
 AT_ONCE = 16
-TRIES = 6
+NOTE_EVERY = 100
+# What lm-eval tells of the machine that it runs on, of itself and of each task, which is none of a tenant's business.
+_OF_THE_MACHINE = ("pretty_env_info", "upper_git_hash", "git_hash")
+_OF_TASKS_FILES = ("pretrained", "config_source")
 
 
 def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Outcome:
@@ -35,12 +42,21 @@ def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Ou
     model = evaluations.model_of(context, request.checkpoint)
     if not ray.is_initialized():
         ray.init()
-    with engine_door.opened(context) as door:
-        found = run(door, model, request, home() / "tasks")
+
+    def noted(count: int) -> None:
+        if count % NOTE_EVERY == 0:
+            work.reporter.metrics.log(count, [("answers", count)])
+
+    with KeptAnswers(work.folder / "answers") as kept_answers:
+        if len(kept_answers):
+            print(f"going on from {len(kept_answers)} answers")
+        with engine_door.opened(context, kept_answers, noted) as door:
+            found = run(door, model, request, home() / "tasks")
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
-    _write(results, found)
     figures = scores(found)
+    _write(results, found)
+    benchmark_report.write(results / "report.html", model.id, figures)
     work.reporter.metrics.log(0, figures.items())
     work.reporter.metrics.progress(len(request.tasks), len(request.tasks), "tasks", 0)
     name = evaluations.results_name(job.tenant, job.uuid)
@@ -52,19 +68,21 @@ def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Ou
 def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest, folder: Path) -> dict[str, Any]:
     """What lm-eval finds, in its own shape: `results`, `samples` and how it was done.
 
-    Raises BadInput for a task that is not known.
+    Raises BadInput for a task that is not known, and what kept the door from an answer.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
     from lm_eval.tasks import TaskManager
 
-    tasks = TaskManager(include_path=str(folder) if folder.is_dir() else None)
+    # Some tasks shape their data by the tokenizer of the model, which they find by this name.
+    about = {"pretrained": str(model.base.folder)}
+    tasks = TaskManager(include_path=str(folder) if folder.is_dir() else None, metadata=about)
     unknown = [name for name in request.tasks if name not in tasks.all_tasks]
     if unknown:
         own = sorted(file.stem for file in folder.glob("*.yaml"))
         raise BadInput(
-            f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(tasks.all_tasks)} tasks, or of those in "
-            f"{folder}: {', '.join(own) or 'none'}"
+            f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(tasks.all_tasks)} tasks, or of those in the "
+            f"stack's own folder {folder.name}: {', '.join(own) or 'none'}"
         )
     asked = LocalCompletionsAPI(
         base_url=f"{door.url}/v1/completions",
@@ -73,24 +91,43 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
         tokenizer=str(model.base.folder),
         tokenizer_backend="huggingface",
         max_length=model.base.context,
+        add_bos_token=_begins_with_bos(model.base.folder, request.apply_chat_template),
         num_concurrent=AT_ONCE,
-        max_retries=TRIES,
-        timeout=int(model.base.request_timeout_s),
+        # The door is as patient as one may be, and always answers.
+        max_retries=1,
+        timeout=0,
         seed=request.seed,
     )
-    found: dict[str, Any] = simple_evaluate(
-        model=asked,
-        tasks=list(request.tasks),
-        task_manager=tasks,
-        num_fewshot=request.num_fewshot,
-        limit=request.limit,
-        apply_chat_template=request.apply_chat_template,
-        random_seed=request.seed,
-        numpy_random_seed=request.seed,
-        torch_random_seed=request.seed,
-        fewshot_random_seed=request.seed,
-    )
+    try:
+        found: dict[str, Any] = simple_evaluate(
+            model=asked,
+            tasks=list(request.tasks),
+            task_manager=tasks,
+            num_fewshot=request.num_fewshot,
+            limit=request.limit,
+            apply_chat_template=request.apply_chat_template,
+            random_seed=request.seed,
+            numpy_random_seed=request.seed,
+            torch_random_seed=request.seed,
+            fewshot_random_seed=request.seed,
+        )
+    except aiohttp.ClientError as error:
+        if door.errors:
+            raise door.errors[0] from error
+        raise
     return found
+
+
+def _begins_with_bos(folder: Path, is_chat: bool) -> bool:
+    """Whether lm-eval's own backends put the token that begins a text before a prompt: where the tokenizer does so by
+    itself, unless the chat template has written it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = "a"
+    if is_chat:
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False)
+    if tokenizer.bos_token is None or prompt.startswith(tokenizer.bos_token):
+        return False
+    return bool(tokenizer(prompt).input_ids[:1] == [tokenizer.bos_token_id])
 
 
 def scores(found: dict[str, Any]) -> dict[str, float]:
@@ -114,7 +151,13 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
 
     (folder / "table.md").write_text(make_table(found), encoding="utf-8")
     samples = found.pop("samples", {})
-    (folder / "results.json").write_text(json.dumps(found, indent=1, default=handle_non_serializable))
+    for name in _OF_THE_MACHINE:
+        found.pop(name, None)
+    for config in found.get("configs", {}).values():
+        for name in _OF_TASKS_FILES:
+            (config.get("metadata") or {}).pop(name, None)
+    told = json.dumps(found, indent=1, default=handle_non_serializable)
+    (folder / "results.json").write_text(told.replace(f"{home()}/", ""))  # one's own tasks name their data
     for task, rows in samples.items():
         lines = (json.dumps(row, default=handle_non_serializable) + "\n" for row in rows)
         (folder / f"samples_{task}.jsonl").write_text("".join(lines))

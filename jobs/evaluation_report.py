@@ -13,8 +13,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from jobs.evaluation_results import Summary, whole_lines
+from jobs.evaluation_results import Summary
 from jobs.report import BLUE, ORANGE, row, svg, texts_row, write_page
+from jobs.row_log import lines_of
 from stack.intervals import Estimate, aggregate
 
 # How many of the worst examples are shown, and of those that failed; and how much of each text.
@@ -79,7 +80,7 @@ def _shown(file: Path, summary: Summary) -> Shown:
         name: _least(file, name, 1 if aggregate(name).higher_is_better else -1) for name in list(summary.estimates)[:1]
     }
     failed: list[dict[str, Any]] = []
-    for number, example in enumerate(whole_lines(file)):
+    for number, example in enumerate(lines_of(file)):
         if example["error"] and len(failed) < WORST:
             failed.append(example)
         if number % step == 0:
@@ -90,7 +91,7 @@ def _shown(file: Path, summary: Summary) -> Shown:
 
 
 def _least(file: Path, name: str, sign: int) -> list[dict[str, Any]]:
-    scored = (example for example in whole_lines(file) if name in example)
+    scored = (example for example in lines_of(file) if name in example)
     return heapq.nsmallest(WORST, scored, key=lambda example: (sign * example[name], example["row"]))
 
 

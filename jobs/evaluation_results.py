@@ -1,12 +1,8 @@
-"""The results of an evaluation: its examples in a file, and what they come to.
+"""The results of an evaluation: its examples in a file of JSON Lines and as Parquet, and what they come to."""
 
-While an evaluation runs, each answered example is a line of JSON, so that another attempt goes on from there. At its
-end the same rows are written as Parquet too.
-"""
-
-import json
+import hashlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +13,9 @@ import pyarrow
 import pyarrow.parquet
 
 from jobs import scores
+from jobs.row_log import lines_of
 from stack import intervals
-from stack.api.evaluations import AnyEvaluationRequest
+from stack.api.evaluations import AnyEvaluationRequest, EvaluateJudgedRequest
 from stack.evaluations import PARQUET_FILE
 from stack.intervals import Estimate
 
@@ -44,7 +41,8 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are from the first question to the last answer."""
+    missing. `seconds` are from the first question to the last answer of those that have not failed. `judged` says by
+    whom, against whom and by the hash of which rubric, where a judge has."""
 
     task: str
     model: str
@@ -57,6 +55,7 @@ class Summary:
     completion_tokens: int
     seconds: float
     bleu_signature: str | None
+    judged: dict[str, str | None]
 
     def figures(self) -> dict[str, float]:
         """All that are numbers, as metrics of the job's run."""
@@ -69,50 +68,22 @@ class Summary:
     def kept(self) -> dict[str, Any]:
         """What the job's row keeps of it, by which it can be compared with another one."""
         about = dict(task=self.task, model=self.model, dataset_sha256=self.dataset_sha256, scores=[*self.estimates])
-        return about | ({"bleu_signature": self.bleu_signature} if self.bleu_signature else {})
+        return about | ({"bleu_signature": self.bleu_signature} if self.bleu_signature else {}) | self.judged
 
 
-def whole_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The examples in a file; a line that a lost attempt did not finish is cut off."""
-    if not file.exists():
-        return
-    with file.open("rb+") as lines:
-        end = 0
-        while (line := lines.readline()).endswith(b"\n"):
-            end += len(line)
-            yield json.loads(line)
-        lines.truncate(end)
-
-
-def keep_answered(file: Path) -> frozenset[int]:
-    """The rows that earlier attempts have answered. Those that failed are taken out of the file, to be asked again."""
-    answered = set()
-    has_failed = False
-    part = file.with_suffix(".part")
-    with part.open("w") as lines:
-        for example in whole_lines(file):
-            if example["error"]:
-                has_failed = True
-                continue
-            answered.add(example["row"])
-            lines.write(json.dumps(example) + "\n")
-    if has_failed:
-        part.replace(file)
-    else:
-        part.unlink()
-    return frozenset(answered)
-
-
-def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str) -> Summary:
-    """Adds up the examples in a file."""
+def summarize(
+    request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str, opponent: str | None = None
+) -> Summary:
+    """Adds up the examples in a file. `opponent` is the id of the model that the answers were compared with."""
     columns = {name: array("d") for name in scores.columns(request.metrics)}
     sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
     first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
-    for example in whole_lines(file):
+    for example in lines_of(file):
         examples += 1
         failed += bool(example["error"])
         violations += bool(example["shield_violation"])
-        first, last = min(first, example["started"]), max(last, example["ended"])
+        if not example["error"]:
+            first, last = min(first, example["started"]), max(last, example["ended"])
         for name in sums:
             sums[name] += example[name]
         for name, column in columns.items():
@@ -125,16 +96,24 @@ def summarize(request: AnyEvaluationRequest, file: Path, model: str, dataset_sha
         examples=examples,
         failed=failed,
         shield_violations=violations,
-        seconds=last - first,
+        seconds=last - first if failed < examples else 0.0,
         bleu_signature=scores.bleu_signature() if "bleu" in request.metrics else None,
+        judged=_judged(request, opponent),
         **sums,
     )
+
+
+def _judged(request: AnyEvaluationRequest, opponent: str | None) -> dict[str, str | None]:
+    if not isinstance(request, EvaluateJudgedRequest):
+        return {}
+    rubric = hashlib.sha256(request.rubric.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"judge": request.judge, "opponent": opponent, "rubric_sha256": rubric}
 
 
 def write_parquet(file: Path, metrics: Sequence[str]) -> None:
     """Writes the examples in a file of JSON Lines as Parquet beside it, a batch at a time."""
     schema = pyarrow.schema([*_COLUMNS.items(), *((name, pyarrow.float64()) for name in scores.columns(metrics))])
-    examples = whole_lines(file)
+    examples = lines_of(file)
     with pyarrow.parquet.ParquetWriter(file.with_name(PARQUET_FILE), schema, compression="zstd") as writer:
         while batch := list(islice(examples, BATCH_ROWS)):
             writer.write_table(pyarrow.Table.from_pylist([_as_utf8(example) for example in batch], schema))

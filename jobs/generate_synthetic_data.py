@@ -15,7 +15,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ import ray.data
 from jobs import dataset_source, driver, grown_prompts, made_data
 from jobs.asking import Asker, asked, patiently
 from jobs.made_data import MadeData
-from jobs.row_log import Bounds, RowLog, fill, text_of, write_rows
+from jobs.row_log import Bounds, RowLog, complete, text_of, write_rows
 from stack import datasets, jobs, made_datasets, question_pairs, synthetic_data_generation, synthetic_rows
 from stack.api.messages import CompletionMessage, UserMessage
 from stack.api.synthetic_data_generation import PromptSource, SyntheticDataJobRequest
@@ -59,17 +58,13 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     request = synthetic_data_generation.with_models(context, request)
     log = RowLog(work.folder / "rows.jsonl", partial(size_of, request))
     prompts = _prompts(work, request, log)
-    if len(log.rows):
-        print(f"going on from {len(log.rows)} of {prompts.total} rows")
-    if len(log.rows) < prompts.total:
-        told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
-        asker = AskAboutPassages if request.source == PromptSource.documents else Generate
-        bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
-        try:
-            with closing(asked(prompts.rows, asker, *told)) as answered:
-                fill(log, answered, prompts.total, work.reporter.metrics, bounds)
-        except TooLarge as error:
-            return _outcome(work, request, prompts, log, started, error.message)
+    told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
+    asker = AskAboutPassages if request.source == PromptSource.documents else Generate
+    bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
+    try:
+        complete(log, lambda: asked(prompts.rows, asker, *told), prompts.total, work.reporter.metrics, bounds)
+    except TooLarge as error:
+        return _outcome(work, request, prompts, log, started, error.message)
     return _outcome(work, request, prompts, log, started)
 
 

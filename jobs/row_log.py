@@ -6,7 +6,8 @@ it or why nothing did. No row has two lines, and of all rows only the numbers ar
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 
 from jobs.reporter import Metrics, resources
-from stack.errors import BadInput, TooLarge
+from stack.errors import BadInput, TooLarge, Unavailable
 
 # How many rows are written at once, and how often it is noted how far a job is.
 WRITE_ROWS = 32
@@ -51,10 +52,10 @@ class RowNumbers:
 
 @dataclass(frozen=True)
 class Bounds:
-    """How many of a job's rows may fail, and how many bytes may be made of the others."""
+    """How many of a job's rows may fail, and how many bytes may be made of the others, if that is bounded."""
 
     failed: int
-    bytes: int
+    bytes: int | None = None
 
 
 class RowLog:
@@ -102,7 +103,7 @@ class RowLog:
         if self.failed > bounds.failed:
             many = f"{self.failed} rows have failed; allowed: max_failed_rows, {bounds.failed}; the first of them: "
             raise BadInput((many if bounds.failed else "") + (self.first_error or ""))
-        if self.bytes > bounds.bytes:
+        if bounds.bytes is not None and self.bytes > bounds.bytes:
             raise TooLarge(
                 f"what is made of {len(self.rows)} rows has {self.bytes} bytes; allowed: max_dataset_bytes, "
                 f"{bounds.bytes}; take fewer rows for a job"
@@ -141,6 +142,22 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> int:
             lines.write(text_of(row))
             count += 1
     return count
+
+
+def complete(
+    log: RowLog, ask: Callable[[], Generator[dict[str, Any]]], total: int, metrics: Metrics, bounds: Bounds
+) -> None:
+    """Adds the rows that a log has not yet of `total`, as `ask` has them answered, if there are any.
+
+    Raises as `fill` does, and Unavailable where some have come to nothing: another attempt may go well.
+    """
+    if len(log.rows):
+        print(f"going on from {len(log.rows)} of {total} rows")
+    if len(log.rows) < total:
+        with closing(ask()) as answered:
+            fill(log, answered, total, metrics, bounds)
+    if len(log.rows) < total:
+        raise Unavailable(f"{total - len(log.rows)} of {total} rows have no answer")
 
 
 def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: Metrics, bounds: Bounds) -> None:

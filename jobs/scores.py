@@ -4,7 +4,7 @@
   them.
 - rouge: the F1 of unigrams, bigrams and the longest common subsequence, of the whole (rougeL) and line by line
   (rougeLsum), as rouge-score has them (Lin 2004). Its words are of the letters a to z and digits: other scripts have
-  none.
+  none. It has a table of each word beside each.
 - bleu: sacrebleu's, with its defaults (Papineni et al. 2002; Post 2018). Of a set it is that of the corpus, which
   follows from the counts of n-grams; of a single answer it is of the orders that the answer is long enough for.
 - perplexity: exp of the negative log likelihood of a reference's tokens, given the prompt, per token. Of a set it is
@@ -15,13 +15,18 @@
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenize import tokenize
 from sacrebleu.metrics.bleu import BLEU
 from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
+from stack.errors import BadInput
 from stack.intervals import BLEU_COLUMNS, MAX_EXPONENT, aggregate
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+# How many places the table of ROUGE may have, of 8 bytes each.
+MAX_ROUGE_PLACES = 20_000_000
 # The metrics of which there are several scores.
 _SEVERAL = {"rouge": ROUGE, "win_rate": ("win_rate", "consistent")}
 # Of a reference and an answer, the values of some columns.
@@ -44,6 +49,16 @@ def scorers(metrics: Sequence[str]) -> list[Scorer]:
     return [_SCORERS[metric]() for metric in metrics if metric in _SCORERS]
 
 
+def require_rouge(reference: str, answer: str) -> None:
+    """Raises BadInput for texts that are too long for ROUGE."""
+    words, others = len(tokenize(reference, None)), len(tokenize(answer, None))
+    if words * others > MAX_ROUGE_PLACES:
+        raise BadInput(
+            f"the reference has {words} words and the answer {others}, of which rouge compares each with each; "
+            f"allowed: {MAX_ROUGE_PLACES} pairs"
+        )
+
+
 def perplexity(nll: float, tokens: int) -> dict[str, float]:
     """The columns of a reference that has so many tokens and this negative log likelihood."""
     # An engine says -9999 for no probability at all, whose exp is beyond what a float holds.
@@ -52,9 +67,9 @@ def perplexity(nll: float, tokens: int) -> dict[str, float]:
 
 def win_rate(shown_first: float, shown_second: float) -> dict[str, float]:
     """The columns of an answer that a judge prefers to another one with these probabilities, as it was shown first and
-    second: it wins or loses where both say so, and else its place has decided."""
-    wins = [float(shown_first > 0.5), float(shown_second > 0.5)]
-    return {"win_rate": sum(wins) / 2, "consistent": float(wins[0] == wins[1])}
+    second: it wins, loses or ties each time. Where the two differ its place has decided."""
+    first, second = ((1 + np.sign(probability - 0.5)) / 2 for probability in (shown_first, shown_second))
+    return {"win_rate": float(first + second) / 2, "consistent": float(first == second)}
 
 
 def bleu_signature() -> str:

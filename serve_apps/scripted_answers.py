@@ -22,7 +22,8 @@ class Answer:
     `logprobs` is how many likely tokens are reported for each token; None reports nothing. `stop_reason` is the stop
     token or text that ended it, where it was one that is told. `forced` are the words behind the prompt's own tokens
     where the logprobs of a prompt are asked for, `echoed` the tokens of the one prompt that is to be repeated, of which
-    the logprobs are told like those of the answer.
+    the logprobs are told like those of the answer. With `has_token_ids` those of a chat's prompt are told: numbers that
+    rise.
     """
 
     endpoint: Endpoint
@@ -35,6 +36,7 @@ class Answer:
     stop_reason: int | str | None = None
     forced: tuple[str, ...] | None = None
     echoed: tuple[str, ...] = ()
+    has_token_ids: bool = False
 
     def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
@@ -42,7 +44,7 @@ class Answer:
         shape = {"message": {"role": "assistant", "content": text}} if self.endpoint == "chat" else {"text": text}
         choice = shape | self._end() | self._logprobs(self.tokens)
         shape = self._shape("", [choice | {"index": index} for index in range(self.choices)])
-        return shape | {"usage": self._usage()} | self._prompt_logprobs()
+        return shape | {"usage": self._usage()} | self._prompt_logprobs() | self._prompt_token_ids()
 
     def events(self) -> Iterator[str]:
         """The answer as server-sent events: one item for each token, then the end with the usage, then [DONE]."""
@@ -81,6 +83,11 @@ class Answer:
         told = [{str(index): _told(word)} for index, word in enumerate(words)]
         return {"prompt_logprobs": [None, *told]}
 
+    def _prompt_token_ids(self) -> dict[str, Any]:
+        if not self.has_token_ids or self.endpoint != "chat":
+            return {}
+        return {"prompt_token_ids": list(range(PROMPT_TOKENS + len(self.forced or ())))}
+
     def _logprobs(self, tokens: tuple[str, ...]) -> dict[str, Any]:
         """The logprobs of tokens in vLLM's shape of each endpoint, if the request asks for them."""
         if self.logprobs is None:
@@ -114,6 +121,7 @@ def answer_to(
         stop_reason=stop_reason,
         forced=tuple(text_of(body).split()) if body.get("prompt_logprobs") is not None else None,
         echoed=tuple(map(str, _tokens_of(body))) if body.get("echo") else (),
+        has_token_ids=bool(body.get("return_token_ids")),
     )
 
 

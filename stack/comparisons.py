@@ -28,12 +28,20 @@ from stack.api.jobs import JobStatus
 from stack.context import Context
 from stack.errors import BadInput, Conflict, StackError, TooLarge
 
-# A request is answered while it waits.
-MAX_EXAMPLES = 1_000_000
+# A request is answered while it waits: by a thread of the gateway, which has others to answer.
+MAX_EXAMPLES = 200_000
 # What is told of a text.
 MAX_TEXT = 2_000
 # Whose value of an example is 0 or 1.
 BINARY = ("em", "ast")
+# What else a score depends on, by the names under which jobs keep it. It must be the same in both evaluations.
+_JUDGED = ("judge", "rubric_sha256")
+_DEPENDS_ON = {
+    "bleu": ("bleu_signature",),
+    "rating": _JUDGED,
+    "win_rate": (*_JUDGED, "opponent"),
+    "consistent": (*_JUDGED, "opponent"),
+}
 Array = NDArray[np.float64]
 
 
@@ -66,8 +74,8 @@ class _Scored:
 def compare(context: Context, request: CompareEvaluationsRequest) -> CompareEvaluationsResponse:
     """Compares two completed evaluations.
 
-    Raises NotFound, Conflict for one that is not completed or of another data set, BadInput where they have nothing
-    that could be compared, and TooLarge.
+    Raises NotFound, Conflict for one that is not completed, of another data set or by another judge, BadInput where
+    they have nothing that could be compared, and TooLarge.
     """
     first = _completed(context, request.first, "first")
     second = _completed(context, request.second, "second")
@@ -126,12 +134,25 @@ def _common_scores(first: _Evaluation, second: _Evaluation) -> list[str]:
         )
     scores, others = first.about["scores"], second.about["scores"]
     if common := [name for name in scores if name in others]:
+        _require_same_measure(common, first, second)
         return common
     raise BadInput(
         f"the evaluations have no score in common: {first.uuid!r} has {_listed(scores)}, {second.uuid!r} "
         f"{_listed(others)}; allowed: two with one in common",
         param="second",
     )
+
+
+def _require_same_measure(scores: Sequence[str], first: _Evaluation, second: _Evaluation) -> None:
+    for score in scores:
+        for what in _DEPENDS_ON.get(score, ()):
+            one, other = first.about.get(what), second.about.get(what)
+            if one != other:
+                raise Conflict(
+                    f"the evaluations have not the same {score}: the {what} of {first.uuid!r} is {one!r}, that of "
+                    f"{second.uuid!r} {other!r}; allowed: two with the same",
+                    param="second",
+                )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -29,7 +29,7 @@ from stack.dataset_content import Content, opened
 from stack.dataset_files import Numbered, format_of, is_finite_number, read
 from stack.errors import BadInput, Conflict, NotFound, StackError
 from stack.inference import openai_message
-from stack.seen_ids import SeenIds
+from stack.row_ids import ID, SeenIds, id_of
 from stack.store import now
 from stack.store.datasets import FIELDS
 
@@ -65,14 +65,14 @@ class Shape(Generic[T]):
     """What is wanted of each row of a data set.
 
     `columns_problem` says what is missing of the columns, if anything is. `read` makes of a row, by its number, what is
-    wanted, or raises BadInput, naming the row. With `of_examples` every row that is an example fits. `id_of` is the id
-    of a row, if it has one: no two rows may have the same.
+    wanted, or raises BadInput, naming the row. With `of_examples` every row that is an example fits. With
+    `unique_ids` no two rows may have the same id.
     """
 
     columns_problem: Callable[[TrainEvalDataset], str | None]
     read: Callable[[int, dict[str, Any], TrainEvalDataset], T]
     of_examples: bool = False
-    id_of: Callable[[int, dict[str, Any], TrainEvalDataset], str | None] | None = None
+    unique_ids: bool = False
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,8 @@ def _references(request: Request) -> dict[str, TrainEvalDataset | str]:
 def _registered_of_shape(context: Context, registered: RegisteredDataset, shape: Shape[Any]) -> Checked:
     found = Checked(_described(registered), registered.rows, registered.bytes, registered.sha256)
     _require_columns(found.dataset, shape)
-    if registered.examples and shape.of_examples:
+    has_ids = shape.unique_ids and ID in found.dataset.columns
+    if registered.examples and shape.of_examples and not has_ids:
         _require_untouched(context, registered)
     else:
         with SeenIds() as seen:
@@ -448,8 +449,8 @@ def _misfit(
 ) -> str | None:
     try:
         shape.read(number, row, dataset)
-        if shape.id_of is not None and (name := shape.id_of(number, row, dataset)) is not None:
-            seen.add(number, name)
+        if shape.unique_ids and ID in dataset.columns:
+            seen.add(number, id_of(number, row, dataset))
     except BadInput as error:
         return error.message
     return None

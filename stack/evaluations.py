@@ -1,13 +1,12 @@
 """Evaluations: what is checked before a job is accepted, and what a finished one has found."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from stack import datasets, function_calls, jobs, quotas
-from stack.api.datasets import TrainEvalDataset, TrainEvalDatasetColumnType
+from stack.api.datasets import TrainEvalDataset
 from stack.api.evaluations import (
     AnyEvaluationRequest,
     EvaluateBenchmarkRequest,
@@ -22,34 +21,36 @@ from stack.api.evaluations import (
     JudgedMetric,
 )
 from stack.api.jobs import ArtifactFile, JobStatus
+from stack.batch_inference import TOKEN_BYTES
 from stack.config import Judge
 from stack.context import Context
-from stack.datasets import Checked, Example, Shape, Size
+from stack.datasets import Example, Shape, Size
 from stack.errors import BadInput, NotFound, StackError
 from stack.inference import sampling_body
 from stack.models import Model
-from stack.post_training import whole_model_of
+from stack.post_training import linear_modules, whole_model_of
+from stack.row_ids import id_of
 from stack.store import Job
 
 KINDS = (
     *(jobs.EVALUATE, jobs.EVALUATE_SUMMARIZATION, jobs.EVALUATE_TEXT_GENERATION),
     *(jobs.EVALUATE_JUDGED, jobs.EVALUATE_BENCHMARK, jobs.EVALUATE_FUNCTION_CALLING),
 )
-# What the worker that asks the questions reserves.
-ASKER_CPUS = 0.25
 # What the results say of each example beside its messages, about: an answer, scores, times; and the report with its
 # plots. The messages stand in the results as JSON, with other letters escaped, and once more in Parquet.
 RESULT_BYTES = 1_536
 REPORT_BYTES = 2**18
-# What a benchmark keeps, about: lm-eval's results, and what was asked and answered.
+# What a benchmark keeps, about: lm-eval's results, and what was asked and answered; and the answers of the engine while
+# it works.
 BENCHMARK_BYTES = 2**25
+ANSWERS_BYTES = 2**28
 PARQUET_FILE = "examples.parquet"
 R = TypeVar("R", bound=AnyEvaluationRequest)
 
 
 @dataclass(frozen=True)
 class Question(Example):
-    """An example with its id: that of its column `id`, if there is one of texts or numbers, or the row's number.
+    """An example with its id: that of its column `id`, if there is one, or the row's number.
 
     Where a model may call `functions`, in BFCL's format, the answer is the calls that are expected, as JSON.
     """
@@ -99,7 +100,8 @@ def benchmark(context: Context, request: EvaluateBenchmarkRequest, submission_id
 def resources_of_benchmark(context: Context, request: EvaluateBenchmarkRequest) -> dict[str, Any]:
     """What a benchmark takes beside the model that serves: nothing but its driver, and room. Raises StorageFull."""
     work = jobs.work_folder(context.tenant, request.job_uuid)
-    quotas.require_room_for_job(context, kept=BENCHMARK_BYTES, temporary=BENCHMARK_BYTES, work=work)
+    temporary = BENCHMARK_BYTES + ANSWERS_BYTES
+    quotas.require_room_for_job(context, kept=BENCHMARK_BYTES, temporary=temporary, work=work)
     return {"workers": 0}
 
 
@@ -109,7 +111,7 @@ def resources(context: Context, request: AnyEvaluationRequest) -> dict[str, Any]
     Raises StorageFull where there is no room for it: there may have been more when it was accepted.
     """
     _require_room(context, request, datasets.sizes_before_reading(context, request))
-    return {"workers": 1, "per_worker": {"CPU": ASKER_CPUS}}
+    return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
 
 
 def list_jobs(
@@ -148,12 +150,12 @@ def judge_of(request: EvaluateJudgedRequest) -> Judge:
 def shape_of(request: AnyEvaluationRequest) -> Shape[Question]:
     """What is wanted of each row of the data set of an evaluation."""
     if isinstance(request, EvaluateFunctionCallingRequest):
-        return Shape(function_calls.columns_problem, _function_question)
+        return Shape(function_calls.columns_problem, _function_question, unique_ids=True)
     judges_references = isinstance(request, EvaluateJudgedRequest) and _compares_with_references(request)
     # Some questions have no answer, and a judge may need none.
     if isinstance(request, EvaluateQuestionAnsweringRequest | EvaluateJudgedRequest) and not judges_references:
-        return Shape(datasets.EXAMPLES.columns_problem, _question, of_examples=True)
-    return Shape(datasets.EXAMPLES.columns_problem, _question_with_reference)
+        return Shape(datasets.EXAMPLES.columns_problem, _question, of_examples=True, unique_ids=True)
+    return Shape(datasets.EXAMPLES.columns_problem, _question_with_reference, unique_ids=True)
 
 
 def job_status(context: Context, job_uuid: str) -> EvaluationJobStatusResponse:
@@ -181,7 +183,7 @@ def _accept(context: Context, kind: str, request: R, submission_id: str | None) 
     request = _checked(context, request) if known is None else datasets.as_accepted(request, known.request)
     return jobs.submit(
         context, kind, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[{"CPU": ASKER_CPUS}], submission_id=submission_id,
+        bundles=[{"CPU": jobs.ASKER_CPUS}], submission_id=submission_id,
     )  # fmt: skip
 
 
@@ -192,9 +194,8 @@ def _checked(context: Context, request: R) -> R:
         _check_judged(context, request)
     sampling_body(request.sampling_params)
     _require_each_once(request.metrics)
+    _require_likelihoods(context, request)
     request, found = datasets.accept(context, request, shape_of(request))
-    for one in found:
-        _require_different_ids(context, one)
     _require_room(context, request, [datasets.size(context, one) for one in found])
     return request
 
@@ -231,35 +232,27 @@ def _require_each_once(metrics: Sequence[str]) -> None:
             raise BadInput(f"the metric {str(metric)!r} is asked for twice; allowed: each once", param="metrics")
 
 
-def _require_different_ids(context: Context, checked: Checked) -> None:
-    """Raises BadInput for two rows with the same id. Of each, a short hash is in memory."""
-    if not _has_ids(checked.dataset):
+def _require_likelihoods(context: Context, request: AnyEvaluationRequest) -> None:
+    """Raises BadInput for perplexity of a model that cannot tell the logprobs of a prompt: see serve_apps/llm.py."""
+    if "perplexity" not in request.metrics:
         return
-    seen: dict[bytes, int] = {}
-    for number, row in datasets.rows(context, checked):
-        named = str(row["id"])
-        digest = hashlib.blake2b(named.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if (before := seen.setdefault(digest, number)) != number:
-            raise BadInput(f"the rows {before} and {number} have the same id, {named[:100]!r}; allowed: different ones",
-                           param="dataset")  # fmt: skip
-
-
-def _has_ids(dataset: TrainEvalDataset) -> bool:
-    return dataset.columns.get("id") in (TrainEvalDatasetColumnType.text, TrainEvalDatasetColumnType.number)
-
-
-def _id_of(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> str:
-    return str(row["id"]) if _has_ids(dataset) else str(number)
+    base = model_of(context, request.checkpoint).base
+    if base.adapters and not linear_modules(base):
+        raise BadInput(
+            f"the model {base.id!r} serves adapters, and its weights do not tell of which layers these may be, so that "
+            "it has no perplexity; allowed: other metrics, or adapters: 0 in the config",
+            param="metrics",
+        )
 
 
 def _function_question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
     case = function_calls.read(number, row)
-    return Question(case.messages, json.dumps(case.expected), _id_of(number, row, dataset), case.functions)
+    return Question(case.messages, json.dumps(case.expected), id_of(number, row, dataset), case.functions)
 
 
 def _question(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
     example = datasets.EXAMPLES.read(number, row, dataset)
-    return Question(example.messages, example.answer, _id_of(number, row, dataset))
+    return Question(example.messages, example.answer, id_of(number, row, dataset))
 
 
 def _question_with_reference(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> Question:
@@ -272,8 +265,14 @@ def _question_with_reference(number: int, row: dict[str, Any], dataset: TrainEva
 def _require_room(context: Context, request: AnyEvaluationRequest, sizes: list[Size]) -> None:
     """Raises StorageFull unless there is room for the results, which repeat all messages.
 
-    They are written to the job's folder, and become an artifact at its end.
+    They are written to the job's folder, beside the log of its rows, and become an artifact at its end. Answers stand
+    in them twice too, as JSON and in Parquet.
     """
-    results = sum(3 * size.text + size.rows * RESULT_BYTES for size in sizes) + REPORT_BYTES
+    text, rows = sum(size.text for size in sizes), sum(size.rows for size in sizes)
+    most = request.sampling_params.max_tokens or model_of(context, request.checkpoint).base.context
+    has_opponent = isinstance(request, EvaluateJudgedRequest) and request.opponent is not None
+    answers = most * TOKEN_BYTES * (2 if has_opponent else 1)
+    log = 2 * text + rows * (answers + RESULT_BYTES)
+    results = 3 * text + rows * (2 * answers + RESULT_BYTES) + REPORT_BYTES
     work = jobs.work_folder(context.tenant, request.job_uuid)
-    quotas.require_room_for_job(context, kept=results, temporary=results, work=work)
+    quotas.require_room_for_job(context, kept=results, temporary=log + results, work=work)

@@ -4,7 +4,7 @@ PROMPTS are dialogs of text alone: a column of type dialog, of which the message
 ends with one, or a text in the column prompt. CHATS may hold attachments, too. TEXTS are in a column of type text,
 `text` or `prompt`.
 
-A row's id is what stands in the column `id`, of type text or number, or else its number. No two rows may have the same.
+No two rows may have the same id.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,9 @@ from stack.api.datasets import TrainEvalDataset, TrainEvalDatasetColumnType
 from stack.api.messages import CompletionMessage, SystemMessage
 from stack.datasets import DIALOG, Shape, columns_of, dialog_column, plain
 from stack.errors import BadInput
+from stack.row_ids import ID, id_of
 
 _TEXT, _NUMBER = TrainEvalDatasetColumnType.text, TrainEvalDatasetColumnType.number
-ID = "id"
-MAX_ID = 1_000
 Row = dict[str, Any]
 
 
@@ -33,21 +32,6 @@ class Prompt:
 class Text:
     id: str
     text: str
-
-
-def id_of(number: int, row: Row, dataset: TrainEvalDataset) -> str:
-    """The id of a row. Raises BadInput for one that is none."""
-    if ID not in dataset.columns:
-        return str(number)
-    value = row[ID]
-    name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-    if not 0 < len(name) <= MAX_ID:
-        raise BadInput(f"row {number}: the id has {len(name)} characters; allowed: 1 to {MAX_ID}")
-    return name
-
-
-def _given_id(number: int, row: Row, dataset: TrainEvalDataset) -> str | None:
-    return id_of(number, row, dataset) if ID in dataset.columns else None
 
 
 def _ids_problem(dataset: TrainEvalDataset) -> str | None:
@@ -109,6 +93,6 @@ def _not_empty(number: int, column: str, text: str) -> str:
     return text
 
 
-PROMPTS = Shape(_prompt_columns_problem, _read_prompt, id_of=_given_id)
-CHATS = Shape(_prompt_columns_problem, _read_chat, id_of=_given_id)
-TEXTS = Shape(_text_columns_problem, _read_text, id_of=_given_id)
+PROMPTS = Shape(_prompt_columns_problem, _read_prompt, unique_ids=True)
+CHATS = Shape(_prompt_columns_problem, _read_chat, unique_ids=True)
+TEXTS = Shape(_text_columns_problem, _read_text, unique_ids=True)

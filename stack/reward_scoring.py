@@ -18,7 +18,7 @@ from stack.batch_inference import AT_ONCE, PatientEngine
 from stack.config import Judge, RewardModel
 from stack.context import Context
 from stack.datasets import plain
-from stack.errors import BadInput, EngineFailed, NotFound
+from stack.errors import BadInput, NotFound
 from stack.prompt_formats import template_messages
 
 # How many of the likeliest tokens an engine tells.
@@ -29,7 +29,7 @@ async def score(context: Context, request: RewardScoringRequest) -> RewardScorin
     """The score of each generation as the next message of its dialog; those below the threshold are left out.
 
     Raises NotFound for an unknown model, BadInput for one that gives no rewards and, by its place, for a generation
-    that cannot be scored, EngineFailed for a judge that gives no rating, Unavailable.
+    that cannot be scored, or of which a judge gives no rating, EngineFailed, Unavailable.
     """
     model = await context.models.find_reward_model(request.model)
     rows = await asyncio.to_thread(_rows, request)
@@ -62,20 +62,20 @@ async def prefer(context: Context, judge: Judge, messages: list[dict[str, Any]],
     tokens = await _first_tokens(context, judge, _choice(judge, messages, first, second))
     weights = _probabilities(tokens, ("A", "B"))
     if weights is None:
-        raise EngineFailed(f"the judge {judge.id!r} prefers neither A nor B: it would begin with {_likely(tokens)}")
+        raise BadInput(f"the judge {judge.id!r} prefers neither A nor B: it would begin with {_likely(tokens)}")
     return weights["A"]
 
 
 def expected_rating(judge: Judge, top_tokens: list[dict[str, Any]]) -> float:
     """The mean of the ratings, weighted with the probabilities of their tokens among an answer's likeliest first ones.
 
-    Raises EngineFailed where no rating is among them.
+    Raises BadInput where no rating is among them: so it is each time that the judge is asked.
     """
     weights = _probabilities(top_tokens, [str(rating) for rating in range(judge.lowest, judge.highest + 1)])
     if weights is None:
         ratings = f"{judge.lowest} to {judge.highest}"
         likely = _likely(top_tokens)
-        raise EngineFailed(f"the judge {judge.id!r} gives no rating from {ratings}: it would begin with {likely}")
+        raise BadInput(f"the judge {judge.id!r} gives no rating from {ratings}: it would begin with {likely}")
     return sum(int(rating) * weight for rating, weight in weights.items())
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from stack.api.batch_inference import MAX_FAILED_ROWS
 from stack.api.datasets import DatasetReference
 from stack.api.inference import SamplingParams
 from stack.api.jobs import ArtifactFile, JobEntry, JobState, Priority
@@ -13,6 +14,8 @@ from stack.api.wire import Id, ModelId, Request, Wire, at_most, without_nul
 Checkpoint = Annotated[str, Field(min_length=1, max_length=4_096), AfterValidator(without_nul)]
 TaskName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 MAX_CHANGED = 100
+# lm-eval holds all that is asked of a task in memory, with what is answered.
+MAX_LIMIT = 100_000
 
 
 class QuestionAnsweringMetric(StrEnum):
@@ -40,8 +43,8 @@ class TextGenerationMetric(StrEnum):
 class JudgedMetric(StrEnum):
     """How a judge rates an answer from 1 to 5, and how often it prefers it to another one.
 
-    `win_rate` counts an answer that is preferred in whichever order the two are shown as 1, one that is preferred in
-    neither as 0, and one whose place decides as 0.5; `consistent` is how often the place does not decide.
+    The two are shown in both orders, in each of which the answer wins (1), loses (0) or ties (0.5). `win_rate` is the
+    mean of that; `consistent` is how often both orders say the same, so that the place does not decide.
     """
 
     rating = "rating"
@@ -58,8 +61,8 @@ class EvaluationRequest(Request):
     """What every evaluation asks of a model and compares with references.
 
     `checkpoint` is the id of a served model, or the training that made one: by its job_uuid, or by the address of the
-    artifact that it made. An example of which the model gives no answer, asked several times, has failed and has no
-    score; the evaluation ends as failed when these are more than `max_failed_share` of all examples.
+    artifact that it made. An example that gets no answer has failed and has no score; more than `max_failed_rows` of
+    them fail the evaluation, and so it is where all have.
     """
 
     task: ClassVar[str]
@@ -67,7 +70,7 @@ class EvaluationRequest(Request):
     dataset: DatasetReference
     checkpoint: Checkpoint
     sampling_params: SamplingParams
-    max_failed_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 100
     priority: Priority = 0
 
 
@@ -131,7 +134,7 @@ class EvaluateBenchmarkRequest(Request):
     tasks: Annotated[list[TaskName], Field(min_length=1), at_most(100)]
     checkpoint: Checkpoint
     num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
     apply_chat_template: bool = False
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1_234
     priority: Priority = 0

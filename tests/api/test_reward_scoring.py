@@ -116,6 +116,7 @@ def test_what_the_engine_cannot_do_is_told(
     assert error_of(client.post(PATH, json=BODY), status)["message"] == fault.message
 
 
-def test_a_judge_that_gives_no_rating_has_failed(client: TestClient) -> None:
-    error = error_of(client.post(PATH, json=BODY | {"model": "judge"}), 500)
+def test_a_judge_that_gives_no_rating_is_told_with_the_generation(client: TestClient) -> None:
+    error = error_of(client.post(PATH, json=BODY | {"model": "judge"}), 400)
+    assert error["param"].startswith("dialog_generations.0.sampled_generations.")
     assert "the judge 'judge' gives no rating from 1 to 5: it would begin with 'Paris'" in error["message"]

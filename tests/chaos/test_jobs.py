@@ -1,5 +1,7 @@
 """kill -9 of everything that a job runs on: the job goes on, ends once, and nothing that was acknowledged is gone."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -188,6 +190,36 @@ def test_a_generation_accounts_for_every_passage_once_when_its_driver_and_its_wo
     rejected = sum(value for name, value in metrics.items() if name.startswith("rejected_"))
     assert metrics["failed"] == 0
     assert metrics["rows"] + rejected == 2 * metrics["prompts"], "each answer is a row, or is rejected"
+
+
+def test_an_evaluation_accounts_for_every_row_once_when_its_driver_and_its_worker_are_killed(
+    stack: Stack, client: httpx.Client
+) -> None:
+    rows = [{"prompt": f"Count on from {number}." + " Do it well." * 20, "completion": "1"} for number in range(400)]
+    file = samples.write_rows(stack.home / "data" / "questions.jsonl", rows)
+    data = samples.dataset(file, prompt="text", completion="text")
+    body = samples.evaluation(data, job_uuid="evaluation-killed", checkpoint=MODEL, sampling_params={"max_tokens": 16})
+    assert client.post("/evaluate/question_answering/", json=body).status_code == 200
+
+    def done() -> int:
+        status = client.get("/evaluate/job/status", params={"job_uuid": "evaluation-killed"}).json()
+        assert status["status"] in ("scheduled", "running"), status
+        return int((status.get("progress") or {"done": 0})["done"])
+
+    wait_for(lambda: done() >= 32, 240)
+    stack.kill_9("jobs.evaluate --tenant default --job evaluation-killed")
+    before = done()
+    assert before < 400
+    wait_for(lambda: done() > before, 240)
+    stack.kill_9("MapWorker")
+    status = ended(client, "evaluate", "evaluation-killed")
+    assert status["status"] == "completed", status
+    assert (status["metrics"]["examples"], status["metrics"]["failed"]) == (400, 0)
+    lines = client.get("/evaluate/job/logs", params={"job_uuid": "evaluation-killed"}).json()["log_lines"]
+    assert any("going on from" in line for line in lines), "what was answered before the kill is kept"
+    path = client.get("/evaluate/job/artifacts", params={"job_uuid": "evaluation-killed"}).json()["path"]
+    examples = (Path(path.removeprefix("file://")) / "examples.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["row"] for line in examples) == list(range(1, 401))
 
 
 def answers(client: httpx.Client) -> bool:

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
+from jobs import scores
 from stack import comparisons
 from stack.api.evaluations import CompareEvaluationsRequest, CompareEvaluationsResponse
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StackError
+from stack.errors import BadInput, Conflict, NotFound, StackError, TooLarge
 from tests import samples
 from tests.evaluated import completed
 
@@ -102,6 +105,50 @@ def test_evaluations_of_different_data_are_a_conflict_with_both_hashes(context: 
     assert error.param == "second"
 
 
+JUDGED = {"task": "judged", "judge": "small", "rubric": "Be brief.", "metrics": ("rating", "win_rate")}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"judge": "other"}, "the judge of 'a' is 'small', that of 'b' 'other'"),
+        ({"rubric": "Be long."}, "the rubric_sha256 of 'a' is"),
+        ({"opponent": "other"}, "the evaluations have not the same win_rate: the opponent of 'a' is None"),
+    ],
+)
+def test_what_different_judges_say_or_of_different_opponents_is_not_compared(
+    context: Context, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    completed(context, tmp_path, "a", BEFORE, **JUDGED)
+    completed(context, tmp_path, "b", AFTER, **JUDGED | changes)
+    error = refusal(context)
+    assert isinstance(error, Conflict)
+    assert words in error.message
+    assert error.param == "second"
+
+
+def test_what_one_judge_says_is_compared_and_ratings_whatever_the_opponent(context: Context, tmp_path: Path) -> None:
+    completed(context, tmp_path, "a", BEFORE, **JUDGED)
+    completed(context, tmp_path, "b", AFTER, **JUDGED)
+    assert [one.name for one in compared(context).metrics] == ["rating", "win_rate", "consistent"]
+    completed(context, tmp_path, "c", AFTER, **JUDGED | {"metrics": ("rating",)})
+    completed(context, tmp_path, "d", AFTER, **JUDGED | {"opponent": "other"})
+    assert [one.name for one in compared(context, first="c", second="d").metrics] == ["rating"]
+
+
+def test_bleu_is_compared_only_where_it_was_computed_alike(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    completed(context, tmp_path, "a", BEFORE, "text_generation", ("bleu", "rouge"))
+    monkeypatch.setattr(scores, "bleu_signature", lambda: "of another release")
+    completed(context, tmp_path, "b", AFTER, "text_generation", ("bleu", "rouge"))
+    error = refusal(context)
+    assert isinstance(error, Conflict)
+    assert "that of 'b' 'of another release'" in error.message
+    completed(context, tmp_path, "c", AFTER, "text_generation", ("rouge",))
+    assert "rouge1" in [one.name for one in compared(context, second="c").metrics]
+
+
 def test_evaluations_of_different_tasks_are_refused(context: Context, tmp_path: Path) -> None:
     completed(context, tmp_path, "a", BEFORE)
     completed(context, tmp_path, "b", AFTER, "text_generation", ("bleu",))
@@ -130,6 +177,15 @@ def test_an_evaluation_of_an_earlier_release_is_refused(context: Context, tmp_pa
     samples.start(context.store, "a")
     samples.complete(context.store, "a", {"path": "file:///x", "files": []})
     assert "earlier release" in refusal(context).message
+
+
+def test_evaluations_that_would_keep_the_gateway_busy_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "examples.parquet"
+    count = 200_001
+    columns = {"row": range(count), "error": [""] * count, "em": [1.0] * count}
+    pyarrow.parquet.write_table(pyarrow.table({name: list(one) for name, one in columns.items()}), file)
+    with pytest.raises(TooLarge, match="has 200001 examples; allowed: at most 200000"):
+        comparisons._read(file, ["em"])
 
 
 def test_long_texts_are_cut(context: Context, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The worker that asks an evaluation's questions: the model answers it as it answers users. And what comes of it."""
+"""Evaluations: the worker that asks the questions, behind the shields of the models, and what the job makes of it."""
 
 import json
 import math
@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 
 from serve_apps.scripted_answers import LOGPROBS
+from stack import evaluations
+from stack.api.evaluations import EvaluateQuestionAnsweringRequest
 from stack.config import Config, Judge
 from stack.context import Context
-from stack.errors import BadInput, EngineFailed, TooManyRequests, Unavailable
+from stack.errors import BadInput, TooManyRequests, Unavailable
 from tests.conftest import CONFIG
+from tests.samples import dataset, evaluation, write_rows
 from tests.scripted_engine import ScriptedEngine
+from tests.varied_engine import VariedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from jobs import evaluate, scores
+    from jobs import asking, evaluate, scores
     from jobs.evaluate import Ask, Wanted
+    from jobs.row_log import line_of
+    from tests.asked_here import answered, lines, work_here, work_of
 
 SHIELDED: dict[str, Any] = {
     "classifiers": [{"id": "classifier", "path": "models/classifier"}],
@@ -31,120 +37,143 @@ SHIELDED: dict[str, Any] = {
 @pytest.fixture
 def engine(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedEngine]:
     """What answers the workers; its classifier finds what is evil."""
-    engine = ScriptedEngine()
-    engine.labels = ("BENIGN", "INJECTION")
-    engine.logits_of = lambda text: [0.0, 4.0] if "evil" in text else [4.0, 0.0]
+    made = ScriptedEngine()
+    made.labels = ("BENIGN", "INJECTION")
+    made.logits_of = lambda text: [0.0, 4.0] if "evil" in text else [4.0, 0.0]
     opened: list[Context] = []
     really_open = Context.open
 
-    def on_this_engine(config: Config) -> Context:
+    def on_this_engine(config: Config, engine: ScriptedEngine = made) -> Context:
         opened.append(really_open(config, engine))
         return opened[-1]
 
     monkeypatch.setattr(Context, "open", on_this_engine)
-    yield engine
+    yield made
     for context in opened:
         context.close()
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """For how long the worker has waited."""
+    """For how long the worker has waited: nobody does."""
     waited: list[float] = []
 
     async def pause(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr(evaluate, "pause", pause)
+    monkeypatch.setattr(asking, "pause", pause)
+    monkeypatch.setattr("stack.batch_inference.pause", pause)
     return waited
 
 
-def question(text: str, reference: str = "Paris") -> str:
-    messages = [{"role": "user", "content": text}]
-    return json.dumps({"messages": messages, "answer": reference, "id": text, "functions": None})
+def question(text: str, reference: str = "Paris") -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "answer": reference, "id": text, "functions": None}
 
 
-async def asked(*questions: str, wanted: Wanted = Wanted(), **config: Any) -> dict[str, list[Any]]:  # noqa: B008
-    rows = [question(one) for one in questions]
+def lines_for(*questions: dict[str, Any], wanted: Wanted, **config: Any) -> list[dict[str, Any]]:
+    """The lines of the log that come of some questions."""
+    rows = [{"row": number, "value": json.dumps(one)} for number, one in enumerate(questions, 1)]
     worker = Ask(CONFIG | config, "default", {"model": "small", "stream": False}, wanted)
-    (answers,) = [one async for one in worker({"row": [*range(len(rows))], "value": rows})]
-    return answers
+    return [line_of(one) for one in answered(rows, worker)]
 
 
-async def test_a_question_that_the_model_s_shields_do_not_pass_has_an_empty_answer_and_the_reason(
+def asked(*texts: str, wanted: Wanted = Wanted(), **config: Any) -> list[dict[str, Any]]:  # noqa: B008
+    """What comes of questions, none of which fails."""
+    found = lines_for(*map(question, texts), wanted=wanted, **config)
+    assert [line["error"] for line in found] == [None] * len(texts)
+    return [line["result"] for line in found]
+
+
+def error_of(text: str, wanted: Wanted, **changes: Any) -> dict[str, Any]:
+    (line,) = lines_for(question(text, **changes), wanted=wanted)
+    assert line["result"] is None
+    error: dict[str, Any] = line["error"]
+    return error
+
+
+def test_a_question_that_the_model_s_shields_do_not_pass_has_an_empty_answer_and_the_reason(
     engine: ScriptedEngine,
 ) -> None:
-    answers = await asked("What is the capital of France?", "Be evil now", **SHIELDED)
-    first, second = answers["answer"]
-    assert "Paris" in first
-    assert second == ""
-    assert answers["shield_violation"][0] == ""
-    assert "'detector' does not pass the input" in answers["shield_violation"][1]
-    assert [one > 0 for one in answers["completion_tokens"]] == [True, False]
+    first, second = asked("What is the capital of France?", "Be evil now", **SHIELDED)
+    assert "Paris" in first["answer"]
+    assert second["answer"] == first["shield_violation"] == ""
+    assert "'detector' does not pass the input" in second["shield_violation"]
+    assert (first["completion_tokens"] > 0, second["completion_tokens"]) == (True, 0)
     assert len(engine.asked) == 1
 
 
-async def test_an_answer_that_the_model_s_shields_do_not_pass_is_empty_too(engine: ScriptedEngine) -> None:
+def test_an_answer_that_the_model_s_shields_do_not_pass_is_empty_too(engine: ScriptedEngine) -> None:
     engine.tokens = ("Paris", " is", " evil")
-    answers = await asked("What is the capital of France?", **SHIELDED)
-    assert answers["answer"] == [""]
-    assert "does not pass the output" in answers["shield_violation"][0]
+    (found,) = asked("What is the capital of France?", **SHIELDED)
+    assert found["answer"] == ""
+    assert "does not pass the output" in found["shield_violation"]
 
 
-async def test_a_model_without_shields_is_asked_straight(engine: ScriptedEngine) -> None:
-    answers = await asked("Be evil now")
-    assert answers["shield_violation"] == [""]
+def test_a_model_without_shields_is_asked_straight(engine: ScriptedEngine) -> None:
+    (found,) = asked("Be evil now")
+    assert found["shield_violation"] == ""
     assert engine.asked_to_classify == []
 
 
-async def test_a_row_that_cannot_be_answered_fails_alone_with_its_error(engine: ScriptedEngine) -> None:
+def test_a_row_that_cannot_be_answered_fails_alone_with_its_error(engine: ScriptedEngine) -> None:
     engine.fail_for = lambda body: BadInput("it is too long") if "long" in str(body["messages"]) else None
-    answers = await asked("What is the capital of France?", "A long one")
-    assert answers["error"] == ["", "it is too long"]
-    assert answers["error_code"] == ["", "bad_input"]
-    assert answers["answer"][1] == ""
+    first, second = lines_for(question("What is the capital of France?"), question("A long one"), wanted=Wanted())
+    assert (first["error"], "Paris" in first["result"]["answer"]) == (None, True)
+    assert (second["row"], second["result"], second["error"]["message"]) == (2, None, "it is too long")
     assert len(engine.asked) == 2, "what is wrong for good is not asked again"
 
 
-@pytest.mark.parametrize(
-    "fault", [Unavailable("away", retry_after=7), TooManyRequests("full", retry_after=7), EngineFailed("broken")]
-)
-async def test_what_may_pass_is_asked_again(engine: ScriptedEngine, pauses: list[float], fault: Any) -> None:
-    faults = [fault, fault]
+def test_a_full_queue_is_waited_for_beyond_all_tries(engine: ScriptedEngine, pauses: list[float]) -> None:
+    faults = [TooManyRequests("full", retry_after=1) for _ in range(5 * asking.TRIES)]
     engine.fail_for = lambda _: faults.pop() if faults else None
-    answers = await asked("What is the capital of France?")
-    assert answers["error"] == [""]
-    assert "Paris" in answers["answer"][0]
-    assert pauses == [fault.retry_after or 1] * 2
+    (found,) = asked("What is the capital of France?")
+    assert "Paris" in found["answer"]
+    assert len(pauses) == 5 * asking.TRIES
 
 
-async def test_what_does_not_pass_is_told_after_some_tries(engine: ScriptedEngine, pauses: list[float]) -> None:
-    engine.fail(Unavailable("it is away"))
-    answers = await asked("What is the capital of France?")
-    assert (answers["error"], answers["error_code"]) == (["it is away"], ["unavailable"])
-    assert len(engine.asked) == evaluate.TRIES == len(pauses) + 1
-
-
-async def test_the_likelihood_of_a_reference_is_that_of_its_tokens_behind_the_prompts(engine: ScriptedEngine) -> None:
-    answers = await asked("What is the capital of France?", wanted=Wanted(likelihoods=True))
-    assert answers["reference_tokens"] == [1]
-    assert answers["nll"] == [-LOGPROBS[0]]
+def test_the_likelihood_of_a_reference_is_that_of_its_tokens_behind_the_prompts(engine: ScriptedEngine) -> None:
+    (found,) = asked("What is the capital of France?", wanted=Wanted(likelihoods=True))
+    assert (found["reference_tokens"], found["nll"]) == (1, -LOGPROBS[0])
     body = engine.asked[-1].body
     assert body["messages"][-1] == {"role": "assistant", "content": "Paris"}
     assert (body["continue_final_message"], body["add_generation_prompt"], body["prompt_logprobs"]) == (True, False, 0)
     assert (body["max_tokens"], engine.asked[-1].model.id) == (1, "small")
 
 
-async def test_where_no_likelihood_is_wanted_none_is_asked_for(engine: ScriptedEngine) -> None:
-    answers = await asked("What is the capital of France?")
-    assert math.isnan(answers["nll"][0])
+def test_a_reference_before_which_the_prompt_has_other_tokens_fails_its_row(engine: ScriptedEngine) -> None:
+    """Some chat templates write something before an answer that is there, and some tokenizers join tokens."""
+    really = engine.generate
+
+    async def generate(model: Any, endpoint: Any, body: dict[str, Any]) -> Any:
+        async for item in really(model, endpoint, body):
+            given = json.loads(item)
+            if body.get("continue_final_message"):
+                given["prompt_token_ids"][6] = 99
+            yield json.dumps(given).encode()
+
+    engine.generate = generate  # type: ignore[method-assign, assignment]
+    error = error_of("What is the capital of France?", Wanted(likelihoods=True))
+    assert "the prompt has other tokens where the reference follows" in error["message"]
+
+
+def test_an_answer_that_is_too_long_for_rouge_fails_its_row_where_rouge_is_wanted(engine: ScriptedEngine) -> None:
+    engine.tokens = ("a " * 5_000,)
+    asks = question("Say a lot", reference="b " * 5_000)
+    (failed,) = lines_for(asks, wanted=Wanted(rouge=True))
+    assert "the reference has 5000 words and the answer 5000" in failed["error"]["message"]
+    (found,) = lines_for(asks, wanted=Wanted())
+    assert found["error"] is None
+
+
+def test_where_no_likelihood_is_wanted_none_is_asked_for(engine: ScriptedEngine) -> None:
+    (found,) = asked("What is the capital of France?")
+    assert "nll" not in found
     assert len(engine.asked) == 1
 
 
-async def test_a_reference_of_which_nothing_is_told_fails_its_row(engine: ScriptedEngine) -> None:
-    worker = Ask(CONFIG, "default", {"model": "small", "stream": False}, Wanted(likelihoods=True))
-    (answers,) = [one async for one in worker({"row": [1], "value": [question("a", reference=" ")]})]
-    assert "the reference has no tokens" in answers["error"][0]
+def test_a_reference_of_which_nothing_is_told_fails_its_row(engine: ScriptedEngine) -> None:
+    error = error_of("a", Wanted(likelihoods=True), reference=" ")
+    assert "the reference has no tokens" in error["message"]
 
 
 JUDGE = Judge(kind="judge", id="judge", model="small", rubric="Good answers are brief.")
@@ -162,54 +191,69 @@ def judging(engine: ScriptedEngine, tokens: dict[str, tuple[str, ...]]) -> None:
     engine.generate = generate  # type: ignore[method-assign]
 
 
-async def test_a_judge_rates_the_answer_within_its_dialog_by_the_rubric(engine: ScriptedEngine) -> None:
+def test_a_judge_rates_the_answer_within_its_dialog_by_the_rubric(engine: ScriptedEngine) -> None:
     judging(engine, {"Reply with one whole number": ("4",), "": ("Paris",)})
-    answers = await asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, rates=True))
-    assert answers["rating"] == [4.0]
-    assert math.isnan(answers["shown_first"][0])
+    (found,) = asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, rates=True))
+    assert found["rating"] == 4.0
+    assert "shown_first" not in found
     said = engine.asked[-1].body["messages"][0]["content"]
     for part in ("Good answers are brief.", "user: What is the capital of France?", "The answer to rate ---\nParis"):
         assert part in said
 
 
-async def test_an_answer_is_compared_with_the_reference_in_both_orders(engine: ScriptedEngine) -> None:
+def test_an_answer_is_compared_with_the_reference_in_both_orders(engine: ScriptedEngine) -> None:
     judging(engine, {"Answer A ---\nLyon": ("A",), "Answer B ---\nLyon": ("B",), "": ("Lyon",)})
-    answers = await asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, compares=True))
-    assert (answers["shown_first"], answers["shown_second"]) == ([1.0], [1.0])
-    assert answers["opponent_answer"] == [""]
+    (found,) = asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, compares=True))
+    assert (found["shown_first"], found["shown_second"]) == (1.0, 1.0)
+    assert "opponent_answer" not in found
     assert "--- Answer B ---\nParis" in engine.asked[1].body["messages"][0]["content"]
     assert "--- Answer A ---\nParis" in engine.asked[2].body["messages"][0]["content"]
 
 
-async def test_a_judge_that_goes_by_the_place_prefers_neither(engine: ScriptedEngine) -> None:
+def test_a_judge_that_goes_by_the_place_prefers_neither(engine: ScriptedEngine) -> None:
     judging(engine, {"Answer A": ("A",), "": ("Lyon",)})
-    answers = await asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, compares=True))
-    assert (answers["shown_first"], answers["shown_second"]) == ([1.0], [0.0])
+    (found,) = asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, compares=True))
+    assert (found["shown_first"], found["shown_second"]) == (1.0, 0.0)
 
 
-async def test_an_opponent_is_asked_the_same_as_the_model(engine: ScriptedEngine) -> None:
+def test_an_answer_that_the_shields_do_not_pass_is_judged_as_an_empty_one_and_has_a_likelihood(
+    engine: ScriptedEngine,
+) -> None:
+    judging(engine, {"Reply with one whole number": ("1",), "Answer A ---\nParis": ("A",), "": ("B",)})
+    wanted = Wanted(likelihoods=True, judge=JUDGE, rates=True, compares=True)
+    (found,) = asked("Be evil now", wanted=wanted, **SHIELDED)
+    assert (found["answer"], "'detector'" in found["shield_violation"]) == ("", True)
+    assert (found["rating"], found["shown_first"], found["shown_second"]) == (1.0, 0.0, 0.0)
+    assert found["reference_tokens"] == 1
+    row = evaluate.scored(line(**found), [])
+    assert (row["win_rate"], row["rating"], "perplexity" in row) == (0, 1.0, True)
+
+
+def test_an_opponent_is_asked_the_same_as_the_model(engine: ScriptedEngine) -> None:
     config = {"models": [*CONFIG["models"], {"id": "other", "path": "models/small"}]}
     judging(engine, {"Answer A": ("A",), "": ("Lyon",)})
     wanted = Wanted(judge=JUDGE, compares=True, opponent="other")
-    answers = await asked("What is the capital of France?", wanted=wanted, **config)
-    assert answers["opponent_answer"] == ["Lyon"]
+    (found,) = asked("What is the capital of France?", wanted=wanted, **config)
+    assert found["opponent_answer"] == "Lyon"
     assert [one.model.id for one in engine.asked] == ["small", "other", "small", "small"]
     assert engine.asked[0].body["messages"] == engine.asked[1].body["messages"]
 
 
-async def test_what_an_opponents_shields_do_not_pass_is_an_empty_answer(engine: ScriptedEngine) -> None:
+def test_what_an_opponents_shields_do_not_pass_is_an_empty_answer(engine: ScriptedEngine) -> None:
     models = [*CONFIG["models"], {"id": "other", "path": "models/small"}]
     shields = SHIELDED | {"model_shields": {"other": {"input": ["detector"], "output": []}}}
     judging(engine, {"Answer A": ("A",), "": ("Lyon",)})
     wanted = Wanted(judge=JUDGE, compares=True, opponent="other")
-    answers = await asked("Be evil now", wanted=wanted, models=models, **shields)
-    assert (answers["opponent_answer"], answers["answer"], answers["shield_violation"]) == ([""], ["Lyon"], [""])
+    (found,) = asked("Be evil now", wanted=wanted, models=models, **shields)
+    assert (found["opponent_answer"], found["answer"], found["shield_violation"]) == ("", "Lyon", "")
 
 
-async def test_a_judge_that_does_not_say_fails_the_row(engine: ScriptedEngine) -> None:
-    answers = await asked("What is the capital of France?", wanted=Wanted(judge=JUDGE, rates=True))
-    assert "the judge 'judge' gives no rating from 1 to 5" in answers["error"][0]
-    assert math.isnan(answers["rating"][0])
+def test_a_judge_that_does_not_say_fails_the_row(engine: ScriptedEngine) -> None:
+    error = error_of("What is the capital of France?", Wanted(judge=JUDGE, rates=True))
+    assert "the judge 'judge' gives no rating from 1 to 5" in error["message"]
+    error = error_of("What is the capital of France?", Wanted(judge=JUDGE, compares=True))
+    assert "the judge 'judge' prefers neither A nor B" in error["message"]
+    assert len(engine.asked) == 2 * 2, "it would say the same again"
 
 
 WEATHER = {
@@ -220,41 +264,31 @@ WEATHER = {
 EXPECTED = json.dumps([{"get_weather": {"city": ["Paris"], "days": ["", 1]}}])
 
 
-async def test_functions_are_offered_and_the_calls_are_the_answer(engine: ScriptedEngine) -> None:
+def test_functions_are_offered_and_the_calls_are_the_answer(engine: ScriptedEngine) -> None:
     engine.tokens = ('{"name": "get_weather", "parameters": {"city": "paris"}}',)
-    question = dict(messages=[{"role": "user", "content": "Rain?"}], answer=EXPECTED, id="1", functions=[WEATHER])
+    asks = dict(messages=[{"role": "user", "content": "Rain?"}], answer=EXPECTED, id="1", functions=[WEATHER])
     config = {"models": [CONFIG["models"][0] | {"prompt_format": "llama3"}]}
-    worker = Ask(CONFIG | config, "default", {"model": "small", "stream": False}, Wanted())
-    (answers,) = [one async for one in worker({"row": [1], "value": [json.dumps(question)]})]
-    assert json.loads(answers["answer"][0]) == [{"name": "get_weather", "arguments": {"city": "paris"}}]
+    (found,) = lines_for(asks, wanted=Wanted(), **config)
+    assert json.loads(found["result"]["answer"]) == [{"name": "get_weather", "arguments": {"city": "paris"}}]
     assert "get_weather" in str(engine.asked[0].body["messages"])
-    row = evaluate.scored(answered(value=json.dumps(question), answer=answers["answer"][0]), [])
-    assert row["ast"] == 1
-    assert evaluate.scored(answered(value=json.dumps(question), answer="Paris"), [])["ast"] == 0
+    assert evaluate.scored(found, [])["ast"] == 1
+    assert evaluate.scored(line(question=asks, answer="Paris"), [])["ast"] == 0
 
 
-def answered(**changes: Any) -> dict[str, Any]:
-    """A row as the worker gives it."""
-    found: dict[str, Any] = dict(row=1, value=question("Which city?"), answer="the Paris!", error="", error_code="")
-    found |= dict(shield_violation="", started=1.0, ended=2.0, **evaluate._NOT_WANTED)
-    return found | changes
+def line(question: dict[str, Any] = question("Which city?"), **result: Any) -> dict[str, Any]:  # noqa: B008
+    """A line of the log, of a row that has not failed."""
+    found: dict[str, Any] = dict(answer="the Paris!", shield_violation="", started=1.0, ended=2.0)
+    return dict(row=1, value=question, error=None, result=found | dict(prompt_tokens=7, completion_tokens=3) | result)
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "wins", "consistent"), [(0.9, 0.6, 1, 1), (0.9, 0.5, 0.5, 0), (0.1, 0.2, 0, 1)]
-)
-def test_an_answer_wins_that_is_preferred_in_both_places(
-    first: float, second: float, wins: float, consistent: float
-) -> None:
-    row = evaluate.scored(answered(shown_first=first, shown_second=second, opponent_answer="Lyon", rating=3.5), [])
-    assert (row["win_rate"], row["consistent"], row["opponent_answer"], row["rating"]) == (
-        wins, consistent, "Lyon", 3.5,
-    )  # fmt: skip
+def test_a_row_that_was_judged_has_what_the_judge_said_and_of_what() -> None:
+    row = evaluate.scored(line(shown_first=0.9, shown_second=0.4, opponent_answer="Lyon", rating=3.5), [])
+    assert (row["win_rate"], row["consistent"], row["opponent_answer"], row["rating"]) == (0.5, 0, "Lyon", 3.5)
     assert "shown_first" not in row
 
 
 def test_a_row_of_the_results_has_prompt_reference_answer_scores_and_times() -> None:
-    row = evaluate.scored(answered(), scores.scorers(["em", "f1"]))
+    row = evaluate.scored(line(), scores.scorers(["em", "f1"]))
     assert (row["id"], row["expected"], row["answer"]) == ("Which city?", "Paris", "the Paris!")
     assert row["messages"] == [{"role": "user", "content": "Which city?"}]
     assert (row["em"], row["f1"], row["started"], row["ended"]) == (1.0, 1.0, 1.0, 2.0)
@@ -263,28 +297,92 @@ def test_a_row_of_the_results_has_prompt_reference_answer_scores_and_times() -> 
 
 
 def test_a_failed_row_has_no_score_not_even_0() -> None:
-    row = evaluate.scored(answered(answer="", error="away"), scores.scorers(["em", "bleu"]))
+    failed = line() | {"result": None, "error": {"message": "away"}}
+    row = evaluate.scored(failed, scores.scorers(["em", "bleu"]))
+    assert (row["error"], row["answer"], row["completion_tokens"]) == ("away", "", 0)
     assert not {"em", "bleu", "perplexity"} & set(row)
 
 
 def test_a_row_with_a_likelihood_has_a_perplexity() -> None:
-    row = evaluate.scored(answered(nll=4.0, reference_tokens=2), scores.scorers(["perplexity"]))
+    row = evaluate.scored(line(nll=4.0, reference_tokens=2), scores.scorers(["perplexity"]))
     assert (row["perplexity"], row["nll"], row["reference_tokens"]) == (pytest.approx(math.exp(2)), 4.0, 2.0)
 
 
-def test_failed_rows_end_the_evaluation_only_when_they_are_more_than_it_allows() -> None:
-    last = answered(row=9, error="it is too long", error_code="bad_input")
-    evaluate.require_few(2, 20, 0.1, last)
-    evaluate.require_few(20, 20, 1.0, last)
-    with pytest.raises(BadInput, match="3 of 20 examples have failed; allowed: max_failed_share") as caught:
-        evaluate.require_few(3, 20, 0.1, last)
-    assert "row 9: it is too long" in caught.value.message
-    with pytest.raises(BadInput):
-        evaluate.require_few(1, 20, 0.0, last)
+@pytest.fixture
+def driven(context: Context, monkeypatch: pytest.MonkeyPatch) -> VariedEngine:
+    """What answers the workers of evaluations that are run as a whole, in this process."""
+    varied = VariedEngine()
+    varied.say = lambda body: "Paris"
+    work_here(monkeypatch, varied, evaluate)
+    return varied
 
 
-def test_rows_that_fail_as_the_model_is_away_leave_the_rest_to_another_attempt() -> None:
+def cities(home: Path, count: int = 10) -> dict[str, Any]:
+    rows = [{"prompt": f"City {number}?", "completion": "Paris"} for number in range(count)]
+    return dataset(write_rows(home / "data" / "cities.jsonl", rows), prompt="text", completion="text")
+
+
+def run(context: Context, data: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
+    """The examples that an attempt at an evaluation publishes."""
+    wanted = EvaluateQuestionAnsweringRequest.model_validate(evaluation(data, **changes))
+    job = evaluations.question_answering(context, wanted)
+    with work_of(context, job) as work:
+        outcome = evaluate.evaluate(work, EvaluateQuestionAnsweringRequest.model_validate(job.request))
+        work.reporter.metrics.flush()
+    return lines(Path(outcome.result["path"].removeprefix("file://")) / "examples.jsonl")
+
+
+def test_an_evaluation_that_was_lost_goes_on_with_the_rows_that_it_has_not(
+    context: Context, home: Path, driven: VariedEngine
+) -> None:
+    driven.away_after = 6
+    data = cities(home)
+    with pytest.raises(Unavailable, match="row 7: the model is being started"):
+        run(context, data)
+    driven.away_after = None
+    before = len(driven.asked)
+    rows = run(context, data)
+    assert len(driven.asked) - before == 6, "batches are of four rows here"
+    assert sorted(row["row"] for row in rows) == list(range(1, 11))
+    assert all(row["em"] == 1 for row in rows)
+    metrics = evaluations.job_status(context, "evaluation-1").metrics
+    assert (metrics["examples"], metrics["failed"], metrics["em"]) == (10, 0, 1)
+
+
+def test_a_row_that_failed_by_itself_is_not_asked_again_by_the_next_attempt(
+    context: Context, home: Path, driven: VariedEngine
+) -> None:
+    driven.refusals["City 1?"] = BadInput("it is too long")
+    driven.away_after = 5
+    data = cities(home)
     with pytest.raises(Unavailable):
-        evaluate.require_few(3, 20, 0.1, answered(error="away", error_code="unavailable"))
-    with pytest.raises(BadInput):  # it was there, and failed
-        evaluate.require_few(3, 20, 0.1, answered(error="broken", error_code="engine_failed"))
+        run(context, data)
+    driven.refusals.clear()
+    driven.away_after = None
+    (failed,) = [row for row in run(context, data) if row["error"]]
+    assert (failed["row"], failed["error"], "em" in failed) == (2, "it is too long", False)
+
+
+def test_more_failed_rows_than_allowed_end_the_evaluation_by_the_first(
+    context: Context, home: Path, driven: VariedEngine
+) -> None:
+    driven.refusals["City"] = BadInput("it is too long")
+    with pytest.raises(BadInput, match="allowed: max_failed_rows, 2; the first of them: row 1: it is too long"):
+        run(context, cities(home), max_failed_rows=2)
+
+
+def test_an_evaluation_of_which_every_row_has_failed_has_failed(
+    context: Context, home: Path, driven: VariedEngine
+) -> None:
+    driven.refusals["City"] = BadInput("it is too long")
+    with pytest.raises(BadInput, match="all 10 rows have failed; the first of them: row 1: it is too long"):
+        run(context, cities(home))
+
+
+def test_an_evaluation_that_lacks_rows_is_not_completed(
+    context: Context, home: Path, driven: VariedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = evaluate.asked
+    monkeypatch.setattr(evaluate, "asked", lambda *told: (row for row in list(really(*told))[:-3]))
+    with pytest.raises(Unavailable, match="3 of 10 rows have no answer"):
+        run(context, cities(home))

@@ -1,4 +1,4 @@
-"""Benchmarks: lm-eval itself, with tasks of one's own, against the scripted engine."""
+"""Benchmarks: lm-eval itself, with tasks of one's own, against the scripted engine; and the door that it asks at."""
 
 import json
 import warnings
@@ -8,18 +8,22 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from stack import evaluations
 from stack.api.evaluations import EvaluateBenchmarkRequest
 from stack.context import Context
-from stack.errors import BadInput, NotFound, StackError
+from stack.errors import BadInput, NotFound, StackError, TooManyRequests, Unavailable
+from tests.asked_here import work_of
 from tests.scripted_engine import ScriptedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from jobs import engine_door, evaluate_benchmark
+    from jobs import asking, benchmark_report, engine_door, evaluate_benchmark
+    from jobs.kept_answers import KeptAnswers
 
 WORDS = ["What", "is", "the", "capital", "of", "France", "?", "Paris", "a", "long", "answer", "in", "words"]
+BOS = 2
 ASKING = """task: capitals
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/capitals.json}}
@@ -42,23 +46,30 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
+def save_tokenizer(folder: Path, begins: bool = False, template: str | None = None) -> None:
+    """A tokenizer of words, which may put a <s> before them, and have a chat template."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "<eos>", "<s>", *WORDS]
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    if begins:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    tokens = dict(unk_token="<unk>", eos_token="<eos>", bos_token="<s>")
+    saved = PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **tokens)
+    saved.save_pretrained(folder)
+
+
 @pytest.fixture
 def tasks(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A folder with two tasks of one's own, their data beside them; and the model's tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    made = Tokenizer(
-        models.WordLevel({word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS])}, "<unk>")
-    )
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<eos>").save_pretrained(
-        home / "models" / "small"
-    )
+    save_tokenizer(home / "models" / "small")
     folder = home / "tasks"
     folder.mkdir()
-    rows = [{"question": "What is the capital of France ?", "answer": answer} for answer in ("Paris", "London")]
+    capitals = {"France": "Paris", "England": "London"}
+    rows = [{"question": f"What is the capital of {name} ?", "answer": city} for name, city in capitals.items()]
     (folder / "capitals.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "capitals.yaml").write_text(ASKING.replace("FOLDER", str(folder)))
     (folder / "choices.yaml").write_text(CHOOSING.replace("FOLDER", str(folder)))
@@ -67,9 +78,28 @@ def tasks(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def door(context: Context) -> Iterator[engine_door.Door]:
-    with engine_door.opened(context) as door:
+def kept(tmp_path: Path) -> Iterator[KeptAnswers]:
+    with KeptAnswers(tmp_path / "answers") as kept:
+        yield kept
+
+
+@pytest.fixture
+def door(context: Context, kept: KeptAnswers) -> Iterator[engine_door.Door]:
+    with engine_door.opened(context, kept) as door:
         yield door
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For how long the door has waited: nobody does."""
+    waited: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr(asking, "pause", pause)
+    monkeypatch.setattr("stack.batch_inference.pause", pause)
+    return waited
 
 
 def request(*tasks: str, **changes: Any) -> EvaluateBenchmarkRequest:
@@ -82,6 +112,7 @@ def test_lm_eval_runs_tasks_of_ones_own_against_the_engine(
     context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, tmp_path: Path
 ) -> None:
     engine.tokens = ("Paris",)
+    (results := tmp_path / "results").mkdir()
     found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), tasks)
     scores = evaluate_benchmark.scores(found)
     # The shorter continuation is the likelier one: each of its tokens is as likely as any other.
@@ -90,10 +121,14 @@ def test_lm_eval_runs_tasks_of_ones_own_against_the_engine(
     assert {one.endpoint for one in engine.asked} == {"completions"}
     assert {one.model.id for one in engine.asked} == {"small"}
     assert len(engine.asked) == 2 + 2 * 2
-    evaluate_benchmark._write(tmp_path, found)
-    assert "|capitals|" in (tmp_path / "table.md").read_text()
-    assert json.loads((tmp_path / "results.json").read_text())["results"]["choices"]["acc,none"] == 0.5
-    assert len((tmp_path / "samples_capitals.jsonl").read_text().splitlines()) == 2
+    assert found["configs"]["choices"]["metadata"]["pretrained"] == str(tasks.parent / "models" / "small")
+    evaluate_benchmark._write(results, found)
+    assert "|capitals|" in (results / "table.md").read_text()
+    told = (results / "results.json").read_text()
+    assert json.loads(told)["results"]["choices"]["acc,none"] == 0.5
+    assert len((results / "samples_capitals.jsonl").read_text().splitlines()) == 2
+    assert str(tasks.parent) not in told, "no tenant need know where the stack lies"
+    assert not {"pretty_env_info", "upper_git_hash", "git_hash"} & set(json.loads(told))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -112,7 +147,113 @@ def test_an_unknown_task_is_refused_with_those_that_are_there(
 ) -> None:
     with pytest.raises(BadInput, match="no task 'capitols'") as caught:
         evaluate_benchmark.run(door, context.models.get("small"), request("capitols"), tasks)
-    assert caught.value.message.endswith(f"{tasks}: capitals, choices")
+    assert caught.value.message.endswith("of those in the stack's own folder tasks: capitals, choices")
+    assert str(tasks.parent) not in caught.value.message
+
+
+def beginnings(engine: ScriptedEngine) -> set[tuple[int, ...]]:
+    """The first two tokens of what the engine was asked."""
+    return {tuple(one.body["prompt"][0][:2]) for one in engine.asked}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("begins", "first"), [(True, (BOS, 3)), (False, (3, 4))])
+def test_a_prompt_begins_as_the_tokenizer_has_it(
+    context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, begins: bool, first: tuple[int, int]
+) -> None:
+    save_tokenizer(tasks.parent / "models" / "small", begins)
+    evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), tasks)
+    assert beginnings(engine) == {first}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("written", ["<s> ", ""])
+def test_a_chat_begins_once_whether_its_template_writes_that_or_not(
+    context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, written: str
+) -> None:
+    template = written + "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    save_tokenizer(tasks.parent / "models" / "small", begins=True, template=template)
+    wanted = request("capitals", apply_chat_template=True)
+    evaluate_benchmark.run(door, context.models.get("small"), wanted, tasks)
+    assert beginnings(engine) == {(BOS, 3)}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_outlasts_a_model_that_is_away_for_a_while(
+    context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, pauses: list[float]
+) -> None:
+    engine.tokens = ("Paris",)
+    faults: list[StackError] = [Unavailable("it starts", retry_after=30), TooManyRequests("full", retry_after=1)]
+    engine.fail_for = lambda _: faults.pop() if faults else None
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), tasks)
+    assert evaluate_benchmark.scores(found)["capitals/exact_match"] == 0.5
+    assert sorted(pauses) == [1, 30]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (Unavailable("the model is gone"), Unavailable),
+        (TooManyRequests("the model is gone"), Unavailable),
+        (BadInput("the model is gone"), BadInput),
+    ],
+)
+def test_a_model_that_stays_away_loses_the_attempt_and_a_wrong_question_fails_the_job(
+    context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, fault: StackError, kind: Any
+) -> None:
+    engine.fail_for = lambda _: fault
+    with pytest.raises(kind, match="the model is gone"):
+        evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), tasks)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_another_attempt_at_a_benchmark_asks_nothing_that_was_answered(
+    context: Context, engine: ScriptedEngine, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_benchmark.ray, "is_initialized", lambda: True)
+    engine.tokens = ("Paris",)
+    engine.fail_for = lambda body: Unavailable("away") if body.get("echo") else None
+    wanted = request("capitals", "choices")
+    job = evaluations.benchmark(context, wanted)
+    with work_of(context, job) as work, pytest.raises(Unavailable):
+        evaluate_benchmark.benchmark(work, wanted)
+    engine.fail_for = lambda _: None
+    engine.asked.clear()
+    with work_of(context, job) as work:
+        result = evaluate_benchmark.benchmark(work, wanted).result
+    assert len(engine.asked) == 2 * 2
+    assert all(one.body.get("echo") for one in engine.asked)
+    assert {"report.html", "results.json", "table.md"} < {one["name"] for one in result["files"]}
+
+
+def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
+    file = tmp_path / "answers"
+    with KeptAnswers(file) as kept:
+        kept.add(["chat", {"a": 1, "b": 2}], b'{"answer": "\xc3\xa9"}')
+        kept.add(["chat", {"a": 2}], b"x" * 100_000)
+        assert kept.find(["chat", {"b": 2, "a": 1}]) == b'{"answer": "\xc3\xa9"}'
+        kept.add(["completions", {"a": 2}], b"")
+    whole = file.stat().st_size
+    assert whole < 2_000
+    with file.open("ab") as lines:
+        lines.write(b"0" * 64 + b" half of a li")  # of a driver that was killed
+    with KeptAnswers(file) as kept:
+        assert (len(kept), file.stat().st_size) == (3, whole)
+        assert kept.find(["chat", {"a": 2}]) == b"x" * 100_000
+        assert kept.find(["completions", {"a": 2}]) == b""
+        assert kept.find(["completions", {"a": 3}]) is None
+
+
+def test_the_report_has_each_score_with_its_interval(tmp_path: Path) -> None:
+    figures = {"sums/acc": 0.5, "sums/acc_stderr": 0.1, "sums/<b>": 12.0, "sums/em,strict": 0.25}
+    benchmark_report.write(tmp_path / "report.html", "small", figures | {"sums/em_stderr,strict": 0.05})
+    page = (tmp_path / "report.html").read_text()
+    for name, *cells in (("acc", "0.5", "0.304", "0.696"), ("em,strict", "0.25", "0.152", "0.348")):
+        assert f"<tr><td>sums/{name}</td>" + "".join(f"<td class=number>{one}</td>" for one in cells) in page
+    assert "<tr><td>sums/&lt;b&gt;</td><td class=number>12</td><td class=number>–</td>" in page
+    assert "stderr" not in page
+    assert page.count("<svg") == 1
 
 
 def test_the_door_opens_to_nobody_without_its_key(door: engine_door.Door, engine: ScriptedEngine) -> None:
@@ -126,8 +267,8 @@ def test_the_door_opens_to_nobody_without_its_key(door: engine_door.Door, engine
     assert door.url.startswith("http://127.0.0.1:")
 
 
-def test_a_closed_door_is_closed(context: Context) -> None:
-    with engine_door.opened(context) as door:
+def test_a_closed_door_is_closed(context: Context, kept: KeptAnswers) -> None:
+    with engine_door.opened(context, kept) as door:
         pass
     with pytest.raises(httpx.ConnectError):
         httpx.post(f"{door.url}/v1/completions", json={}, headers=door.headers)
@@ -144,6 +285,18 @@ def test_a_benchmark_of_what_is_not_served_is_refused(context: Context) -> None:
     with pytest.raises(NotFound) as caught:
         evaluations.benchmark(context, request("capitals", checkpoint="big"))
     assert caught.value.param == "checkpoint"
+
+
+def test_a_benchmark_needs_room_for_its_answers_too(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("stack.quotas.require_room_for_job", lambda _, kept, temporary, work: needed.append(temporary))
+    evaluations.resources_of_benchmark(context, request("capitals"))
+    assert needed == [evaluations.BENCHMARK_BYTES + evaluations.ANSWERS_BYTES]
+
+
+def test_a_benchmark_asks_no_more_than_lm_eval_can_hold() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 100000"):
+        request("capitals", limit=100_001)
 
 
 @pytest.mark.parametrize("task", ["", "../a", "a b", "/etc/passwd", "a,b"])

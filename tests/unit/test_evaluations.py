@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 
 from stack import datasets, evaluations
 from stack.api.datasets import CreateDatasetRequest
@@ -19,9 +21,11 @@ from stack.api.evaluations import (
     EvaluateTextGenerationRequest,
 )
 from stack.api.wire import describe
+from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StackError, StorageFull
 from tests import samples
+from tests.conftest import CONFIG
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
 
@@ -118,7 +122,7 @@ def test_an_unknown_checkpoint_is_told_with_its_field(context: Context, data: di
         ({"dataset": None}, ["dataset", "None"]),
         ({"dataset": "no/id"}, ["dataset", "'no/id'"]),
         ({"sampling_params": {"strategy": "beam"}}, ["sampling_params.strategy", "'greedy', 'top_p' or 'top_k'"]),
-        ({"max_failed_share": 1.5}, ["max_failed_share", "less than or equal to 1", "1.5"]),
+        ({"max_failed_rows": -1}, ["max_failed_rows", "greater than or equal to 0", "-1"]),
         ({"checkpoint": ""}, ["checkpoint", "at least 1 character"]),
         ({"temperature": 1}, ["unknown key 'temperature'", "sampling_params"]),
     ],
@@ -258,11 +262,28 @@ def test_rows_with_the_same_id_are_refused(context: Context, home: Path, kind: s
     assert error.param == "dataset"
 
 
-@pytest.mark.parametrize(("columns", "ids"), [({"id": "text"}, ["x", "y"]), ({}, ["1", "2"])])
+def test_an_id_that_is_no_name_is_refused(context: Context, home: Path) -> None:
+    rows = [{"id": "x" * 1_001, "prompt": "a", "completion": "b"}]
+    data = dataset(write_rows(home / "data" / "a.jsonl", rows), id="text", prompt="text", completion="text")
+    error = refusal(context, data)
+    assert isinstance(error, BadInput)
+    assert "row 1: the id has 1001 characters; allowed: 1 to 1000" in error.message
+    assert error.param == "dataset"
+
+
+@pytest.mark.parametrize(
+    ("columns", "values", "ids"),
+    [
+        ({"id": "text"}, ["x", "y"], ["x", "y"]),
+        ({"id": "number"}, [7.0, 7.5], ["7", "7.5"]),
+        ({"id": "json"}, ["x", "y"], ["x", "y"]),
+        ({}, ["x", "y"], ["1", "2"]),
+    ],
+)
 def test_an_example_has_the_id_of_its_row_or_its_number(
-    context: Context, home: Path, columns: dict[str, str], ids: list[str]
+    context: Context, home: Path, columns: dict[str, str], values: list[Any], ids: list[str]
 ) -> None:
-    rows = [{"id": one, "prompt": "a", "completion": "b"} for one in ("x", "y")]
+    rows = [{"id": one, "prompt": "a", "completion": "b"} for one in values]
     wanted = request(dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text", **columns))
     checked = datasets.resolve(context, wanted.dataset)
     found = [question for _, question in datasets.read_as(context, checked, evaluations.shape_of(wanted))]
@@ -324,7 +345,8 @@ def test_content_of_another_hash_than_is_asked_for_is_refused(context: Context, 
 def test_results_that_would_not_fit_are_refused_when_the_job_is_accepted_and_when_it_starts(
     context: Context, home: Path
 ) -> None:
-    """Three times the bytes of the data set, a part for each row, and the report: here about 300,000 bytes."""
+    """Three times the bytes of the data set, a part for each row with its answer, and the report: here about 300,000
+    bytes."""
     rows = [{"prompt": "x" * 400, "completion": "y"} for _ in range(12)]
     data = dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text")
     datasets.create(context, CreateDatasetRequest.model_validate({"uuid": "a", "dataset": data}))
@@ -341,6 +363,45 @@ def test_results_that_would_not_fit_are_refused_when_the_job_is_accepted_and_whe
             with pytest.raises(StorageFull, match=f"allowed: {most}"):
                 evaluations.question_answering(limited, wanted)
             assert context.store.jobs.get("default", wanted.job_uuid) is None
+
+
+def test_answers_count_by_the_length_that_they_may_have_and_twice_with_an_opponents(
+    context: Context, home: Path
+) -> None:
+    rows = [{"prompt": "x", "completion": "y"} for _ in range(10)]
+    data = dataset(write_rows(home / "data" / "a.jsonl", rows), prompt="text", completion="text")
+
+    def limited(most: int) -> Context:
+        return replace(context, config=context.config.model_copy(update={"max_tenant_bytes": most}))
+
+    def judged_by(uuid: str, max_tokens: int, **changes: Any) -> EvaluateJudgedRequest:
+        return judged(data, job_uuid=uuid, sampling_params={"max_tokens": max_tokens}, **changes)
+
+    # About 280,000 bytes, and with 1,000 tokens to a row 120,000 more; with those of an opponent 240,000.
+    evaluations.judged(limited(350_000), judged_by("short", 8, opponent="small"))
+    with pytest.raises(StorageFull, match="allowed: 350000"):
+        evaluations.judged(limited(350_000), judged_by("long", 1_000))
+    evaluations.judged(limited(450_000), judged_by("long", 1_000))
+    with pytest.raises(StorageFull, match="allowed: 450000"):
+        evaluations.judged(limited(450_000), judged_by("longer", 1_000, opponent="small"))
+
+
+def test_a_perplexity_that_the_model_cannot_have_is_refused(context: Context, home: Path, data: dict[str, Any]) -> None:
+    """Weights that are packed (GPTQ, AWQ) have other names, from which no layers follow."""
+    evaluations.text_generation(context, text_generation(data, job_uuid="first"))
+    packed = {"model.layers.0.mlp.up_proj.qweight": np.zeros((4, 4), np.int32)}
+    save_file(packed, home / "models" / "small" / "model.safetensors")
+    with pytest.raises(BadInput, match="the model 'small' serves adapters, and its weights do not tell") as caught:
+        evaluations.text_generation(context, text_generation(data))
+    assert caught.value.param == "metrics"
+    evaluations.text_generation(context, text_generation(data, metrics=["rouge"], job_uuid="other"))
+    model = CONFIG["models"][0] | {"adapters": 0}
+    without = Config.parse(CONFIG | {"models": [model], "store": context.config.store}, "without adapters")
+    evaluations.text_generation(replace(context, config=without), text_generation(data, job_uuid="without"))
+
+
+def text_generation(data: Any, **changes: Any) -> EvaluateTextGenerationRequest:
+    return EvaluateTextGenerationRequest.model_validate(evaluation(data, metrics=["perplexity"]) | changes)
 
 
 def test_another_request_with_the_same_uuid_is_a_conflict(context: Context, data: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from stack import datasets, prompt_rows
+from stack import datasets, row_ids
 from stack.api.datasets import CreateDatasetRequest, TrainEvalDataset
 from stack.context import Context
 from stack.datasets import Shape
@@ -103,6 +103,7 @@ def test_a_row_that_cannot_be_asked_is_named(
     [
         ("text", ["a", "b", "c", "b"], "the rows 2 and 4 have the same id, 'b'"),
         ("number", [1, 2, 1.0], "the rows 1 and 3 have the same id, '1'"),
+        ("text", ["a", "\ud83d", "\ud83d"], r"the rows 2 and 3 have the same id, '\\ud83d'"),
     ],
 )
 def test_two_rows_of_the_same_id_are_refused(
@@ -117,11 +118,15 @@ def test_two_rows_of_the_same_id_are_refused(
         assert caught.value.param == "dataset"
 
 
+# Halves of letters, which JSON can hold, and other letters among them.
+IDS = ["a", "A", "b ", "b", "\ud83d", "\ude00", "\ud83d\ude00", "é", "e\u0301", "a\u0001"]
+
+
 def test_ids_that_differ_pass_and_so_does_a_data_set_without_them(context: Context, home: Path) -> None:
-    file = write_rows(home / "data" / "rows.jsonl", [{"id": value, "text": "a"} for value in ("a", "A", "b ", "b")])
+    file = write_rows(home / "data" / "rows.jsonl", [{"id": value, "text": "a"} for value in IDS])
     for columns in ({"id": "text", "text": "text"}, {"text": "text"}):
         data = TrainEvalDataset.model_validate(dataset(file, **columns))
-        assert datasets.check_shape(context, data, "dataset", TEXTS).rows == 4
+        assert datasets.check_shape(context, data, "dataset", TEXTS).rows == len(IDS)
 
 
 def test_ids_are_looked_at_in_the_one_reading(context: Context, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,4 +152,4 @@ def test_chats_may_hold_attachments_and_prompts_may_not(context: Context, home: 
 
 
 def test_the_module_names_its_column() -> None:
-    assert prompt_rows.ID == "id"
+    assert row_ids.ID == "id"

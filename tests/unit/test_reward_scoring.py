@@ -16,7 +16,7 @@ from stack.api.reward_scoring import MAX_GENERATIONS, RewardScoringRequest, Rewa
 from stack.batch_inference import PatientEngine
 from stack.config import Config, Judge, RewardModel
 from stack.context import Context
-from stack.errors import BadInput, EngineFailed, NotFound, TooManyRequests
+from stack.errors import BadInput, NotFound, TooManyRequests
 from stack.models import Endpoint, Model
 from stack.reward_scoring import expected_rating
 from stack.store import models
@@ -171,8 +171,8 @@ def test_a_rating_is_the_mean_over_the_probabilities_of_the_ratings_alone() -> N
 
 
 @pytest.mark.parametrize("tokens", [[], [token("The", 0.9), token("6", 0.1)], [{"token": "4", "logprob": -9999.0}]])
-def test_a_judge_that_gives_no_rating_has_failed(tokens: list[dict[str, Any]]) -> None:
-    with pytest.raises(EngineFailed, match="the judge 'judge' gives no rating from 1 to 5: it would begin with"):
+def test_a_judge_that_gives_no_rating_is_refused(tokens: list[dict[str, Any]]) -> None:
+    with pytest.raises(BadInput, match="the judge 'judge' gives no rating from 1 to 5: it would begin with"):
         expected_rating(JUDGE, tokens)
 
 

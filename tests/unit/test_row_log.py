@@ -4,19 +4,20 @@ import json
 import random
 import tracemalloc
 import warnings
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stack.context import Context
-from stack.errors import BadInput, TooLarge
+from stack.errors import BadInput, TooLarge, Unavailable
 from tests import samples
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from jobs.reporter import Metrics
-    from jobs.row_log import Bounds, RowLog, RowNumbers, cut, fill, line_of, lines_of, text_of, write_rows
+    from jobs.row_log import Bounds, RowLog, RowNumbers, complete, cut, fill, line_of, lines_of, text_of, write_rows
 
 BOUNDS = Bounds(failed=10, bytes=1_000_000)
 
@@ -156,6 +157,41 @@ def test_rows_are_asked_no_further_than_what_a_data_set_can_hold(
         fill(log, rows, 1_000, metrics, Bounds(failed=0, bytes=150))
     assert next(rows)["row"] == 21
     assert RowLog(tmp_path / "rows.jsonl", size=lambda line: 10).bytes == 200
+
+
+def test_only_a_log_without_gaps_is_complete(metrics: Metrics, tmp_path: Path) -> None:
+    log = RowLog(tmp_path / "rows.jsonl")
+    with pytest.raises(Unavailable, match=r"^2 of 5 rows have no answer$"):
+        complete(log, lambda: (row_of(number) for number in (1, 4, 2)), 5, metrics, BOUNDS)
+    again = RowLog(tmp_path / "rows.jsonl")
+    complete(again, lambda: (row_of(number) for number in (3, 5)), 5, metrics, BOUNDS)
+    assert len(again.rows) == 5
+
+    def nobody() -> Generator[dict[str, Any]]:
+        raise AssertionError("nothing is left to ask about")
+
+    complete(again, nobody, 5, metrics, BOUNDS)
+
+
+def test_who_answers_rows_stops_when_the_job_does(metrics: Metrics, tmp_path: Path) -> None:
+    stopped = []
+
+    def rows() -> Generator[dict[str, Any]]:
+        try:
+            for number in range(1, 1_001):
+                yield row_of(number, "it is too long")
+        finally:
+            stopped.append(True)
+
+    with pytest.raises(BadInput):
+        complete(RowLog(tmp_path / "rows.jsonl"), rows, 1_000, metrics, Bounds(failed=0))
+    assert stopped == [True]
+
+
+def test_what_is_made_of_rows_may_be_without_bound(metrics: Metrics, tmp_path: Path) -> None:
+    log = RowLog(tmp_path / "rows.jsonl", size=lambda line: 2**60)
+    complete(log, lambda: (row_of(number) for number in (1, 2)), 2, metrics, Bounds(failed=0))
+    assert log.bytes == 2**61
 
 
 def test_letters_take_no_more_room_than_they_need(tmp_path: Path) -> None:

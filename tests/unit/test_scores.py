@@ -13,6 +13,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from jobs import scores
 from stack import intervals
+from stack.errors import BadInput
 
 WORDS = [
     "the",
@@ -124,6 +125,23 @@ def test_bleu_is_that_of_sacrebleu(count: int) -> None:
     assert scores.bleu_signature() == str(metric.get_signature())
     if count > 1:
         assert whole.score > 1
+
+
+@pytest.mark.parametrize("separator", [" ", ",", "é"])
+def test_texts_whose_words_are_too_many_to_be_compared_are_refused(separator: str) -> None:
+    scores.require_rouge(separator.join("a" * 4_000), separator.join("b" * 5_000))
+    with pytest.raises(BadInput, match=r"has 4001 words and the answer 5000, .* allowed: 20000000 pairs"):
+        scores.require_rouge(separator.join("a" * 4_001), separator.join("b" * 5_000))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "wins", "consistent"),
+    [(0.9, 0.6, 1, 1), (0.9, 0.4, 0.5, 0), (0.1, 0.2, 0, 1), (0.5, 0.5, 0.5, 1), (0.5, 0.9, 0.75, 0)],
+)
+def test_an_answer_wins_that_is_preferred_in_both_places_and_a_tie_is_half(
+    first: float, second: float, wins: float, consistent: float
+) -> None:
+    assert scores.win_rate(first, second) == {"win_rate": wins, "consistent": consistent}
 
 
 def test_perplexity_is_per_token_of_all_references() -> None:

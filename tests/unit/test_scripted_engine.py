@@ -163,3 +163,12 @@ def test_as_many_tokens_as_are_wanted() -> None:
     first = json.loads(next(answer.events()).split("\n\n")[1].removeprefix("data: "))
     assert first["choices"][0]["index"] == 1
     assert first["choices"][0]["logprobs"]["content"][0]["top_logprobs"][1] == {"token": " other", "logprob": -1.5}
+
+
+def test_the_tokens_of_a_chat_s_prompt_are_told_where_they_are_asked_for() -> None:
+    """Those of a prompt that goes on begin with those of the prompt."""
+    told = answer_to("chat", ASK | {"return_token_ids": True}).whole()["prompt_token_ids"]
+    longer = answer_to("chat", ASK | {"return_token_ids": True, "prompt_logprobs": 0}).whole()
+    assert longer["prompt_token_ids"][: len(told)] == told
+    assert len(longer["prompt_token_ids"]) == len(longer["prompt_logprobs"]) > len(told)
+    assert "prompt_token_ids" not in answer_to("chat", ASK).whole()

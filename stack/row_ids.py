@@ -1,11 +1,29 @@
-"""The ids of a data set's rows, of which no two may be the same: kept on the disk, not in memory."""
+"""The ids of a data set's rows: what stands in the column `id`, of type text or number, or else a row's number.
+
+No two rows may have the same. They are compared on the disk, not in memory.
+"""
 
 import sqlite3
 from contextlib import ExitStack, closing
-from typing import Self
+from typing import Any, Self
 
 from stack import uploads
+from stack.api.datasets import TrainEvalDataset
 from stack.errors import BadInput
+
+ID = "id"
+MAX_ID = 1_000
+
+
+def id_of(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> str:
+    """The id of a row. Raises BadInput for one that is none."""
+    if ID not in dataset.columns:
+        return str(number)
+    value = row[ID]
+    name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    if not 0 < len(name) <= MAX_ID:
+        raise BadInput(f"row {number}: the id has {len(name)} characters; allowed: 1 to {MAX_ID}")
+    return name
 
 
 class SeenIds:
@@ -24,8 +42,9 @@ class SeenIds:
     def add(self, number: int, id: str) -> None:
         """Adds the id of the row of this number. Raises BadInput, naming both rows, where one has it already."""
         seen = self._connection or self._open()
-        if not seen.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (id, number)).rowcount:
-            (first,) = seen.execute("SELECT number FROM ids WHERE id = ?", (id,)).fetchone()
+        key = id.encode("utf-8", "surrogatepass")  # JSON can hold halves of letters, which SQLite's texts cannot
+        if not seen.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (key, number)).rowcount:
+            (first,) = seen.execute("SELECT number FROM ids WHERE id = ?", (key,)).fetchone()
             raise BadInput(f"the rows {first} and {number} have the same id, {id[:80]!r}")
 
     def _open(self) -> sqlite3.Connection:
@@ -34,5 +53,5 @@ class SeenIds:
         # Nothing of it is to outlive this process.
         self._connection.execute("PRAGMA journal_mode = OFF")
         self._connection.execute("PRAGMA synchronous = OFF")
-        self._connection.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, number INTEGER) WITHOUT ROWID")
+        self._connection.execute("CREATE TABLE ids (id BLOB PRIMARY KEY, number INTEGER) WITHOUT ROWID")
         return self._connection
