@@ -71,7 +71,7 @@ class AnswerChats(Asker):
 
     def _result(self, answer: Answer) -> dict[str, Any]:
         """The columns of an answer. Raises TooLarge for one that no data set can hold."""
-        told = {
+        told: dict[str, Any] = {
             "answer": answer.message.content,
             "stop_reason": answer.message.stop_reason.value,
             "prompt_tokens": answer.prompt_tokens,

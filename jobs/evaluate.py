@@ -206,7 +206,9 @@ def _outcome(
 
 
 # What the results say of a row beside its question and its scores, and what of one that failed.
-_FAILED = dict(answer="", shield_violation="", prompt_tokens=0, completion_tokens=0, started=None, ended=None)
+_FAILED: dict[str, Any] = dict(
+    answer="", shield_violation="", prompt_tokens=0, completion_tokens=0, started=None, ended=None
+)
 
 
 def scored(line: dict[str, Any], scorers: list[scores.Scorer]) -> dict[str, Any]:

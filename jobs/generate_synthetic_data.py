@@ -219,9 +219,9 @@ def _outcome(
     problem: str | None = None,
 ) -> driver.Outcome:
     tally, file, results = Tally(request), work.folder / "data.jsonl", made_data.results_folder(work)
-    if prompts.grown is not None:
-        prompts = replace(prompts, sha256=grown_prompts.publish(prompts.grown, results / "prompts.jsonl"))
-        for one in grown_prompts.dropped(prompts.grown):
+    if (grown := prompts.grown) is not None:
+        prompts = replace(prompts, sha256=grown_prompts.publish(grown, results / "prompts.jsonl"))
+        for one in grown_prompts.dropped(grown):
             tally.reject(Rejection(0, "", one.reason or "", one.prompt, of=one.of))
     write_rows(file, tally.rows(log))
     lineage = _lineage(request, prompts)

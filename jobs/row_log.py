@@ -130,8 +130,8 @@ def lines_of(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def text_of(row: dict[str, Any]) -> bytes:
-    """A row as a line of JSON Lines."""
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    """A row as a line of JSON Lines. The half of a letter, which a model can write as JSON, becomes a question mark."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="replace")
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> int:

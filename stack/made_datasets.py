@@ -5,7 +5,7 @@ by which code.
 """
 
 import hashlib
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ def require_free(context: Context, kind: str, request: dict[str, Any], field: st
     for name in names:
         if context.store.datasets.get(context.tenant, name) is not None:
             raise Conflict(f"there is a data set {name!r} already; choose another {field}", param=field)
-    for uuid, other_kind, other in context.store.jobs.unfinished(context.tenant, KINDS):
-        for name in names_of(other_kind, other):
-            if name in names:
-                message = f"the job {uuid!r} is going to make a data set {name!r}; choose another {field}"
-                raise Conflict(message, param=field)
+    with closing(context.store.jobs.unfinished(context.tenant, KINDS)) as others:
+        for uuid, other_kind, other in others:
+            for name in names_of(other_kind, other):
+                if name in names:
+                    message = f"the job {uuid!r} is going to make a data set {name!r}; choose another {field}"
+                    raise Conflict(message, param=field)
 
 
 def require_still_free(context: Context, kind: str, request: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ metrics and log lines to the job's run, which only tell what happened.
 """
 
 import uuid as uuids
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -154,14 +154,15 @@ class Jobs:
         with self._engine.connect() as connection:
             return connection.execute(query).scalar_one() not in UNFINISHED
 
-    def unfinished(self, tenant: str, kinds: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    def unfinished(self, tenant: str, kinds: Sequence[str]) -> Generator[tuple[str, str, dict[str, Any]]]:
         """The uuid, kind and request of each job of these kinds that has not ended."""
         query = select(jobs.c.uuid, jobs.c.kind, jobs.c.request).where(
             jobs.c.tenant == tenant, jobs.c.kind.in_(kinds), jobs.c.status.in_(UNFINISHED)
         )
         # A few at a time, as requests may be megabytes.
-        with self._engine.connect() as connection:
-            for row in connection.execute(query.execution_options(yield_per=10)):
+        query = query.execution_options(yield_per=10)
+        with self._engine.connect() as connection, connection.execute(query) as rows:
+            for row in rows:
                 yield row.uuid, row.kind, row.request
 
     def statuses(self, tenant: str, uuids: Sequence[str]) -> dict[str, str]:

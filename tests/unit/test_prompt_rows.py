@@ -103,7 +103,6 @@ def test_a_row_that_cannot_be_asked_is_named(
     [
         ("text", ["a", "b", "c", "b"], "the rows 2 and 4 have the same id, 'b'"),
         ("number", [1, 2, 1.0], "the rows 1 and 3 have the same id, '1'"),
-        ("text", ["a", "\ud83d", "\ud83d"], r"the rows 2 and 3 have the same id, '\\ud83d'"),
     ],
 )
 def test_two_rows_of_the_same_id_are_refused(
@@ -118,8 +117,7 @@ def test_two_rows_of_the_same_id_are_refused(
         assert caught.value.param == "dataset"
 
 
-# Halves of letters, which JSON can hold, and other letters among them.
-IDS = ["a", "A", "b ", "b", "\ud83d", "\ude00", "\ud83d\ude00", "é", "e\u0301", "a\u0001"]
+IDS = ["a", "A", "b ", "b", "é", "e\u0301", "a\u0001", "\U0001f600"]
 
 
 def test_ids_that_differ_pass_and_so_does_a_data_set_without_them(context: Context, home: Path) -> None:

@@ -198,3 +198,7 @@ def test_letters_take_no_more_room_than_they_need(tmp_path: Path) -> None:
     write_rows(tmp_path / "a.jsonl", [{"text": "漢字" * 100}])
     assert (tmp_path / "a.jsonl").stat().st_size == len(text_of({"text": "漢字" * 100})) < 700
     assert list(lines_of(tmp_path / "a.jsonl")) == [{"text": "漢字" * 100}]
+
+
+def test_the_half_of_a_letter_does_not_end_a_job() -> None:
+    assert json.loads(text_of({"text": "a\ud83d \U0001f600"})) == {"text": "a? \U0001f600"}
