@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,12 +18,24 @@ PAGES = [
     ROOT / "docs" / "jobs-and-data.md",
     ROOT / "docs" / "post-training.md",
     ROOT / "docs" / "safety-and-rewards.md",
+    ROOT / "docs" / "synthetic-data.md",
+    ROOT / "docs" / "evaluations.md",
 ]
 EXAMPLES = [
     example
     for page in PAGES
     for example in re.findall(r"^```(bash|python)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 ]
+
+
+def values_in(output: str) -> list[Any]:
+    """What an example prints that prints JSON alone, one value behind the other."""
+    values, rest = [], output.strip()
+    while rest:
+        value, end = json.JSONDecoder().raw_decode(rest)
+        values.append(value)
+        rest = rest[end:].lstrip()
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +52,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 20
+    assert len(outputs) == 28
     for output in outputs[:4]:
         assert "Paris" in output
 
@@ -103,3 +116,69 @@ def test_shields_judge_messages_and_are_listed(outputs: list[str]) -> None:
     listed = {one["shield_type"] for one in json.loads(outputs[19][end:])["data"]}
     # Beside them is the one that these tests add.
     assert listed - {"guard", "llama_guard"} == {"injection_shield", "code_scanner_guard", "third_party_shield"}
+
+
+def test_the_best_of_four_answers_to_each_dialog_is_kept(outputs: list[str]) -> None:
+    found = json.loads(outputs[20])
+    assert [len(one["scored_generations"]) for one in found["synthetic_data"]] == [1, 1]
+    assert [one["dialog"][0]["content"] for one in found["synthetic_data"]] == [
+        "What is the capital of France?",
+        "Name three rivers.",
+    ]
+    statistics = found["statistics"]
+    assert (statistics["generated"], statistics["kept"], statistics["failed"]) == (8, 2, 0)
+    assert found["errors"] == []
+
+
+def test_generations_become_pairs_of_the_data_set(client: httpx.Client, outputs: list[str]) -> None:
+    accepted, status, artifacts = values_in(outputs[21])
+    assert accepted == {"job_uuid": "better-greetings"}
+    assert status["job_uuid"] == artifacts["job_uuid"] == "better-greetings"
+    done = ended(client, "synthetic_data_generation", "better-greetings")
+    assert (done["status"], done["metrics"]["prompts"], done["metrics"]["generated"]) == ("completed", 4, 16)
+
+
+def test_the_rows_of_the_data_set_are_answered(client: httpx.Client, outputs: list[str]) -> None:
+    accepted, status = values_in(outputs[22])
+    assert accepted["job_uuid"] == status["job_uuid"] == "answers-1"
+    assert ended(client, "batch_inference", "answers-1")["status"] == "completed"
+    made = client.get("/datasets/preview", params={"dataset_uuid": "answers-1.answers", "rows": 9}).json()["rows"]
+    assert sorted(row["id"] for row in made) == ["1", "2", "3", "4"]
+
+
+def test_two_lengths_of_answers_are_scored(outputs: list[str]) -> None:
+    for length in (16, 32):
+        assert f'"job_uuid":"greetings-{length}"' in outputs[23]
+    status, artifacts = values_in(outputs[23].splitlines()[-1])
+    assert status["status"] == "completed"
+    metrics = status["metrics"]
+    assert (metrics["examples"], metrics["failed"]) == (4, 0)
+    assert metrics["perplexity_low"] <= metrics["perplexity"] <= metrics["perplexity_high"]
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu"} <= metrics.keys()
+    names = {file["name"] for file in artifacts["files"]}
+    assert names == {"examples.jsonl", "examples.parquet", "report.html"}
+
+
+def test_a_judge_and_the_calls_of_functions_are_evaluations_too(client: httpx.Client, outputs: list[str]) -> None:
+    assert '"job_uuid":"greetings-judged"' in outputs[24]
+    judged = ended(client, "evaluate", "greetings-judged")
+    assert (judged["status"], judged["metrics"]["examples"]) == ("completed", 4)
+    assert '"job_uuid":"weather"' in outputs[25]
+    called = ended(client, "evaluate", "weather")
+    assert (called["status"], called["metrics"]["failed"]) == ("completed", 0)
+    assert called["metrics"]["ast"] in (0, 1)
+
+
+def test_what_has_changed_is_told_by_metric_and_by_example(outputs: list[str]) -> None:
+    found = json.loads(outputs[26])
+    assert (found["first"], found["second"]) == ("greetings-16", "greetings-32")
+    assert (found["task"], found["examples"], found["left_out"]) == ("text_generation", 4, 0)
+    assert {"perplexity", "bleu", "rouge1"} <= {metric["name"] for metric in found["metrics"]}
+    assert len(found["changed"]) == min(found["changed_examples"], 3)
+
+
+def test_a_task_of_ones_own_is_a_benchmark(outputs: list[str]) -> None:
+    assert '"job_uuid":"capitals"' in outputs[27]
+    (status,) = values_in(outputs[27].splitlines()[-1])
+    assert status["status"] == "completed"
+    assert status["metrics"]["capitals/acc"] in (0, 0.5, 1)
