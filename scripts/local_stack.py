@@ -37,6 +37,8 @@ SERVICE = "llama-stack-ray"
 # The port of the agent that each Ray node has, and how long the agent of a killed Ray may hold it.
 AGENT_PORT = 52_365
 AGENT_PORT_S = 180.0
+# The first port that the dashboard may have, as of any Ray.
+DASHBOARD_PORT = 8265
 MODEL_IMPORT_PATH = "serve_apps.llm:build"
 EMBEDDINGS_IMPORT_PATH = "serve_apps.embeddings:build"
 CLASSIFIERS_IMPORT_PATH = "serve_apps.classifiers:build"
@@ -183,6 +185,14 @@ def require_free(host: str, port: int) -> None:
         ) from error
 
 
+def _is_free(host: str, port: int) -> bool:
+    try:
+        require_free(host, port)
+    except StartFailed:
+        return False
+    return True
+
+
 def require_keys(file: ServeFile) -> None:
     """Raises Unauthorized where other machines would be listened to and no API key was ever made."""
     if keys.is_loopback(file.host):
@@ -217,7 +227,11 @@ def wait_for_agent_port(stopped: Callable[[], bool], say: Callable[[str], None])
 
 def start_ray() -> str:
     """Starts a Ray on loopback in this process. Returns the address of its job API, which is its dashboard's too."""
+    port = next(port for port in range(DASHBOARD_PORT, 65_536) if _is_free("127.0.0.1", port))
     os.environ |= {
+        # Ray's processes ask the dashboard by it. Without it they go by a file in /tmp that may name a Ray of earlier:
+        # what Ray Train runs to clean up after a training then does not end before twelve seconds are over.
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{port}",
         "HF_HUB_OFFLINE": "1",
         # Any user of this machine can reach loopback: Ray asks for the token in ~/.ray/auth_token.
         "RAY_AUTH_MODE": "token",
@@ -238,6 +252,7 @@ def start_ray() -> str:
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=True,
         dashboard_host="127.0.0.1",
+        dashboard_port=port,
         log_to_driver=False,
         logging_level=logging.ERROR,
     )

@@ -14,7 +14,7 @@ from stack.api.post_training import PostTrainingSFTRequest
 from stack.config import Config
 from stack.context import Context
 from stack.store import Job
-from tests.running_stack import command_of, processes_of, wait_for
+from tests.running_stack import command_of, free_port, processes_of, wait_for
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
@@ -32,7 +32,9 @@ def context_on_ray(home: Path, *models: str) -> Iterator[Context]:
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         listed = [{"id": name, "path": f"models/{name}", "context": 256} for name in models]
         context = Context.open(Config.parse({"models": listed}, "the tests' config"))
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        port = free_port()
+        patch.setenv("RAY_API_SERVER_ADDRESS", f"http://127.0.0.1:{port}")
+        ray.init(address="local", num_cpus=2, dashboard_port=port, include_dashboard=True, log_to_driver=False)
         yield context
         ray.shutdown()
         context.close()
