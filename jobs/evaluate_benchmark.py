@@ -72,18 +72,9 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
-    from lm_eval.tasks import TaskManager
 
     # Some tasks shape their data by the tokenizer of the model, which they find by this name.
-    about = {"pretrained": str(model.base.folder)}
-    tasks = TaskManager(include_path=str(folder) if folder.is_dir() else None, metadata=about)
-    unknown = [name for name in request.tasks if name not in tasks.all_tasks]
-    if unknown:
-        own = sorted(file.stem for file in folder.glob("*.yaml"))
-        raise BadInput(
-            f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(tasks.all_tasks)} tasks, or of those in the "
-            f"stack's own folder {folder.name}: {', '.join(own) or 'none'}"
-        )
+    tasks = _tasks(request.tasks, folder, {"pretrained": str(model.base.folder)})
     asked = LocalCompletionsAPI(
         base_url=f"{door.url}/v1/completions",
         header=door.headers,
@@ -116,6 +107,27 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
             raise door.errors[0] from error
         raise
     return found
+
+
+def _tasks(wanted: list[str], folder: Path, metadata: dict[str, Any]) -> Any:
+    """lm-eval's manager of tasks, which knows those that are wanted. Raises BadInput where it cannot.
+
+    To know its own thousands it reads all of their files, for seconds: only if not all are tasks of the folder.
+    """
+    from lm_eval.tasks import TaskManager
+
+    include = str(folder) if folder.is_dir() else None
+    own = TaskManager(include_path=include, include_defaults=False, metadata=metadata)
+    if set(wanted) <= set(own.all_subtasks):
+        return own
+    manager = TaskManager(include_path=include, metadata=metadata)
+    unknown = [name for name in wanted if name not in manager.all_tasks]
+    if unknown:
+        raise BadInput(
+            f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(manager.all_tasks)} tasks, or of those in "
+            f"the stack's own folder {folder.name}: {', '.join(own.all_tasks) or 'none'}"
+        )
+    return manager
 
 
 def _begins_with_bos(folder: Path, is_chat: bool) -> bool:
