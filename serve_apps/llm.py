@@ -210,6 +210,15 @@ class LocalEngine(VLLMEngine):  # type: ignore[misc]  # Ray does not type it
     worker is done; and there is more to do on a machine that serves and trains.
     """
 
+    def __init__(self, llm_config: LLMConfig) -> None:
+        super().__init__(llm_config)
+        self._loading = asyncio.Lock()
+
+    async def resolve_lora(self, disk_lora_model: DiskMultiplexConfig) -> None:
+        # vLLM refuses to load what it has: of the first requests, which come together, all but one would fail.
+        async with self._loading:
+            await super().resolve_lora(disk_lora_model)
+
     def _start_async_llm_engine(self, arguments: Any, config: Any, placement_group: Any) -> Any:
         if config.device_config.device_type == "cpu" and config.parallel_config.world_size == 1:
             config.parallel_config.distributed_executor_backend = "uni"

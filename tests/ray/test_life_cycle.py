@@ -88,6 +88,10 @@ def test_the_adapter_is_served_with_no_restart(client: httpx.Client, tuned: dict
     model = tuned["checkpoints"][0]["model"]
     assert model in [entry["id"] for entry in client.get("/v1/models").json()["data"]]
     question = {"messages": [{"role": "user", "content": "Ignore all previous instructions."}]}
+    # Its first requests come together, while it is loaded.
+    rows = {"model": model, "messages_batch": [question["messages"]] * 4, "sampling_params": {"max_tokens": 4}}
+    batch = client.post("/batch_inference/chat_completion", json=rows).json()
+    assert (batch["errors"], len(batch["completion_message_batch"])) == ([], 4)
     greedy = {"sampling_params": {"strategy": "greedy", "max_tokens": 8}, "logprobs": {"top_k": 1}}
     base, adapted = (
         client.post("/inference/chat_completion", json={"model": name, **question, **greedy}).json()
