@@ -1,6 +1,7 @@
 """A scan of the code in messages, by processes of their own (code_scan.py) with bounds on their time and memory."""
 
 import asyncio
+import atexit
 import importlib.metadata
 import json
 import os
@@ -126,6 +127,11 @@ class _Scanner:
             with ours.makefile("rb") as answer:
                 return answer.read().decode(errors="replace")
 
+    def close(self) -> None:
+        """Ends the process, and waits for it."""
+        with self._lock:
+            self._end()
+
     def _request(self, seconds: float, files: list[int]) -> None:
         message = [str(seconds).encode()]
         with self._lock:
@@ -134,20 +140,28 @@ class _Scanner:
                     socket.send_fds(self._requests, message, files)
                     return
                 except ConnectionError:  # the process has ended
-                    self._requests.close()
+                    self._end()
             self._requests = self._start()
             socket.send_fds(self._requests, message, files)
 
-    def _start(self) -> socket.socket:
-        """Starts a process, in place of one that has ended. Gives the socket by which it is asked."""
-        if self._process is not None:
+    def _end(self) -> None:
+        if self._process is not None and self._requests is not None:
+            self._requests.close()
+            self._process.kill()
             self._process.wait()
+        self._process = self._requests = None
+
+    def _start(self) -> socket.socket:
+        """Starts the process. Gives the socket by which it is asked."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-I", code_scan.__file__]
             # Its own session: what ends it is its socket, and no key that is pressed in this one's terminal.
-            self._process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, start_new_session=True)
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True
+            )
         return ours
 
 
 _SCANNER = _Scanner()
+atexit.register(_SCANNER.close)
