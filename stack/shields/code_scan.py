@@ -23,6 +23,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 import sys
 import tempfile
 import textwrap
@@ -35,6 +36,7 @@ from typing import Any, NoReturn
 
 MAX_MEMORY = 2**30
 BEGUN = "\n"
+SECONDS = struct.Struct("d")  # each message
 PYTHON = frozenset(("python", "py", "python3", "py3", "python2", "ipython", "ipython3", "pycon", "gyp", "sage"))
 # detect-secrets' rules for keys of a known form. Those that go by randomness or by a variable's name err too often.
 SECRETS = (
@@ -85,11 +87,11 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a scan: the kernel removes it
     requests = socket.socket(fileno=sys.stdin.fileno())
     while True:
-        seconds, files, _, _ = socket.recv_fds(requests, 100, 2)
+        message, files, _, _ = socket.recv_fds(requests, SECONDS.size, 2)
         if len(files) < 2:
             return
         if not os.fork():
-            _scan_within(float(seconds), *files)
+            _scan_within(*SECONDS.unpack(message), *files)
         for file in files:
             os.close(file)
 

@@ -4,11 +4,11 @@ import asyncio
 import atexit
 import importlib.metadata
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -119,7 +119,7 @@ class _Scanner:
         ours, theirs = socket.socketpair()
         with ours:
             # A file, of which the scan reads what it will: a pipe would have to be filled while it reads.
-            with theirs, open(os.memfd_create("code"), "w+b", buffering=0) as given:
+            with theirs, tempfile.TemporaryFile(buffering=0) as given:
                 given.write(content)
                 given.seek(0)
                 self._request(seconds, [given.fileno(), theirs.fileno()])
@@ -133,7 +133,7 @@ class _Scanner:
             self._end()
 
     def _request(self, seconds: float, files: list[int]) -> None:
-        message = [str(seconds).encode()]
+        message = [code_scan.SECONDS.pack(seconds)]
         with self._lock:
             if self._requests is not None:
                 try:
@@ -153,7 +153,7 @@ class _Scanner:
 
     def _start(self) -> socket.socket:
         """Starts the process. Gives the socket by which it is asked."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair()
         with theirs:
             command = [sys.executable, "-I", code_scan.__file__]
             # Its own session: what ends it is its socket, and no key that is pressed in this one's terminal.
