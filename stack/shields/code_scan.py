@@ -1,6 +1,11 @@
 """Finds code in texts and scans it: a program of its own, so that what it is given can take neither time nor memory.
 
-    python -I code_scan.py SECONDS < {"texts": [...], "unfinished": [...]} > {"findings": [...], "unread": [...]}
+    python -I code_scan.py < a Unix socket
+
+It has imported all that a scan needs, and forks for each: what one does reaches no other. By the socket comes a message
+for each scan, how many seconds it may take, with two files: one to read {"texts": [...], "unfinished": [...]} from, and
+one to write to: BEGUN, and {"findings": [...], "unread": [...]} or the traceback of what went wrong. After BEGUN alone
+the scan was ended by its bounds. The program ends when the other end of the socket is closed.
 
 Python is scanned by bandit's rules; code of all languages for keys and tokens by those of detect-secrets. Code is what
 stands between fences, what is indented, a paragraph, or a whole text that is Python. Comments that tell bandit to look
@@ -9,11 +14,16 @@ away (nosec) are not heard.
 
 import ast
 import codeop
+import gc
 import io
 import json
 import logging
+import os
 import re
 import resource
+import signal
+import socket
+import struct
 import sys
 import tempfile
 import textwrap
@@ -22,9 +32,11 @@ import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 MAX_MEMORY = 2**30
+BEGUN = "\n"
+SECONDS = struct.Struct("d")  # each message
 PYTHON = frozenset(("python", "py", "python3", "py3", "python2", "ipython", "ipython3", "pycon", "gyp", "sage"))
 # detect-secrets' rules for keys of a known form. Those that go by randomness or by a variable's name err too often.
 SECRETS = (
@@ -68,12 +80,35 @@ class Block:
 
 
 def main() -> None:
-    seconds = max(1, round(float(sys.argv[1])))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    """Scans in forked processes until the other end of stdin is closed."""
     logging.disable(logging.CRITICAL)
-    given = json.load(sys.stdin)
-    json.dump(scan(given["texts"], given["unfinished"]), sys.stdout)
+    scan(["```python\nimport os\n```"])  # imports everything, once; none of it starts a thread
+    gc.freeze()  # so that what was imported stays shared
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a scan: the kernel removes it
+    requests = socket.socket(fileno=sys.stdin.fileno())
+    while True:
+        message, files, _, _ = socket.recv_fds(requests, SECONDS.size, 2)
+        if len(files) < 2:
+            return
+        if not os.fork():
+            _scan_within(*SECONDS.unpack(message), *files)
+        for file in files:
+            os.close(file)
+
+
+def _scan_within(seconds: float, given: int, answer: int) -> NoReturn:
+    """Scans what is given, in this process and at most so long, and ends it."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # its signal ends the process
+    whole = max(1, round(seconds))
+    resource.setrlimit(resource.RLIMIT_CPU, (whole, whole + 1))
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # nothing that it starts could outlive it
+    for number, file in enumerate((given, answer, answer)):
+        os.dup2(file, number)  # stdin, stdout, stderr
+    print(BEGUN, end="", flush=True)
+    asked = json.load(sys.stdin)
+    print(json.dumps(scan(asked["texts"], asked["unfinished"])), flush=True)
+    os._exit(0)
 
 
 def scan(texts: list[str], unfinished: Collection[int] = ()) -> dict[str, list[dict[str, Any]]]:

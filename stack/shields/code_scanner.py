@@ -1,14 +1,17 @@
-"""A scan of the code in messages, by a program of its own (code_scan.py) with bounds on its time and memory."""
+"""A scan of the code in messages, by processes of their own (code_scan.py) with bounds on their time and memory."""
 
 import asyncio
+import atexit
 import importlib.metadata
 import json
 import re
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from stack.context import Context
@@ -41,7 +44,7 @@ async def judge(_: Context, shield: CodeScannerShield, said: Sequence[Said]) -> 
     try:
         async with asyncio.timeout(shield.timeout_s + 1):  # it may have waited for a thread, too
             found = await asyncio.get_running_loop().run_in_executor(_SCANS, _scan, judged, shield.timeout_s)
-    except (subprocess.TimeoutExpired, TimeoutError):
+    except TimeoutError:
         return Verdict(True, UNJUDGED, f"The code could not be scanned within {shield.timeout_s:g} s.")
     return read(shield, found)
 
@@ -84,16 +87,81 @@ def _json_texts(text: str) -> Iterator[str]:
 
 
 def _scan(judged: list[Said], seconds: float) -> dict[str, list[dict[str, Any]]]:
-    """Raises EngineFailed where the scanner fails, and TimeoutExpired, by which it is killed."""
+    """Raises EngineFailed where the scanner fails, and TimeoutError where a scan is ended by its bounds."""
     texts = [(text, one.is_unfinished) for one in judged for text in readings(one.text)]
     unfinished = [number for number, (_, is_unfinished) in enumerate(texts) if is_unfinished]
     content = json.dumps({"texts": [text for text, _ in texts], "unfinished": unfinished}).encode()
-    command = [sys.executable, "-I", "-B", str(Path(code_scan.__file__)), str(seconds)]
-    done = subprocess.run(command, input=content, capture_output=True, timeout=seconds, check=False)
-    if done.returncode < 0:  # its bound of time on the processor
-        raise subprocess.TimeoutExpired(command, seconds)
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no reason is known"]
-        raise EngineFailed(f"the code scanner failed: {last[0][:200]}")
-    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    answer = _SCANNER.ask(content, seconds) or _SCANNER.ask(content, seconds)
+    if not answer:
+        raise EngineFailed("the code scanner ends before it scans")
+    if answer == code_scan.BEGUN:
+        raise TimeoutError
+    try:
+        found: dict[str, list[dict[str, Any]]] = json.loads(answer)
+    except ValueError as error:
+        raise EngineFailed(f"the code scanner failed: {answer.strip().splitlines()[-1][:200]}") from error
     return found
+
+
+class _Scanner:
+    """The process that forks for each scan, which is started when it is first asked, and anew when it has ended.
+
+    It ends with this process, however that ends, since it then finds its socket closed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: socket.socket | None = None
+
+    def ask(self, content: bytes, seconds: float) -> str:
+        """What a scan answers (see code_scan.py); nothing if the process ended before. Raises TimeoutError."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            # A file, of which the scan reads what it will: a pipe would have to be filled while it reads.
+            with theirs, tempfile.TemporaryFile(buffering=0) as given:
+                given.write(content)
+                given.seek(0)
+                self._request(seconds, [given.fileno(), theirs.fileno()])
+            ours.settimeout(seconds)
+            with ours.makefile("rb") as answer:
+                return answer.read().decode(errors="replace")
+
+    def close(self) -> None:
+        """Ends the process, and waits for it."""
+        with self._lock:
+            self._end()
+
+    def _request(self, seconds: float, files: list[int]) -> None:
+        message = [code_scan.SECONDS.pack(seconds)]
+        with self._lock:
+            if self._requests is not None:
+                try:
+                    socket.send_fds(self._requests, message, files)
+                    return
+                except ConnectionError:  # the process has ended
+                    self._end()
+            self._requests = self._start()
+            socket.send_fds(self._requests, message, files)
+
+    def _end(self) -> None:
+        if self._process is not None and self._requests is not None:
+            self._requests.close()
+            self._process.kill()
+            self._process.wait()
+        self._process = self._requests = None
+
+    def _start(self) -> socket.socket:
+        """Starts the process. Gives the socket by which it is asked."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-I", code_scan.__file__]
+            # Its own session: what ends it is its socket, and no key that is pressed in this one's terminal.
+            self._process = subprocess.Popen(
+                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True
+            )
+        return ours
+
+
+_SCANNER = _Scanner()
+atexit.register(_SCANNER.close)

@@ -2,23 +2,31 @@
 
 import asyncio
 import json
+import os
 import re
+import select
+import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from stack import openai_chats
 from stack.config import Config
 from stack.context import Context
-from stack.errors import ShieldViolation
+from stack.errors import EngineFailed, ShieldViolation
 from stack.shield_config import CodeScannerShield
 from stack.shields import code_scanner
-from stack.shields.code_scan import blocks, scan
+from stack.shields.code_scan import BEGUN, MAX_MEMORY, blocks, scan
 from stack.shields.verdict import UNJUDGED, Said, Verdict
 from tests.conftest import CONFIG
 from tests.scripted_engine import ScriptedEngine
@@ -250,6 +258,160 @@ async def test_a_scan_that_finds_no_free_thread_in_time_does_not_pass(monkeypatc
     assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
 
 
+SCANNER = code_scanner._SCANNER
+
+
+async def process() -> int:
+    """The id of the process that scans, which runs."""
+    assert (await judged(EVIL)).is_violation
+    assert SCANNER._process is not None
+    return SCANNER._process.pid
+
+
+@contextmanager
+def begun(given: int, seconds: float = 20) -> Iterator[socket.socket]:
+    """A scan of what is read from a file, which has begun. Gives its answer."""
+    answer, theirs = socket.socketpair()
+    with answer:
+        with theirs:
+            SCANNER._request(seconds, [given, theirs.fileno()])
+        answer.settimeout(30)
+        assert answer.recv(1) == BEGUN.encode()
+        yield answer
+
+
+@contextmanager
+def waiting() -> Iterator[tuple[socket.socket, FileIO]]:
+    """A scan that has begun, and waits for what it is to scan. Gives its answer, and where to write."""
+    given, writing = (FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+    with writing, given, begun(given.fileno()) as answer:
+        given.close()
+        yield answer, writing
+
+
+def finish(answer: socket.socket, writing: FileIO) -> bytes:
+    with writing:
+        writing.write(json.dumps({"texts": [EVIL], "unfinished": []}).encode())
+    return read(answer)
+
+
+def read(answer: socket.socket) -> bytes:
+    with answer.makefile("rb") as lines:
+        return lines.read()
+
+
+async def test_all_scans_are_by_one_process_which_has_one_thread_and_no_file_of_this_one() -> None:
+    scanner = await process()
+    assert await process() == scanner
+    assert len(list(Path(f"/proc/{scanner}/task").iterdir())) == 1
+    assert {int(one.name) for one in Path(f"/proc/{scanner}/fd").iterdir()} == {0, 1, 2}
+
+
+async def test_after_a_scan_that_took_too_long_the_same_process_scans_on() -> None:
+    scanner = await process()
+    verdict = await judged("x = 1\n" * 200_000, SHIELD.model_copy(update={"timeout_s": 0.1}))
+    assert (verdict.is_violation, verdict.type) == (True, UNJUDGED)
+    assert await process() == scanner
+
+
+async def test_the_time_of_a_scan_ends_it_whatever_it_does() -> None:
+    await process()
+    given, writing = (FileIO(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+    with writing, given, begun(given.fileno(), 0.1) as answer:
+        assert read(answer) == b""
+
+
+async def test_a_scan_s_memory_is_bounded_and_the_next_one_has_all_of_it() -> None:
+    scanner = await process()
+    with FileIO(os.memfd_create("large"), "r+") as given:
+        given.truncate(2 * MAX_MEMORY)
+        with begun(given.fileno()) as answer:
+            assert read(answer).strip().endswith(b"MemoryError")
+    assert await process() == scanner
+
+
+async def test_a_scan_starts_no_process_and_its_bounds_are_its_own() -> None:
+    scanner = await process()
+    with waiting() as (answer, writing):
+        (scan,) = Path(f"/proc/{scanner}/task/{scanner}/children").read_text().split()
+        limits, own = (Path(f"/proc/{one}/limits").read_text() for one in (scan, scanner))
+        assert re.search(r"^Max processes +0 +0 ", limits, re.MULTILINE)
+        assert re.search(rf"^Max address space +{MAX_MEMORY} +{MAX_MEMORY} ", limits, re.MULTILINE)
+        assert re.search(r"^Max cpu time +20 +21 ", limits, re.MULTILINE)
+        assert re.search(r"^Max address space +unlimited ", own, re.MULTILINE)
+        assert b"B605" in finish(answer, writing)
+
+
+async def test_four_scans_run_at_once() -> None:
+    await process()
+    with ExitStack() as stack:
+        for answer, writing in [stack.enter_context(waiting()) for _ in range(4)]:
+            assert b"B605" in finish(answer, writing)
+
+
+async def test_a_scanner_that_is_killed_between_scans_is_replaced() -> None:
+    scanner = await process()
+    end = os.pidfd_open(scanner)
+    os.kill(scanner, signal.SIGKILL)
+    assert select.select([end], [], [], 30)[0]
+    os.close(end)
+    assert await process() != scanner
+
+
+async def test_a_scan_goes_on_where_its_scanner_is_killed() -> None:
+    scanner = await process()
+    with waiting() as (answer, writing):
+        os.kill(scanner, signal.SIGKILL)
+        assert b"B605" in finish(answer, writing)
+    assert await process() != scanner
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+async def test_a_scan_that_has_not_begun_when_its_scanner_is_killed_is_asked_for_once_more(
+    kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanner, request, killed = await process(), SCANNER._request, list[int]()
+    os.kill(scanner, signal.SIGSTOP)  # it does not begin
+
+    def kill_it(seconds: float, files: list[int]) -> None:
+        request(seconds, files)
+        if len(killed) < kills:
+            assert SCANNER._process is not None
+            killed.append(SCANNER._process.pid)
+            os.kill(killed[-1], signal.SIGKILL)
+
+    monkeypatch.setattr(SCANNER, "_request", kill_it)
+    if kills == 1:
+        assert (await judged(EVIL)).type == "B605 start_process_with_a_shell"
+    else:
+        with pytest.raises(EngineFailed, match="the code scanner ends before it scans"):
+            await judged(EVIL)
+    assert killed[0] == scanner
+
+
+async def test_a_scan_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = SCANNER.ask
+    monkeypatch.setattr(SCANNER, "ask", lambda _, seconds: ask(b"{", seconds))
+    with pytest.raises(EngineFailed, match=r"the code scanner failed: json\.decoder\.JSONDecodeError: "):
+        await judged(EVIL)
+
+
+def test_the_scanner_ends_when_its_gateway_is_killed() -> None:
+    program = f"""
+import sys
+from stack.shields import code_scanner
+assert code_scanner._SCANNER.ask({json.dumps({"texts": [EVIL], "unfinished": []}).encode()!r}, 20)
+print(code_scanner._SCANNER._process.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as gateway:
+        assert gateway.stdout is not None
+        end = os.pidfd_open(int(gateway.stdout.readline()))
+        gateway.kill()
+        assert select.select([end], [], [], 30)[0]
+        os.close(end)
+
+
 def test_the_version_names_both_packages_with_rules() -> None:
     assert re.fullmatch(r"bandit-[\d.]+\+detect-secrets-[\d.]+", code_scanner.VERSION)
 
@@ -263,5 +425,5 @@ def test_blocks_know_their_language_and_whether_they_end() -> None:
 
 
 def test_a_broken_fence_is_no_way_past_it() -> None:
-    findings = cast(list[dict[str, Any]], scan([f"```python\n```\n{EVIL}\n```\nwords, and more"])["findings"])
+    findings = scan([f"```python\n```\n{EVIL}\n```\nwords, and more"])["findings"]
     assert findings
