@@ -111,8 +111,8 @@ class _Scanner:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._requests: socket.socket | None = None
+        # The process, and the socket by which it is asked.
+        self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
 
     def ask(self, content: bytes, seconds: float) -> str:
         """What a scan answers (see code_scan.py); nothing if the process ended before. Raises TimeoutError."""
@@ -122,45 +122,51 @@ class _Scanner:
             with theirs, tempfile.TemporaryFile(buffering=0) as given:
                 given.write(content)
                 given.seek(0)
-                self._request(seconds, [given.fileno(), theirs.fileno()])
+                process = self._request(seconds, [given.fileno(), theirs.fileno()])
             ours.settimeout(seconds)
-            with ours.makefile("rb") as answer:
-                return answer.read().decode(errors="replace")
+            with ours.makefile("rb") as read:
+                answer = read.read().decode(errors="replace")
+        if not answer:  # while a process is being killed, its socket may take one request more, and lose it
+            process.kill()
+            process.wait()
+        return answer
 
     def close(self) -> None:
         """Ends the process, and waits for it."""
         with self._lock:
             self._end()
 
-    def _request(self, seconds: float, files: list[int]) -> None:
+    def _request(self, seconds: float, files: list[int]) -> subprocess.Popen[bytes]:
+        """Has the process fork for a scan. Gives the process."""
         message = [code_scan.SECONDS.pack(seconds)]
         with self._lock:
-            if self._requests is not None:
+            if self._running is not None:
+                process, requests = self._running
                 try:
-                    socket.send_fds(self._requests, message, files)
-                    return
-                except ConnectionError:  # the process has ended
+                    socket.send_fds(requests, message, files)
+                    return process
+                except ConnectionError:  # it has ended
                     self._end()
-            self._requests = self._start()
-            socket.send_fds(self._requests, message, files)
+            process, requests = self._running = _started()
+            socket.send_fds(requests, message, files)
+            return process
 
     def _end(self) -> None:
-        if self._process is not None and self._requests is not None:
-            self._requests.close()
-            self._process.kill()
-            self._process.wait()
-        self._process = self._requests = None
+        if self._running is not None:
+            process, requests = self._running
+            self._running = None
+            requests.close()
+            process.kill()
+            process.wait()
 
-    def _start(self) -> socket.socket:
-        """Starts the process. Gives the socket by which it is asked."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-I", code_scan.__file__]
-            # Its own session: what ends it is its socket, and no key that is pressed in this one's terminal.
-            self._process = subprocess.Popen(
-                command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True
-            )
-        return ours
+
+def _started() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-I", code_scan.__file__]
+        # Its own session: what ends it is its socket, and no key that is pressed in this one's terminal.
+        process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, start_new_session=True)
+    return process, ours
 
 
 _SCANNER = _Scanner()

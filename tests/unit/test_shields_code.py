@@ -264,8 +264,8 @@ SCANNER = code_scanner._SCANNER
 async def process() -> int:
     """The id of the process that scans, which runs."""
     assert (await judged(EVIL)).is_violation
-    assert SCANNER._process is not None
-    return SCANNER._process.pid
+    assert SCANNER._running is not None
+    return SCANNER._running[0].pid
 
 
 @contextmanager
@@ -349,11 +349,12 @@ async def test_four_scans_run_at_once() -> None:
             assert b"B605" in finish(answer, writing)
 
 
-async def test_a_scanner_that_is_killed_between_scans_is_replaced() -> None:
+@pytest.mark.parametrize("has_ended", [True, False])
+async def test_a_scanner_that_is_killed_between_scans_is_replaced(has_ended: bool) -> None:
     scanner = await process()
     end = os.pidfd_open(scanner)
     os.kill(scanner, signal.SIGKILL)
-    assert select.select([end], [], [], 30)[0]
+    assert not has_ended or select.select([end], [], [], 30)[0]
     os.close(end)
     assert await process() != scanner
 
@@ -373,12 +374,12 @@ async def test_a_scan_that_has_not_begun_when_its_scanner_is_killed_is_asked_for
     scanner, request, killed = await process(), SCANNER._request, list[int]()
     os.kill(scanner, signal.SIGSTOP)  # it does not begin
 
-    def kill_it(seconds: float, files: list[int]) -> None:
-        request(seconds, files)
+    def kill_it(seconds: float, files: list[int]) -> subprocess.Popen[bytes]:
+        asked = request(seconds, files)
         if len(killed) < kills:
-            assert SCANNER._process is not None
-            killed.append(SCANNER._process.pid)
-            os.kill(killed[-1], signal.SIGKILL)
+            killed.append(asked.pid)
+            os.kill(asked.pid, signal.SIGKILL)
+        return asked
 
     monkeypatch.setattr(SCANNER, "_request", kill_it)
     if kills == 1:
@@ -387,6 +388,21 @@ async def test_a_scan_that_has_not_begun_when_its_scanner_is_killed_is_asked_for
         with pytest.raises(EngineFailed, match="the code scanner ends before it scans"):
             await judged(EVIL)
     assert killed[0] == scanner
+
+
+async def test_a_process_that_loses_a_request_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    scanner, request, lost = await process(), SCANNER._request, list[int]()
+
+    def lose_one(seconds: float, files: list[int]) -> subprocess.Popen[bytes]:
+        assert SCANNER._running is not None
+        if lost:
+            return request(seconds, files)
+        lost.append(SCANNER._running[0].pid)
+        return SCANNER._running[0]
+
+    monkeypatch.setattr(SCANNER, "_request", lose_one)
+    assert await process() != scanner
+    assert lost == [scanner]
 
 
 async def test_a_scan_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +417,7 @@ def test_the_scanner_ends_when_its_gateway_is_killed() -> None:
 import sys
 from stack.shields import code_scanner
 assert code_scanner._SCANNER.ask({json.dumps({"texts": [EVIL], "unfinished": []}).encode()!r}, 20)
-print(code_scanner._SCANNER._process.pid, flush=True)
+print(code_scanner._SCANNER._running[0].pid, flush=True)
 sys.stdin.read()
 """
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as gateway:
