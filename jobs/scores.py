@@ -10,16 +10,14 @@
 - perplexity: exp of the negative log likelihood of a reference's tokens, given the prompt, per token. Of a set it is
   per token of all references.
 - rating, win_rate, consistent: what a judge says; see JudgedMetric.
+
+A library is imported where its metric is wanted: together they take seconds, and PyTorch comes with one of them.
 """
 
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenize import tokenize
-from sacrebleu.metrics.bleu import BLEU
-from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from stack.errors import BadInput
 from stack.intervals import BLEU_COLUMNS, MAX_EXPONENT, aggregate
@@ -51,6 +49,8 @@ def scorers(metrics: Sequence[str]) -> list[Scorer]:
 
 def require_rouge(reference: str, answer: str) -> None:
     """Raises BadInput for texts that are too long for ROUGE."""
+    from rouge_score.tokenize import tokenize
+
     words, others = len(tokenize(reference, None)), len(tokenize(answer, None))
     if words * others > MAX_ROUGE_PLACES:
         raise BadInput(
@@ -74,20 +74,28 @@ def win_rate(shown_first: float, shown_second: float) -> dict[str, float]:
 
 def bleu_signature() -> str:
     """How sacrebleu computes the BLEU of a set, in its own words, by which it can be compared to others'."""
+    from sacrebleu.metrics.bleu import BLEU
+
     metric = BLEU()
     metric.corpus_score([""], [[""]])  # it must have seen how many references there are
     return str(metric.get_signature())
 
 
 def _exact_match() -> Scorer:
+    from transformers.data.metrics.squad_metrics import compute_exact
+
     return lambda reference, answer: {"em": float(compute_exact(reference, answer))}
 
 
 def _f1() -> Scorer:
+    from transformers.data.metrics.squad_metrics import compute_f1
+
     return lambda reference, answer: {"f1": float(compute_f1(reference, answer))}
 
 
 def _rouge() -> Scorer:
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(ROUGE)
 
     def score(reference: str, answer: str) -> dict[str, float]:
@@ -97,6 +105,8 @@ def _rouge() -> Scorer:
 
 
 def _bleu() -> Scorer:
+    from sacrebleu.metrics.bleu import BLEU
+
     metric = BLEU(effective_order=True)  # which changes the score of one answer alone, and no count
 
     def score(reference: str, answer: str) -> dict[str, float]:
