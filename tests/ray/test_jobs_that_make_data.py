@@ -126,6 +126,7 @@ def test_the_examples_are_right(client: httpx.Client, stack: Stack) -> None:
         assert made(client, api, body)["metrics"]["failed"] == 0
 
 
+@pytest.mark.long
 def test_the_loop_closes_on_a_few_prompts(client: httpx.Client, stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
     """That it goes round; whether the model is better for it, so few prompts cannot tell."""
     monkeypatch.setattr(improve_model, "GENERATIONS", 2)
