@@ -82,8 +82,7 @@ class Found:
 
     def difference(self) -> tuple[float, float, float]:
         """Of the scores, as `difference` gives it."""
-        both = sorted(self.before.keys() & self.after.keys())
-        return difference([self.before[one] for one in both], [self.after[one] for one in both])
+        return difference([*self.before.values()], [self.after[prompt] for prompt in self.before])
 
 
 def run(url: str) -> None:
@@ -121,6 +120,8 @@ def improve(client: httpx.Client, folder: Path, run_id: str, pairs: Mapping[str,
 
     title(4, "Looking at the adapter's answers to the held-out prompts")
     after = scores(client, f"after-{run_id}", f"test-{run_id}", tuned)
+    if missing := sorted(before.keys() ^ after.keys()):
+        raise StepFailed(f"{len(missing)} prompts have no answer of one of the two, the first of them {missing[0]!r}")
     evaluate(client, f"evaluate-after-{run_id}", f"test-{run_id}", tuned)
     both = {"first": f"evaluate-before-{run_id}", "second": f"evaluate-after-{run_id}", "most": 0}
     return Found(before, after, post(client, "/evaluate/compare", both)["metrics"])
