@@ -32,10 +32,10 @@ def test_the_table_shows_both_means_and_what_the_evaluations_tell() -> None:
     metric = {"name": "rouge1", "better": "higher"}
     values = {"first": 0.2, "second": 0.3, "difference": 0.1}
     compared = metric | {name: {"value": value, **interval} for name, value in values.items()}
-    found = improve_model.Found({"a": 1.0, "b": 2.0, "c": 9.0}, {"a": 2.0, "b": 3.0}, [compared])
+    found = improve_model.Found({"a": 1.0, "b": 2.0}, {"b": 3.0, "a": 2.0}, [compared])
     assert found.difference() == pytest.approx((1.0, 1.0, 1.0))
     cells = [list(column.cells) for column in improve_model.table(found).columns]
     assert cells[0][1] == "rouge1 (higher is better)"
     assert cells[1:] == [
-        ["4.000", "0.200"], ["2.500", "0.300"], ["+1.000 (+1.000 to +1.000)", "+0.100 (-0.100 to +0.300)"],
+        ["1.500", "0.200"], ["2.500", "0.300"], ["+1.000 (+1.000 to +1.000)", "+0.100 (-0.100 to +0.300)"],
     ]  # fmt: skip
