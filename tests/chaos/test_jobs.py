@@ -229,14 +229,25 @@ def answers(client: httpx.Client) -> bool:
         return False
 
 
-def test_a_training_survives_all_of_ray(stack: Stack, data: dict[str, Any]) -> None:
+def test_jobs_survive_all_of_ray(stack: Stack, data: dict[str, Any]) -> None:
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}."} for number in range(200)]
+    counts = samples.dataset(
+        samples.write_rows(stack.home / "data" / "all-counts.jsonl", rows), id="text", prompt="text"
+    )
+    batch = samples.batch(counts, job_uuid="batch-all-killed", model=MODEL, sampling_params={"max_tokens": 16})
     with stack.client() as client:
         submit(client, data, "tune-all-killed")
         submit(client, data, "tune-all-waiting")
         wait_for_checkpoint(client, "tune-all-killed", 3)
+        assert client.post("/batch_inference/jobs", json=batch).status_code == 200
+        wait_for(lambda: done_of(client, "batch_inference", "batch-all-killed") >= 32, 240)
     stack.kill()
     stack.start()
     with stack.client() as client:
         assert_ran_once(client, "tune-all-killed", attempts=2)
-        waited = ended(client, "post_training", "tune-all-waiting")
-        assert waited["status"] == "completed"
+        assert ended(client, "post_training", "tune-all-waiting")["status"] == "completed"
+        status = ended(client, "batch_inference", "batch-all-killed")
+        assert (status["status"], len(status["attempts"])) == ("completed", 2), status
+        assert (status["metrics"]["rows"], status["metrics"]["failed"]) == (200, 0)
+        made = client.get("/datasets/get", params={"dataset_uuid": "batch-all-killed.answers"}).json()
+        assert made["rows"] == 200
