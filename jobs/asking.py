@@ -122,7 +122,10 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
 def asked(read: Callable[[], ray.data.Dataset], asker: type[Asker], *arguments: Any) -> Generator[dict[str, Any]]:
     """The rows that `read` gives, as one worker answers them, which is made with these arguments: as they come, a few
     blocks at a time."""
-    ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
+    options = ray.data.DataContext.get_current()
+    options.target_max_block_size = BLOCK_BYTES
+    # What a worker raises comes as it is: of Ray Data's own error nobody could tell whether another attempt may go well.
+    options.raise_original_map_exception = True
     one = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE)
     answered = read().map_batches(
         asker, fn_constructor_args=arguments, batch_size=BATCH_SIZE, compute=one, num_cpus=jobs.ASKER_CPUS

@@ -271,7 +271,11 @@ def _causes(error: WorkerGroupError) -> list[BaseException]:
 
 def _said(error: BaseException) -> str:
     """An error by its kind and in its words."""
-    words = faults.reason(error) if isinstance(error, SQLAlchemyError) else error
+    words: object = error
+    if isinstance(error, SQLAlchemyError):
+        words = faults.reason(error)
+    elif isinstance(error, StackError):  # to what it says, Ray Data has added something, but not to its message
+        words = error.message
     return f"{type(error).__module__}.{type(error).__name__}: {words}"
 
 
