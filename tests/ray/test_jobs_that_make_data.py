@@ -110,6 +110,7 @@ def test_a_batch_with_an_engine_of_its_own_answers_as_the_one_that_serves(client
     rows = [{"id": word, "prompt": f"Name a {word}."} for word in words]
     data = samples.dataset(samples.write_rows(stack.home / "data" / "six.jsonl", rows), id="text", prompt="text")
     before, found = engines(stack), {}
+    assert len(before) >= 2, "those of the model that serves"
     for engine in ("serving", "own"):
         uuid, sampling = f"by-{engine}", {"strategy": "greedy", "max_tokens": 12}
         body = samples.batch(data, job_uuid=uuid, model=MODEL, sampling_params=sampling, engine=engine)
@@ -126,7 +127,7 @@ def test_a_batch_with_an_engine_of_its_own_answers_as_the_one_that_serves(client
 
 def engines(stack: Stack) -> set[int]:
     """The processes of engines, and of what compiles grammars for them."""
-    return {process.pid for part in ("EngineCore", "grammar_compiler") for process in stack.processes(part)}
+    return {process.pid for part in ("VLLM::EngineCore", "grammar_compiler") for process in stack.processes(part)}
 
 
 def test_a_batch_of_texts_is_embedded(client: httpx.Client, stack: Stack) -> None:
