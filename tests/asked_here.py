@@ -48,7 +48,7 @@ def work_here(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine, *modules:
 
     def asked(
         read: Callable[[], list[dict[str, Any]]],
-        asker: type[asking.Asker],
+        asker: Callable[..., asking.Asker],
         *arguments: Any,
         own: LanguageModel | None = None,
     ) -> Iterator[dict[str, Any]]:
