@@ -1,4 +1,4 @@
-"""Workers of Ray Data that ask served models about the rows of a batch, side by side.
+"""Workers of Ray Data that ask models about the rows of a batch, side by side: served ones, or by an own engine.
 
 The models answer them as they answer users: behind their shields. A row is asked again while a model is away or fails.
 What is wrong with the row itself is recorded in its place, in the column `error`. So is that a row breaks its model, or
@@ -15,10 +15,11 @@ from typing import Any, ClassVar, TypeVar
 import ray.data
 from pydantic import ValidationError
 
+from jobs.own_engine import OwnEngine, room_for
 from stack import jobs
 from stack.api.wire import describe
 from stack.batch_inference import PatientEngine
-from stack.config import Config
+from stack.config import Config, LanguageModel
 from stack.context import Context
 from stack.errors import BadInput, EngineFailed, StackError, TooManyRequests, Unavailable
 
@@ -39,15 +40,17 @@ class Asker:
     """A worker that asks about rows. What it adds to them are the columns that `ask` returns, and `error`.
 
     `error` is empty or, in JSON, the `code`, `message`, `type` and `param` of why the row has failed; then the row has
-    what is in `nothing`. `harmless` is a value that the models can answer when they are there at all.
+    what is in `nothing`. `harmless` is a value that the models can answer when they are there at all. The worker asks
+    the model `own` by an engine of its own (jobs/own_engine.py).
     """
 
     nothing: ClassVar[dict[str, Any]] = {"result": ""}
     harmless: ClassVar[dict[str, Any]]
 
-    def __init__(self, config: dict[str, Any], tenant: str) -> None:
+    def __init__(self, config: dict[str, Any], tenant: str, own: LanguageModel | None = None) -> None:
         context = Context.open(Config.parse(config, "config")).of_tenant(tenant)
-        self._context = replace(context, engine=PatientEngine(context.engine))
+        engine = context.engine if own is None else OwnEngine(own, context.config.artifacts_url, context.engine)
+        self._context = replace(context, engine=PatientEngine(engine))
         self._slots = asyncio.Semaphore(ROWS_AT_ONCE)
         self._turn = asyncio.Lock()
 
@@ -119,16 +122,25 @@ async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
     return await ask()
 
 
-def asked(read: Callable[[], ray.data.Dataset], asker: type[Asker], *arguments: Any) -> Generator[dict[str, Any]]:
-    """The rows that `read` gives, as one worker answers them, which is made with these arguments: as they come, a few
-    blocks at a time."""
-    options = ray.data.DataContext.get_current()
-    options.target_max_block_size = BLOCK_BYTES
-    # What a worker raises comes as it is: of Ray Data's own error nobody could tell whether another attempt may go well.
-    options.raise_original_map_exception = True
+def asked(
+    read: Callable[[], ray.data.Dataset], asker: type[Asker], *arguments: Any, own: LanguageModel | None = None
+) -> Generator[dict[str, Any]]:
+    """The rows that `read` gives, as one worker answers them, which is made with these arguments and with `own`: as
+    they come, a few blocks at a time."""
+    settings = ray.data.DataContext.get_current()
+    settings.target_max_block_size = BLOCK_BYTES
+    # What a worker raises comes as it is: Ray Data's own error would not tell whether another attempt may go well.
+    settings.raise_original_map_exception = True
     one = ray.data.ActorPoolStrategy(size=1, max_concurrent_calls_per_actor=BLOCKS_AT_ONCE)
-    answered = read().map_batches(
-        asker, fn_constructor_args=arguments, batch_size=BATCH_SIZE, compute=one, num_cpus=jobs.ASKER_CPUS
-    )
-    for row in answered.iter_rows():
-        yield {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}
+    with room_for(own) as options:
+        answered = read().map_batches(
+            asker,
+            fn_constructor_args=arguments,
+            fn_constructor_kwargs={"own": own},
+            batch_size=BATCH_SIZE,
+            compute=one,
+            num_cpus=jobs.ASKER_CPUS,
+            **options,
+        )
+        for row in answered.iter_rows():
+            yield {name: value.item() if hasattr(value, "item") else value for name, value in row.items()}

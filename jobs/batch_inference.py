@@ -1,4 +1,4 @@
-"""A model's answers to all rows of a data set: Ray Data asks the model that serves.
+"""A model's answers to all rows of a data set: Ray Data asks the model that serves, or by an engine of the job's own.
 
     ray job submit -- python -m jobs.batch_inference --config jobs/examples/batch_inference.yaml
 
@@ -21,6 +21,7 @@ from stack import batch_inference, datasets, jobs, made_datasets
 from stack.api.batch_inference import BatchInferenceJobRequest, BatchKind
 from stack.api.datasets import TrainEvalDatasetColumnType as Kind
 from stack.api.inference import ChatCompletionRequest, CompletionRequest
+from stack.config import LanguageModel
 from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG, Checked
 from stack.errors import TooLarge
@@ -44,9 +45,10 @@ def answer_all(work: driver.Work, request: BatchInferenceJobRequest) -> driver.O
     log = RowLog(work.folder / "rows.jsonl", size_of)
     rows = partial(dataset_source.rows, context, checked, batch_inference.shape_of(request), but=log.rows)
     told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
+    own, asker = batch_inference.own_model(context, request), _ASKERS[request.kind]
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
     try:
-        complete(log, lambda: asked(rows, _ASKERS[request.kind], *told), checked.rows, work.reporter.metrics, bounds)
+        complete(log, lambda: asked(rows, asker, *told, own=own), checked.rows, work.reporter.metrics, bounds)
     except TooLarge as error:
         return _outcome(work, request, checked, log, started, error.message)
     return _outcome(work, request, checked, log, started)
@@ -57,8 +59,10 @@ class AnswerChats(Asker):
 
     harmless: ClassVar[dict[str, Any]] = {"dialog": [{"role": "user", "content": "Hello"}]}
 
-    def __init__(self, config: dict[str, Any], tenant: str, request: dict[str, Any]) -> None:
-        super().__init__(config, tenant)
+    def __init__(
+        self, config: dict[str, Any], tenant: str, request: dict[str, Any], own: LanguageModel | None = None
+    ) -> None:
+        super().__init__(config, tenant, own)
         self._request = BatchInferenceJobRequest.model_validate(request)
 
     async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ comes, so that a job that was lost goes on with the others. At the end the score
 example with its output and scores a row of `examples.jsonl` and of `examples.parquet` among the artifacts, beside
 `report.html`.
 
-The model answers as it answers users: behind its shields. A question or an answer that they do not pass is an example
-with an empty answer and the shield's reason. An example that gets no answer at all has failed: its error stands in its
-row, and it counts in no score.
+The model answers as it answers users, by the deployment that serves or by an engine of the job's own: behind its
+shields. A question or an answer that they do not pass is an example with an empty answer and the shield's reason. An
+example that gets no answer at all has failed: its error stands in its row, and it counts in no score.
 """
 
 import json
@@ -27,7 +27,7 @@ from jobs.evaluation_results import EXAMPLES_FILE
 from jobs.row_log import Bounds, RowLog, complete, write_rows
 from stack import datasets, evaluations, function_calls, openai_chats, reward_scoring, safety
 from stack.api.evaluations import AnyEvaluationRequest, EvaluateJudgedRequest, EvaluateQuestionAnsweringRequest
-from stack.config import Judge
+from stack.config import Judge, LanguageModel
 from stack.context import Context
 from stack.datasets import Checked
 from stack.errors import BadInput, ShieldViolation
@@ -49,8 +49,8 @@ def evaluate(work: driver.Work, request: AnyEvaluationRequest) -> driver.Outcome
     rows = partial(dataset_source.rows, context, checked, evaluations.shape_of(request), but=log.rows)
     body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
     told = (context.config.model_dump(mode="json"), context.tenant, body, wanted)
-    bounds = Bounds(request.max_failed_rows)
-    complete(log, lambda: asked(rows, Ask, *told), checked.rows, work.reporter.metrics, bounds)
+    own, bounds = evaluations.own_model(context, request), Bounds(request.max_failed_rows)
+    complete(log, lambda: asked(rows, Ask, *told, own=own), checked.rows, work.reporter.metrics, bounds)
     if log.failed == checked.rows:
         raise BadInput(f"all {checked.rows} rows have failed; the first of them: {log.first_error}")
     return _outcome(work, request, model, wanted, checked, log)
@@ -77,8 +77,15 @@ class Ask(Asker):
         "messages": [{"role": "user", "content": "Hello"}], "answer": "Hello", "functions": [],
     }  # fmt: skip
 
-    def __init__(self, config: dict[str, Any], tenant: str, body: dict[str, Any], wanted: Wanted) -> None:
-        super().__init__(config, tenant)
+    def __init__(
+        self,
+        config: dict[str, Any],
+        tenant: str,
+        body: dict[str, Any],
+        wanted: Wanted,
+        own: LanguageModel | None = None,
+    ) -> None:
+        super().__init__(config, tenant, own)
         self._body = body
         self._wanted = wanted
 

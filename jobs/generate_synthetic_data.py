@@ -29,6 +29,7 @@ from jobs.row_log import Bounds, RowLog, complete, text_of, write_rows
 from stack import datasets, jobs, made_datasets, question_pairs, synthetic_data_generation, synthetic_rows
 from stack.api.messages import CompletionMessage, UserMessage
 from stack.api.synthetic_data_generation import PromptSource, SyntheticDataJobRequest
+from stack.config import LanguageModel
 from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG
 from stack.errors import TooLarge
@@ -60,9 +61,10 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     prompts = _prompts(work, request, log)
     told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
     asker = AskAboutPassages if request.source == PromptSource.documents else Generate
+    own = synthetic_data_generation.own_model(context, request)
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
     try:
-        complete(log, lambda: asked(prompts.rows, asker, *told), prompts.total, work.reporter.metrics, bounds)
+        complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, work.reporter.metrics, bounds)
     except TooLarge as error:
         return _outcome(work, request, prompts, log, started, error.message)
     return _outcome(work, request, prompts, log, started)
@@ -73,8 +75,10 @@ class Generate(Asker):
 
     harmless: ClassVar[dict[str, Any]] = {"dialog": [{"role": "user", "content": "Hello"}]}
 
-    def __init__(self, config: dict[str, Any], tenant: str, request: dict[str, Any]) -> None:
-        super().__init__(config, tenant)
+    def __init__(
+        self, config: dict[str, Any], tenant: str, request: dict[str, Any], own: LanguageModel | None = None
+    ) -> None:
+        super().__init__(config, tenant, own)
         self._request = SyntheticDataJobRequest.model_validate(request)
         self._sampler = Sampler(self._context, self._request)
 

@@ -29,7 +29,7 @@ from vllm.exceptions import VLLMClientError
 
 from serve_apps.grammar_guard import GrammarGuard
 from serve_apps.prefix_router import PrefixRouter
-from stack.api.openai import MAX_STOPS
+from stack import engines
 from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
 from stack.channel import Sender, Target
@@ -65,19 +65,13 @@ class ModelApplication(Wire):
 
 def engine_config(model: LanguageModel) -> LLMConfig:
     """How ray.serve.llm sets up the engines of a model. Of that, nothing is read yet but the names of its layers."""
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_STOP_STRINGS": str(MAX_STOPS)}
-    if not model.gpus:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = str(model.kv_cache_gb)
-    bundle: dict[str, float] = {"GPU": 1} if model.gpus else {"CPU": model.cpus}
-    # The workers of a layer talk for every token: on one node. Those of a pipeline pass on, to another one if need be.
-    strategy = "STRICT_PACK" if model.pipeline_parallel == 1 else "PACK"
     return LLMConfig(
         model_loading_config=dict(model_id=model.id, model_source=str(model.folder)),
         accelerator_type=model.accelerator_type,
-        placement_group_config=dict(bundles=[bundle] * model.workers, strategy=strategy),
+        placement_group_config=dict(bundles=engines.bundles(model), strategy=engines.strategy(model)),
         engine_kwargs=_engine_arguments(model),
         lora_config=LoraConfig(max_num_adapters_per_replica=model.adapters) if model.adapters else None,
-        runtime_env=dict(env_vars=environment),
+        runtime_env=dict(env_vars=engines.environment(model)),
         deployment_config=_deployment(model),
         # Answers go out as they come: whoever sends them puts together what is ready at once.
         experimental_configs=dict(stream_batching_interval_ms=0),
@@ -147,6 +141,30 @@ class LLM(LLMServer):
         await super().__init__(llm_config, **options)
         # It takes seconds, for which the first request with a constraint would have to wait.
         await self._guard.start()
+
+    @classmethod
+    async def here(cls, model: LanguageModel, artifacts: str) -> "LLM":
+        """A server in this process, whose engine has started: for a job that has an engine of its own.
+
+        `artifacts` is the address at which adapters lie. Raises RuntimeError and TimeoutError where the engine does not
+        start, and ValueError for arguments that it does not take.
+        """
+        server = cls.__new__(cls)
+        # As Ray Serve does it. Called itself, the class would give back what is to be awaited, which Python refuses.
+        await server.__init__(engine_config(model), engine_cls=LocalEngine)  # type: ignore[misc]
+        server._adapters = AdapterLoader(artifacts)
+        return server
+
+    async def load_adapter(self, id: str) -> None:
+        """Loads the adapter `base:job_uuid`, as Ray Serve's multiplexing does in its replicas. To be called once.
+
+        Raises BadInput where the engine does not take it, and what the artifacts raise.
+        """
+        found = await self._adapters.load_model_from_config(id, self._llm_config)
+        try:
+            await self.engine.resolve_lora(found)
+        except ValueError as error:
+            raise BadInput(str(error), param="model") from error
 
     async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes | Failure:
         """The whole answer to an OpenAI request, or why it is refused."""

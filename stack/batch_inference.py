@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from stack import datasets, inference, jobs, made_datasets, prompt_rows, quotas
+from stack import datasets, engines, inference, jobs, made_datasets, prompt_rows, quotas
 from stack.api.batch_inference import (
     BatchChatCompletionRequest,
     BatchChatCompletionResponse,
@@ -27,9 +27,9 @@ from stack.api.batch_inference import (
     RowErrorDetails,
 )
 from stack.api.inference import ChatCompletionRequest, ChatCompletionResponse, CompletionRequest, CompletionResponse
-from stack.api.jobs import ArtifactFile, JobStatus
+from stack.api.jobs import ArtifactFile, JobEngine, JobStatus
 from stack.api.messages import CompletionMessage, StopReason
-from stack.config import EmbeddingModel, SequenceClassifier
+from stack.config import EmbeddingModel, LanguageModel, SequenceClassifier
 from stack.context import Context
 from stack.datasets import Shape, Size
 from stack.errors import BadInput, StackError, TooManyRequests
@@ -88,15 +88,16 @@ def submit(context: Context, request: BatchInferenceJobRequest, submission_id: s
     """
     known = context.store.jobs.get(context.tenant, request.job_uuid)
     if known is not None:
-        request = datasets.as_accepted(request, known.request)
+        request, bundles = datasets.as_accepted(request, known.request), known.bundles
     else:
         _require_model(context, request)
         made_datasets.require_free(context, jobs.BATCH_INFERENCE, request.model_dump(mode="json"), "job_uuid")
         request, found = datasets.accept(context, request, shape_of(request))
         _require_room(context, request, [datasets.size(context, one) for one in found])
+        bundles = engines.bundles_of_job(own_model(context, request))
     return jobs.submit(
         context, jobs.BATCH_INFERENCE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[{"CPU": jobs.ASKER_CPUS}], submission_id=submission_id,
+        bundles=bundles, submission_id=submission_id,
     )  # fmt: skip
 
 
@@ -107,7 +108,12 @@ def resources(context: Context, request: BatchInferenceJobRequest) -> dict[str, 
     """
     made_datasets.require_still_free(context, jobs.BATCH_INFERENCE, request.model_dump(mode="json"))
     _require_room(context, request, datasets.sizes_before_reading(context, request))
-    return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
+    return engines.resources_of_job(own_model(context, request))
+
+
+def own_model(context: Context, request: BatchInferenceJobRequest) -> LanguageModel | None:
+    """The model that a batch has an engine of its own of, if it has one. Raises NotFound."""
+    return context.models.get(request.model).base if request.engine == JobEngine.own else None
 
 
 def list_jobs(

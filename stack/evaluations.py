@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stack import datasets, function_calls, jobs, quotas
+from stack import datasets, engines, function_calls, jobs, quotas
 from stack.api.datasets import TrainEvalDataset
 from stack.api.evaluations import (
     AnyEvaluationRequest,
@@ -20,9 +20,9 @@ from stack.api.evaluations import (
     EvaluationJobStatusResponse,
     JudgedMetric,
 )
-from stack.api.jobs import ArtifactFile, JobStatus
+from stack.api.jobs import ArtifactFile, JobEngine, JobStatus
 from stack.batch_inference import TOKEN_BYTES
-from stack.config import Judge
+from stack.config import Judge, LanguageModel
 from stack.context import Context
 from stack.datasets import Example, Shape, Size
 from stack.errors import BadInput, NotFound, StackError
@@ -111,7 +111,12 @@ def resources(context: Context, request: AnyEvaluationRequest) -> dict[str, Any]
     Raises StorageFull where there is no room for it: there may have been more when it was accepted.
     """
     _require_room(context, request, datasets.sizes_before_reading(context, request))
-    return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
+    return engines.resources_of_job(own_model(context, request))
+
+
+def own_model(context: Context, request: AnyEvaluationRequest) -> LanguageModel | None:
+    """The model that an evaluation has an engine of its own of, if it has one. Raises as `model_of` does."""
+    return model_of(context, request.checkpoint).base if request.engine == JobEngine.own else None
 
 
 def list_jobs(
@@ -180,10 +185,14 @@ def results_name(tenant: str, job_uuid: str) -> str:
 
 def _accept(context: Context, kind: str, request: R, submission_id: str | None) -> Job:
     known = context.store.jobs.get(context.tenant, request.job_uuid)
-    request = _checked(context, request) if known is None else datasets.as_accepted(request, known.request)
+    if known is not None:
+        request, bundles = datasets.as_accepted(request, known.request), known.bundles
+    else:
+        request = _checked(context, request)
+        bundles = engines.bundles_of_job(own_model(context, request))
     return jobs.submit(
         context, kind, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[{"CPU": jobs.ASKER_CPUS}], submission_id=submission_id,
+        bundles=bundles, submission_id=submission_id,
     )  # fmt: skip
 
 

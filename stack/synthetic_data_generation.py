@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from stack import datasets, jobs, made_datasets, prompt_rows, quotas, reward_scoring
+from stack import datasets, engines, jobs, made_datasets, prompt_rows, quotas, reward_scoring
 from stack.api.batch_inference import RowError, RowErrorDetails
 from stack.api.inference import ChatCompletionRequest
-from stack.api.jobs import ArtifactFile, JobStatus
+from stack.api.jobs import ArtifactFile, JobEngine, JobStatus
 from stack.api.messages import Message
 from stack.api.reward_scoring import (
     DialogGenerations,
@@ -38,6 +38,7 @@ from stack.api.synthetic_data_generation import (
 )
 from stack.api.wire import describe
 from stack.batch_inference import AT_ONCE, PatientEngine, require_not_all_in_vain
+from stack.config import LanguageModel
 from stack.context import Context
 from stack.datasets import Shape, Size
 from stack.errors import BadInput, NotFound, StackError, TooManyRequests, Unavailable
@@ -100,14 +101,16 @@ def submit(context: Context, request: SyntheticDataJobRequest, submission_id: st
     if known is not None:
         meant = {name: getattr(request, name) or known.request.get(name) for name in ("model", "reward_model")}
         request = datasets.as_accepted(request.model_copy(update=meant), known.request)
+        bundles = known.bundles
     else:
         request = with_models(context, request)
         made_datasets.require_free(context, jobs.GENERATE, request.model_dump(mode="json"), "output_dataset")
         request, found = datasets.accept(context, request, shape_of(request))
         _require_room(context, request, [datasets.size(context, one) for one in found])
+        bundles = engines.bundles_of_job(own_model(context, request))
     return jobs.submit(
         context, jobs.GENERATE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=[{"CPU": jobs.ASKER_CPUS}], submission_id=submission_id,
+        bundles=bundles, submission_id=submission_id,
     )  # fmt: skip
 
 
@@ -118,7 +121,15 @@ def resources(context: Context, request: SyntheticDataJobRequest) -> dict[str, A
     """
     made_datasets.require_still_free(context, jobs.GENERATE, request.model_dump(mode="json"))
     _require_room(context, request, datasets.sizes_before_reading(context, request))
-    return {"workers": 1, "per_worker": {"CPU": jobs.ASKER_CPUS}}
+    return engines.resources_of_job(own_model(context, request))
+
+
+def own_model(context: Context, request: SyntheticDataJobRequest) -> LanguageModel | None:
+    """The model that a generation `with_models` has an engine of its own of, if it has one. Raises NotFound."""
+    if request.engine != JobEngine.own:
+        return None
+    assert request.model is not None
+    return context.models.get(request.model).base
 
 
 def list_jobs(

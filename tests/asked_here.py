@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from stack import jobs
+from stack.config import LanguageModel
 from stack.context import Context
 from stack.store import Job
 from tests import samples
@@ -46,9 +47,12 @@ def work_here(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine, *modules:
     really_open = Context.open
 
     def asked(
-        read: Callable[[], list[dict[str, Any]]], asker: type[asking.Asker], *arguments: Any
+        read: Callable[[], list[dict[str, Any]]],
+        asker: Callable[..., asking.Asker],
+        *arguments: Any,
+        own: LanguageModel | None = None,
     ) -> Iterator[dict[str, Any]]:
-        worker = asker(*arguments)
+        worker = asker(*arguments, own=own)
         try:
             yield from answered(read(), worker)
         finally:

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, FailFast, Field, ValidationError, WrapValidator, model_validator
+from pydantic import (
+    BeforeValidator,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from stack.api.datasets import DatasetReference
 from stack.api.inference import (
@@ -20,7 +29,7 @@ from stack.api.inference import (
     ToolDefinition,
     ToolPromptFormat,
 )
-from stack.api.jobs import ArtifactFile, JobEntry, JobState, MakingJobUuid, Priority
+from stack.api.jobs import ArtifactFile, JobEngine, JobEntry, JobState, MakingJobUuid, Priority
 from stack.api.messages import Attachment, CompletionMessage, Content, Message, UserMessage
 from stack.api.wire import ModelId, Request, Wire, at_most, explain
 
@@ -166,7 +175,8 @@ class BatchInferenceJobRequest(Request):
     text. Sampling, tools and `logprobs` are as in a request of the kind. Ids of rows stand in a column `id`, of type
     text or number; without it, they are the numbers of the rows. The answers become the data set `JOB_UUID.answers`,
     what failed the data set `JOB_UUID.errors`. More than `max_failed_rows` of them fail the job. With `truncate`, texts
-    over an embedding model's length are cut.
+    over an embedding model's length are cut. With `engine: own` the model answers by an engine that the job starts for
+    itself, and needs no replica.
     """
 
     job_uuid: MakingJobUuid
@@ -179,8 +189,18 @@ class BatchInferenceJobRequest(Request):
     tool_prompt_format: ToolPromptFormat = ToolPromptFormat.json
     logprobs: LogProbConfig | None = None
     truncate: bool = False
+    engine: JobEngine = JobEngine.serving
     max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 1_000
     priority: Priority = 0
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_makes_text(cls, engine: JobEngine, others: ValidationInfo) -> JobEngine:
+        if engine == JobEngine.own and others.data.get("kind") == BatchKind.embeddings:
+            raise ValueError(
+                "is 'own', which is for models that make text; allowed with the kind 'embeddings': 'serving'"
+            )
+        return engine
 
     @model_validator(mode="after")
     def _fields_fit(self) -> Self:

@@ -3,12 +3,12 @@
 from enum import StrEnum
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, field_validator
 
 from stack.api.batch_inference import MAX_FAILED_ROWS
 from stack.api.datasets import DatasetReference
 from stack.api.inference import SamplingParams
-from stack.api.jobs import ArtifactFile, JobEntry, JobState, Priority
+from stack.api.jobs import ArtifactFile, JobEngine, JobEntry, JobState, Priority
 from stack.api.wire import Id, ModelId, Request, Wire, at_most, without_nul
 
 Checkpoint = Annotated[str, Field(min_length=1, max_length=4_096), AfterValidator(without_nul)]
@@ -62,7 +62,8 @@ class EvaluationRequest(Request):
 
     `checkpoint` is the id of a served model, or the training that made one: by its job_uuid, or by the address of the
     artifact that it made. An example that gets no answer has failed and has no score; more than `max_failed_rows` of
-    them fail the evaluation, and so it is where all have.
+    them fail the evaluation, and so it is where all have. With `engine: own` the checkpoint's model answers by an
+    engine that the job starts for itself, and needs no replica.
     """
 
     task: ClassVar[str]
@@ -70,6 +71,7 @@ class EvaluationRequest(Request):
     dataset: DatasetReference
     checkpoint: Checkpoint
     sampling_params: SamplingParams
+    engine: JobEngine = JobEngine.serving
     max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 100
     priority: Priority = 0
 
@@ -127,7 +129,7 @@ class EvaluateBenchmarkRequest(Request):
 
     A task has its own data, prompts and metrics; `num_fewshot` examples stand before each question (as many as the task
     says, if it is not set), of which the first `limit` are asked (all). With `apply_chat_template` prompts are
-    messages of a chat. `checkpoint` is as in all evaluations.
+    messages of a chat. `checkpoint` is as in all evaluations; `engine` can only be that of the deployment that serves.
     """
 
     job_uuid: Id
@@ -136,8 +138,16 @@ class EvaluateBenchmarkRequest(Request):
     num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
     limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
     apply_chat_template: bool = False
+    engine: JobEngine = JobEngine.serving
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1_234
     priority: Priority = 0
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_serves(cls, engine: JobEngine) -> JobEngine:
+        if engine == JobEngine.own:
+            raise ValueError("is 'own', but lm-eval asks the deployment that serves; allowed of a benchmark: 'serving'")
+        return engine
 
 
 class EvaluationJob(Wire):

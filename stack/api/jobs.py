@@ -15,6 +15,13 @@ MakingJobUuid = Annotated[Id, Field(max_length=80)]
 MadeDatasetId = Annotated[Id, Field(max_length=80)]
 
 
+class JobEngine(StrEnum):
+    """Which engine answers a job that asks a model: that of the deployment that serves, or one of the job's own."""
+
+    serving = "serving"
+    own = "own"
+
+
 class JobStatus(StrEnum):
     """`cancelled` is an addition to the specification."""
 

@@ -7,12 +7,30 @@ from collections.abc import Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from stack.api.batch_inference import RowError
 from stack.api.datasets import DatasetReference
 from stack.api.inference import MAX_MESSAGES, SamplingParams, SamplingStrategy
-from stack.api.jobs import ArtifactFile, JobEntry, JobState, JsonObject, MadeDatasetId, MakingJobUuid, Priority
+from stack.api.jobs import (
+    ArtifactFile,
+    JobEngine,
+    JobEntry,
+    JobState,
+    JsonObject,
+    MadeDatasetId,
+    MakingJobUuid,
+    Priority,
+)
 from stack.api.messages import Attachment, CompletionMessage, Message, SystemMessage, UserMessage
 from stack.api.reward_scoring import (
     MAX_GENERATIONS,
@@ -213,6 +231,8 @@ class SyntheticDataJobRequest(GenerationSettings):
     which none has more than `max_similarity` (stack/near_duplicates.py) in common with another. Documents are read in
     passages of up to `passage_characters`. Pairs need a `min_margin` between their scores. The data set is called
     `output_dataset`, or as the job. A row that fails is told; more than `max_failed_rows` of them fail the job.
+    With `engine: own` the model answers by an engine that the job starts for itself, and needs no replica; the reward
+    model is asked where it serves.
     """
 
     job_uuid: MakingJobUuid
@@ -225,8 +245,19 @@ class SyntheticDataJobRequest(GenerationSettings):
     output: SyntheticOutput = SyntheticOutput.sft
     min_margin: Annotated[float, Field(ge=0, le=MAX_SCORE)] = 0.0
     output_dataset: MadeDatasetId | None = None
+    engine: JobEngine = JobEngine.serving
     max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 100
     priority: Priority = 0
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_is_there(cls, engine: JobEngine, others: ValidationInfo) -> JobEngine:
+        if engine == JobEngine.own and others.data.get("source") == PromptSource.self_instruct:
+            raise ValueError(
+                "is 'own', but prompts are grown before the job has an engine, by the model that serves; allowed with "
+                "the source 'self_instruct': 'serving'"
+            )
+        return engine
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> Self:

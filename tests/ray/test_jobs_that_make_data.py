@@ -10,7 +10,7 @@ import yaml
 from scripts import improve_model
 from scripts.preferences import Pair
 from tests import samples
-from tests.running_stack import MODEL, Stack, ended
+from tests.running_stack import MODEL, Stack, ended, wait_for
 
 REWARD = "reward-on-MiniLM"
 SAMPLING = {"strategy": "top_p", "temperature": 1.0, "top_p": 0.95, "max_tokens": 48}
@@ -103,6 +103,31 @@ def test_a_batch_answers_each_row_by_its_id(client: httpx.Client, prompts: dict[
     assert (error["id"], error["row"]) == ("long", 8)
     assert "2048" in error["message"]
     assert answered == {"river", "colour", "city", "fruit", "tool", "bird", "metal"}
+
+
+def test_a_batch_with_an_engine_of_its_own_answers_as_the_one_that_serves(client: httpx.Client, stack: Stack) -> None:
+    words = ["river", "colour", "city", "fruit", "tool", "bird"]
+    rows = [{"id": word, "prompt": f"Name a {word}."} for word in words]
+    data = samples.dataset(samples.write_rows(stack.home / "data" / "six.jsonl", rows), id="text", prompt="text")
+    before, found = engines(stack), {}
+    assert len(before) >= 2, "those of the model that serves"
+    for engine in ("serving", "own"):
+        uuid, sampling = f"by-{engine}", {"strategy": "greedy", "max_tokens": 12}
+        body = samples.batch(data, job_uuid=uuid, model=MODEL, sampling_params=sampling, engine=engine)
+        assert made(client, "batch_inference", body)["metrics"]["failed"] == 0
+        found[engine] = {row["id"]: row["answer"] for row in rows_of(client, f"{uuid}.answers")}
+    assert found["own"] == found["serving"]
+    assert set(found["own"]) == set(words)
+    log = client.get("/batch_inference/job/logs", params={"job_uuid": "by-own"}).json()["log_lines"]
+    assert any("starting an engine of the model" in line for line in log)
+    status = client.get("/batch_inference/job/status", params={"job_uuid": "by-own"}).json()
+    assert status["resources_allocated"] == {"workers": 1, "per_worker": {"CPU": 1.25}}
+    wait_for(lambda: engines(stack) == before, 60, lambda: engines(stack))
+
+
+def engines(stack: Stack) -> set[int]:
+    """The processes of engines, and of what compiles grammars for them."""
+    return {process.pid for part in ("VLLM::EngineCore", "grammar_compiler") for process in stack.processes(part)}
 
 
 def test_a_batch_of_texts_is_embedded(client: httpx.Client, stack: Stack) -> None:

@@ -80,6 +80,31 @@ def rows_of(context: Context, uuid: str) -> list[dict[str, Any]]:
     return datasets.preview(context, uuid, 100).rows
 
 
+def test_a_job_with_an_engine_of_its_own_takes_what_that_takes(context: Context, home: Path) -> None:
+    job = batch_inference.submit(context, request(texts(home, 2), engine="own"))
+    assert job.bundles == [{"CPU": 1.25}]
+    again = batch_inference.submit(context, request(texts(home, 2), engine="own"))
+    assert (again.id, again.bundles) == (job.id, job.bundles)
+    accepted = BatchInferenceJobRequest.model_validate(job.request)
+    assert batch_inference.resources(context, accepted) == {"workers": 1, "per_worker": {"CPU": 1.25}}
+    assert batch_inference.submit(context, request(texts(home, 2), job_uuid="batch-2")).bundles == [{"CPU": 0.25}]
+
+
+def test_the_worker_is_told_of_the_jobs_own_model(
+    context: Context, home: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, owns = driver.asked, []
+
+    def noted(*arguments: Any, own: Any) -> Any:
+        owns.append(own)
+        return asked(*arguments)
+
+    monkeypatch.setattr(driver, "asked", noted)
+    run(context, request(texts(home, 2), engine="own"))
+    run(context, request(texts(home, 2), job_uuid="batch-2"))
+    assert owns == [context.config.models[0], None]
+
+
 def test_every_row_of_a_data_set_is_answered_by_its_id(context: Context, home: Path, here: None) -> None:
     result = run(context, request(texts(home, 10)))
     assert result["datasets"] == {"answers": "batch-1.answers"}
@@ -254,7 +279,12 @@ def test_what_was_made_says_where_it_comes_from_and_what_it_took(context: Contex
         ({"max_failed_rows": -1}, ["max_failed_rows", "not -1"]),
         ({"job_uuid": "x" * 81}, ["job_uuid", "80"]),
         ({"dataset": None}, ["dataset"]),
-        ({"engine": "own"}, ["unknown key 'engine'"]),
+        ({"engine": "mine"}, ["'serving' or 'own', not 'mine'"]),
+        (
+            {"kind": "embeddings", "engine": "own"},
+            ["engine: is 'own'", "allowed with the kind 'embeddings': 'serving'"],
+        ),
+        ({"motor": "own"}, ["unknown key 'motor'"]),
     ],
     ids=str,
 )

@@ -14,12 +14,14 @@ from safetensors.numpy import save_file
 from stack import datasets, evaluations
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.evaluations import (
+    EvaluateBenchmarkRequest,
     EvaluateFunctionCallingRequest,
     EvaluateJudgedRequest,
     EvaluateQuestionAnsweringRequest,
     EvaluateSummarizationRequest,
     EvaluateTextGenerationRequest,
 )
+from stack.api.jobs import JobEngine
 from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
@@ -55,6 +57,21 @@ def test_a_right_request_is_accepted_as_a_scheduled_job(context: Context, home: 
     assert (job.uuid, job.kind, job.status) == ("evaluation-1", "evaluate", "scheduled")
     sha256 = hashlib.sha256((home / "data" / "test.jsonl").read_bytes()).hexdigest()
     assert EvaluateQuestionAnsweringRequest.model_validate(job.request) == request(data | {"sha256": sha256})
+
+
+def test_an_evaluation_with_an_engine_of_its_own_takes_what_that_takes(context: Context, data: dict[str, Any]) -> None:
+    add_adapter(context, "tune-1")
+    wanted = request(data, checkpoint="tune-1", engine="own")
+    assert evaluations.question_answering(context, wanted).bundles == [{"CPU": 1.25}]
+    assert evaluations.own_model(context, wanted) == context.config.models[0]
+    assert evaluations.resources(context, wanted)["per_worker"] == {"CPU": 1.25}
+    assert evaluations.question_answering(context, request(data, job_uuid="other")).bundles == [{"CPU": 0.25}]
+
+
+def test_a_benchmark_has_no_engine_of_its_own() -> None:
+    with pytest.raises(ValidationError) as caught:
+        EvaluateBenchmarkRequest(job_uuid="a", tasks=["gsm8k"], checkpoint="small", engine=JobEngine.own)
+    assert describe(caught.value).startswith("engine: is 'own', but lm-eval asks the deployment that serves")
 
 
 @pytest.mark.parametrize(

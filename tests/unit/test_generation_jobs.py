@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from stack import datasets, made_datasets, post_training, synthetic_data_generation
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingRLHFRequest, PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
+from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
@@ -89,6 +91,22 @@ def rows_of(context: Context, uuid: str = "grow-1") -> list[dict[str, Any]]:
 
 def file_of(result: dict[str, Any], name: str) -> Path:
     return Path(result["path"].removeprefix("file://")) / name
+
+
+def test_a_generation_with_an_engine_of_its_own_takes_what_that_takes(context: Context, data: dict[str, Any]) -> None:
+    job = synthetic_data_generation.submit(context, request(data, engine="own"))
+    assert job.bundles == [{"CPU": 1.25}]
+    accepted = SyntheticDataJobRequest.model_validate(job.request)
+    assert synthetic_data_generation.own_model(context, accepted) == context.config.models[0]
+    assert synthetic_data_generation.resources(context, accepted)["per_worker"] == {"CPU": 1.25}
+    other = synthetic_data_generation.submit(context, request(data, job_uuid="other"))
+    assert other.bundles == [{"CPU": 0.25}]
+
+
+def test_prompts_are_not_grown_by_an_engine_of_the_jobs_own() -> None:
+    with pytest.raises(ValidationError) as caught:
+        grown(engine="own")
+    assert describe(caught.value).startswith("engine: is 'own', but prompts are grown before the job has an engine")
 
 
 def test_the_best_of_k_become_a_data_set_to_learn_from(
