@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 class Away(Asker):
     """Its model is away."""
 
-    def __init__(self) -> None:
+    def __init__(self, own: None) -> None:
         pass
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
