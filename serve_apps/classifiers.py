@@ -1,5 +1,6 @@
 """A sequence classifier as a Serve deployment, for shields and reward models, with the texts of several requests in one
-batch: a model of transformers, or a small head on an embedding model (stack/heads.py)."""
+batch: a model of transformers, by vLLM on GPUs where it has the architecture, or a small head on an embedding model
+(stack/heads.py)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 from pydantic import Discriminator, Tag, ValidationError
 from ray import serve
 
+from serve_apps import vllm_pooling
 from serve_apps.batching import Batches, Rows, Tokens, deployment_options, set_threads
 from serve_apps.embeddings import Encoder
 from stack import heads
@@ -169,11 +171,36 @@ def _head_on_encoder(model: SequenceClassifier) -> _Loaded:
 
 
 def _sequence_classifier(model: SequenceClassifier) -> _Loaded:
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     # Padding on the left would shift the positions.
     tokenizer = AutoTokenizer.from_pretrained(model.folder, local_files_only=True, padding_side="right")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = AutoConfig.from_pretrained(model.folder, local_files_only=True)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or model.max_tokens
+    limit = min(model.max_tokens, positions, tokenizer.model_max_length)
+    # On CPU vLLM's engine takes half a minute to start, and a core and memory of its own, for models that are small.
+    if model.gpus and vllm_pooling.supports(model.folder):
+        share = model.gpus * vllm_pooling.GPU_SHARE
+        logits = vllm_pooling.logits_of(model.folder, limit, model.max_batch, gpu_memory_utilization=share)
+    else:
+        logits = _by_transformers(model, tokenizer)
+    return _Loaded(
+        tokenizer,
+        logits,
+        tuple(str(config.id2label[number]) for number in range(config.num_labels)),
+        limit,
+        tokenizer.chat_template,
+        adds_special_tokens=False,
+        is_multi_label=config.problem_type == "multi_label_classification",
+    )
+
+
+def _by_transformers(model: SequenceClassifier, tokenizer: Any) -> Callable[[list[Tokens]], Rows]:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
     network, loading = AutoModelForSequenceClassification.from_pretrained(
         model.folder,
         local_files_only=True,
@@ -183,8 +210,6 @@ def _sequence_classifier(model: SequenceClassifier) -> _Loaded:
     )
     if missing := sorted(loading["missing_keys"]):  # they would be drawn at random
         raise BadInput(f"the model in {model.folder} is no sequence classifier: it has no {', '.join(missing[:3])}")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if network.config.pad_token_id is None:  # decoders find the last token of a padded text by it
         network.config.pad_token_id = tokenizer.pad_token_id
     network.to("cuda" if model.gpus else "cpu").eval()
@@ -195,17 +220,4 @@ def _sequence_classifier(model: SequenceClassifier) -> _Loaded:
         with torch.inference_mode():
             return network(**features).logits.float().cpu().numpy()  # type: ignore[no-any-return]
 
-    config = network.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or model.max_tokens
-    limit = min(model.max_tokens, positions, tokenizer.model_max_length)
-    labels = tuple(str(config.id2label[number]) for number in range(config.num_labels))
-    is_multi_label = config.problem_type == "multi_label_classification"
-    return _Loaded(
-        tokenizer,
-        logits,
-        labels,
-        limit,
-        tokenizer.chat_template,
-        adds_special_tokens=False,
-        is_multi_label=is_multi_label,
-    )
+    return logits
