@@ -63,7 +63,7 @@ def work_here(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine, *modules:
     monkeypatch.setattr(
         grown_prompts, "rows", lambda file, but: [row for row in grown_prompts._rows(file) if row["row"] not in but]
     )
-    monkeypatch.setattr(grown_prompts.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(grown_prompts.ray, "init", lambda: None)
     for module in modules:
         monkeypatch.setattr(module, "asked", asked)
 

@@ -211,7 +211,7 @@ def test_a_model_that_stays_away_loses_the_attempt_and_a_wrong_question_fails_th
 def test_another_attempt_at_a_benchmark_asks_nothing_that_was_answered(
     context: Context, engine: ScriptedEngine, tasks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_benchmark.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate_benchmark.ray, "init", lambda: None)
     engine.tokens = ("Paris",)
     engine.fail_for = lambda body: Unavailable("away") if body.get("echo") else None
     wanted = request("capitals", "choices")
