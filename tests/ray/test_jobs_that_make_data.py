@@ -52,6 +52,7 @@ def generation(data: Any, uuid: str, **changes: Any) -> dict[str, Any]:
     return samples.generation(data, job_uuid=uuid, filtering_function="none") | settings | changes
 
 
+@pytest.mark.long
 def test_generations_become_preferences_from_which_dpo_learns(client: httpx.Client, prompts: dict[str, Any]) -> None:
     found = made(client, "synthetic_data_generation", generation(prompts, "make-pairs", output="preferences"))
     assert found["datasets"] == {"preferences": "make-pairs"}
@@ -105,6 +106,7 @@ def test_a_batch_answers_each_row_by_its_id(client: httpx.Client, prompts: dict[
     assert answered == {"river", "colour", "city", "fruit", "tool", "bird", "metal"}
 
 
+@pytest.mark.long
 def test_a_batch_with_an_engine_of_its_own_answers_as_the_one_that_serves(client: httpx.Client, stack: Stack) -> None:
     words = ["river", "colour", "city", "fruit", "tool", "bird"]
     rows = [{"id": word, "prompt": f"Name a {word}."} for word in words]
