@@ -63,12 +63,10 @@ class Batches:
     def __init__(self, model: EmbeddingModel | SequenceClassifier, compute: Callable[[list[Tokens]], Rows]) -> None:
         self._compute = compute
         self._max_batch = model.max_batch
-        self._wait_s = model.batch_wait_s
         self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._computing = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._idle = asyncio.Event()
         self._idle.set()
-        self._held_back = 0
         self._compute_with_others = serve.batch(
             max_batch_size=model.max_batch, batch_wait_timeout_s=model.batch_wait_s, batch_size_fn=_texts_in
         )(self._compute_batch)
@@ -90,16 +88,10 @@ class Batches:
         return await _in_thread(self._computing, self._compute, texts)
 
     async def _chunk(self, chunk: list[Tokens]) -> Rows:
-        if self._idle.is_set() and not self._held_back and not self._wait_s:  # nobody to compute it with
-            return (await self._compute_batch([chunk]))[0]
         # Serve hands over a batch as soon as its time is up, be the model free or not: while it computes, what comes
         # is held back here, and makes one batch afterwards.
-        self._held_back += 1
-        try:
-            await self._idle.wait()
-            return await self._compute_with_others(chunk)
-        finally:
-            self._held_back -= 1
+        await self._idle.wait()
+        return await self._compute_with_others(chunk)
 
     async def _compute_batch(self, chunks: list[list[Tokens]]) -> list[Rows]:
         self._idle.clear()
