@@ -182,6 +182,7 @@ def _sequence_classifier(model: SequenceClassifier) -> _Loaded:
     limit = min(model.max_tokens, positions, tokenizer.model_max_length)
     # On CPU vLLM's engine takes half a minute to start, and a core and memory of its own, for models that are small.
     if model.gpus and vllm_pooling.supports(model.folder):
+        _require_head(model, config)
         share = model.gpus * vllm_pooling.GPU_SHARE
         logits = vllm_pooling.logits_of(model.folder, limit, model.max_batch, gpu_memory_utilization=share)
     else:
@@ -195,6 +196,24 @@ def _sequence_classifier(model: SequenceClassifier) -> _Loaded:
         adds_special_tokens=False,
         is_multi_label=config.problem_type == "multi_label_classification",
     )
+
+
+def _require_head(model: SequenceClassifier, config: Any) -> None:
+    """Raises BadInput for weights without a head, which vLLM would take for none that is missing."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        network = AutoModelForSequenceClassification.from_config(config)
+    names = set[str]()
+    for file in model.folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names |= set(weights.keys())
+    body = f"{network.base_model_prefix}."
+    missing = sorted(name for name in network.state_dict() if not name.startswith(body) and name not in names)
+    if missing:
+        raise BadInput(f"the model in {model.folder} is no sequence classifier: it has no {', '.join(missing[:3])}")
 
 
 def _by_transformers(model: SequenceClassifier, tokenizer: Any) -> Callable[[list[Tokens]], Rows]:

@@ -151,6 +151,18 @@ def test_a_model_without_a_head_is_refused_rather_than_given_a_drawn_one(folder:
         Classifier(SequenceClassifier(id="tiny", path=str(without)))
 
 
+def test_a_missing_head_is_found_without_loading_weights(folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, BertModel
+
+    from serve_apps.classifiers import _require_head
+
+    _require_head(SequenceClassifier(id="tiny", path=str(folder)), AutoConfig.from_pretrained(folder))
+    without = copied(folder, tmp_path / "without")
+    BertModel.from_pretrained(without).save_pretrained(without)
+    with pytest.raises(BadInput, match=r"no sequence classifier: it has no classifier\.bias, classifier\.weight"):
+        _require_head(SequenceClassifier(id="tiny", path=str(without)), AutoConfig.from_pretrained(folder))
+
+
 def test_weights_that_are_a_pickle_are_not_loaded(folder: Path, tmp_path: Path) -> None:
     pickled = copied(folder, tmp_path / "pickled")
     (pickled / "model.safetensors").unlink()
