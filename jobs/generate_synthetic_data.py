@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -55,7 +54,7 @@ class Prompts:
 
 def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outcome:
     """Samples generations to prompts, scores and filters them, and makes a data set of what is chosen."""
-    context, started = work.context, time.time()
+    context = work.context
     request = synthetic_data_generation.with_models(context, request)
     log = RowLog(work.folder / "rows.jsonl", partial(size_of, request))
     prompts = _prompts(work, request, log)
@@ -66,8 +65,8 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     try:
         complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, work.reporter.metrics, bounds)
     except TooLarge as error:
-        return _outcome(work, request, prompts, log, started, error.message)
-    return _outcome(work, request, prompts, log, started)
+        return _outcome(work, request, prompts, log, error.message)
+    return _outcome(work, request, prompts, log)
 
 
 class Generate(Asker):
@@ -201,7 +200,7 @@ def size_of(request: SyntheticDataJobRequest, line: dict[str, Any]) -> int:
 
 def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -> Prompts:
     if request.source == PromptSource.self_instruct:
-        file = grown_prompts.grow(work, request)
+        file = grown_prompts.grow(work, request, log)
         total = sum(1 for _ in grown_prompts.prompts(file))
         return Prompts(partial(grown_prompts.rows, file, log.rows), total, grown=file)
     assert request.dataset is not None
@@ -219,7 +218,6 @@ def _outcome(
     request: SyntheticDataJobRequest,
     prompts: Prompts,
     log: RowLog,
-    started: float,
     problem: str | None = None,
 ) -> driver.Outcome:
     tally, file, results = Tally(request), work.folder / "data.jsonl", made_data.results_folder(work)
@@ -233,7 +231,7 @@ def _outcome(
     data = MadeData(request.output.value, name, file, synthetic_rows.columns(request))
     registered = made_data.register(work, [data], lineage, results, problem)
     totals = {"rows": 0.0, "generated": 0.0, **tally.totals(), "prompts": float(prompts.total)}
-    totals |= {"failed": float(log.failed), "seconds": time.time() - started}
+    totals |= {"failed": float(log.failed), "seconds": log.worked()}
     work.reporter.metrics.log(0, totals.items())
     print(f"{totals['rows']:.0f} rows of {prompts.total} prompts" + ("" if registered.datasets else ": no data set"))
     write_rows(results / "rejected.jsonl", tally.shown)

@@ -17,7 +17,7 @@ import ray.data
 
 from jobs import driver
 from jobs.asking import patiently
-from jobs.row_log import RowNumbers, cut, lines_of, write_rows
+from jobs.row_log import RowLog, RowNumbers, cut, lines_of, write_rows
 from stack import made_datasets, self_instruct
 from stack.api.messages import StopReason, UserMessage
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
@@ -27,17 +27,17 @@ from stack.self_instruct import Grown, Said
 from stack.synthetic_data_generation import Sampler
 
 
-def grow(work: driver.Work, request: SyntheticDataJobRequest) -> Path:
+def grow(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -> Path:
     """The file with all that the model has proposed: `num_prompts` prompts, or as many as it has come to.
 
-    Raises BadInput where not one was of use.
+    The log of the answers to them notes for how long was worked. Raises BadInput where not one was of use.
     """
     file = work.folder / "prompts.jsonl"
     cut(file)
     if sum(1 for _ in prompts(file)) < request.num_prompts:
         if not ray.is_initialized():
             ray.init()
-        asyncio.run(_grow(work, request, file))
+        asyncio.run(_grow(work, request, log, file))
     count = sum(1 for _ in prompts(file))
     if not count:
         raise BadInput(
@@ -78,7 +78,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         yield {"row": number, "value": json.dumps(value)}
 
 
-async def _grow(work: driver.Work, request: SyntheticDataJobRequest, file: Path) -> None:
+async def _grow(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog, file: Path) -> None:
     context = replace(work.context, engine=PatientEngine(work.context.engine))
     sampler = Sampler(context, request.model_copy(update={"num_generations": 1}))
     known = list(prompts(file))
@@ -101,6 +101,7 @@ async def _grow(work: driver.Work, request: SyntheticDataJobRequest, file: Path)
         async for proposed in found:
             with file.open("a") as lines:
                 lines.writelines(json.dumps(asdict(one)) + "\n" for one in proposed)
+            log.worked()
             count += sum(one.reason is None for one in proposed)
             print(f"{count} of {request.num_prompts} prompts grown", flush=True)
             work.reporter.metrics.progress(count, request.num_prompts, "prompts", None)

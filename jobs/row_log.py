@@ -62,7 +62,7 @@ class RowLog:
     """The lines of a file, and what is known of them: which rows they are of, how many failed, and the first error;
     and how many bytes `size` says are made of them.
 
-    A line that a lost attempt did not finish is cut off.
+    A line that a lost attempt did not finish is cut off. Beside the file stands for how long its job has worked.
     """
 
     def __init__(self, file: Path, size: Callable[[dict[str, Any]], int] = lambda _: 0) -> None:
@@ -72,6 +72,9 @@ class RowLog:
         self.bytes = 0
         self.failed = 0
         self.first_error: str | None = None
+        self._clock = file.with_suffix(".seconds")
+        self._seconds = float(self._clock.read_text()) if self._clock.exists() else 0.0
+        self._noted = time.monotonic()
         cut(file)
         for line in self:
             self._note(line)
@@ -85,6 +88,20 @@ class RowLog:
                     file.write(json.dumps(line) + "\n")
                     added += 1
         return added
+
+    def worked(self) -> float:
+        """For how many seconds the job has worked by now, in all its attempts. It is noted for the next one.
+
+        Neither what an attempt has worked that was lost since it noted it counts, nor the time until the next.
+        """
+        now = time.monotonic()
+        self._seconds += now - self._noted
+        self._noted = now
+        # In one step, so that what was noted before is there whenever the attempt is lost.
+        new = self._clock.with_suffix(".new")
+        new.write_text(str(self._seconds))
+        new.replace(self._clock)
+        return self._seconds
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return lines_of(self._file)
@@ -178,6 +195,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 log.require_within(bounds)
             if is_time:
                 noted = time.monotonic()
+                log.worked()
                 done = len(log.rows)
                 speed = (done - before) / (noted - begun)
                 print(f"{done} of {total} rows, {log.failed} of them failed", flush=True)
@@ -185,6 +203,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 metrics.progress(done, total, "rows", (total - done) / speed if speed else None)
     finally:
         log.add(waiting)
+        log.worked()
     log.require_within(bounds)
     metrics.progress(len(log.rows), total, "rows", 0)
 

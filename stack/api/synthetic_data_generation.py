@@ -294,7 +294,8 @@ class SyntheticDataJobEntry(JobEntry):
 
 class SyntheticDataJobStatusResponse(JobState):
     """`metrics` holds the counts `prompts`, `generated`, `rows`, `failed`, of what was rejected by its reason
-    (`rejected_…`), and `mean_score`, `prompt_tokens`, `completion_tokens`, `seconds`."""
+    (`rejected_…`), and `mean_score`, `prompt_tokens`, `completion_tokens`, and `seconds`: for how long the job has
+    worked, in all its attempts."""
 
 
 class SyntheticDataJobArtifactsResponse(Wire):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stack import batch_inference, datasets
+from stack import batch_inference, datasets, jobs
 from stack.api.batch_inference import BatchInferenceJobRequest
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.messages import MAX_CHARACTERS
@@ -246,6 +246,18 @@ def test_a_job_that_was_lost_goes_on_with_the_rows_that_it_has_not(
     again = [one.body["prompt"] for one in engine.asked[before:]]
     assert again == [f"text {number}" for number in range(4, 10)], "batches are of four rows here"
     assert sorted(row["id"] for row in rows_of(context, "batch-1.answers")) == [f"row-{n}" for n in range(10)]
+
+
+def test_the_seconds_of_a_job_are_those_of_all_its_attempts(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.away_after = 4
+    with pytest.raises(Unavailable):
+        run(context, request(texts(home, 10)))
+    engine.away_after = None
+    (jobs.work_folder("default", "batch-1") / "rows.seconds").write_text("1000.5")
+    run(context, request(texts(home, 10)))
+    assert 1_000.5 < batch_inference.job_status(context, "batch-1").metrics["seconds"] < 1_100
 
 
 def test_what_was_made_says_where_it_comes_from_and_what_it_took(context: Context, home: Path, here: None) -> None:

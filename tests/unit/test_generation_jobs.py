@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stack import datasets, made_datasets, post_training, synthetic_data_generation
+from stack import datasets, jobs, made_datasets, post_training, synthetic_data_generation
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingRLHFRequest, PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
@@ -293,7 +293,11 @@ def test_prompts_that_were_grown_before_an_attempt_was_lost_are_not_grown_again(
         run(context, grown(num_prompts=4))
     asked = [one for one in engine.asked if "Come up with" in one.body["messages"][-1]["content"]]
     engine.away_after = None
+    seconds = jobs.work_folder("default", "grow-1") / "rows.seconds"
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("1000.5")
     run(context, grown(num_prompts=4))
+    assert synthetic_data_generation.job_status(context, "grow-1").metrics["seconds"] > 1_000.5
     again = [one for one in engine.asked if "Come up with" in one.body["messages"][-1]["content"]]
     assert len(again) == len(asked)
     assert len(rows_of(context)) == 4

@@ -125,6 +125,45 @@ def test_what_came_before_a_failure_is_kept(metrics: Metrics, tmp_path: Path, mo
     assert len(RowLog(tmp_path / "rows.jsonl").rows) == 25
 
 
+def test_what_was_worked_counts_in_all_attempts_and_the_time_between_them_does_not(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("jobs.row_log.time.monotonic", lambda: clock[0])
+
+    def rows(numbers: range, seconds: float) -> Generator[dict[str, Any]]:
+        for number in numbers:
+            clock[0] += seconds
+            yield row_of(number)
+        raise ValueError("the worker died")
+
+    for numbers, seconds in ((range(1, 5), 2.0), (range(5, 8), 10.0)):
+        log = RowLog(tmp_path / "rows.jsonl")
+        with pytest.raises(ValueError, match="the worker died"):
+            fill(log, rows(numbers, seconds), 100, metrics, BOUNDS)
+        clock[0] += 1_000  # until the next attempt begins
+    last = RowLog(tmp_path / "rows.jsonl")
+    clock[0] += 4
+    assert last.worked() == 4 * 2.0 + 3 * 10.0 + 4
+
+
+def test_what_a_killed_attempt_has_worked_counts_as_far_as_it_was_noted(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("jobs.row_log.time.monotonic", lambda: clock[0])
+    found: list[float] = []
+
+    def rows() -> Generator[dict[str, Any]]:
+        for number in (1, 2):
+            clock[0] += 5
+            yield row_of(number)
+        found.append(float((tmp_path / "rows.seconds").read_text()))
+
+    fill(RowLog(tmp_path / "rows.jsonl"), rows(), 2, metrics, BOUNDS)
+    assert found == [10.0]
+
+
 def row_of(number: int, message: str = "") -> dict[str, Any]:
     error = json.dumps({"code": "bad_input", "message": message}) if message else ""
     return {"row": number, "value": "{}", "result": "" if message else "{}", "error": error}
