@@ -46,11 +46,10 @@ def answer_all(work: driver.Work, request: BatchInferenceJobRequest) -> driver.O
     told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
     own, asker = batch_inference.own_model(context, request), _ASKERS[request.kind]
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
-    try:
-        complete(log, lambda: asked(rows, asker, *told, own=own), checked.rows, work.reporter.metrics, bounds)
-    except TooLarge as error:
-        return _outcome(work, request, checked, log, error.message)
-    return _outcome(work, request, checked, log)
+    problem = made_data.problem_of(
+        lambda: complete(log, lambda: asked(rows, asker, *told, own=own), checked.rows, work.reporter.metrics, bounds)
+    )
+    return _outcome(work, request, checked, log, problem)
 
 
 class AnswerChats(Asker):
@@ -156,7 +155,7 @@ def _outcome(
     request: BatchInferenceJobRequest,
     checked: Checked,
     log: RowLog,
-    problem: str | None = None,
+    problem: str | None,
 ) -> driver.Outcome:
     totals = _totals(log) | {"seconds": log.worked()}
     lineage = _lineage(request, checked)

@@ -31,7 +31,6 @@ from stack.api.synthetic_data_generation import PromptSource, SyntheticDataJobRe
 from stack.config import LanguageModel
 from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG
-from stack.errors import TooLarge
 from stack.question_pairs import Dropped, Pair, Passage
 from stack.synthetic_data_generation import Sampler, histogram, sampled
 from stack.synthetic_rows import Chosen, Generation, Pairs, Rejection, Scored, ScoredPair
@@ -62,11 +61,11 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     asker = AskAboutPassages if request.source == PromptSource.documents else Generate
     own = synthetic_data_generation.own_model(context, request)
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
-    try:
-        complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, work.reporter.metrics, bounds)
-    except TooLarge as error:
-        return _outcome(work, request, prompts, log, error.message)
-    return _outcome(work, request, prompts, log)
+    metrics = work.reporter.metrics
+    problem = made_data.problem_of(
+        lambda: complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, metrics, bounds)
+    )
+    return _outcome(work, request, prompts, log, problem)
 
 
 class Generate(Asker):
@@ -218,7 +217,7 @@ def _outcome(
     request: SyntheticDataJobRequest,
     prompts: Prompts,
     log: RowLog,
-    problem: str | None = None,
+    problem: str | None,
 ) -> driver.Outcome:
     tally, file, results = Tally(request), work.folder / "data.jsonl", made_data.results_folder(work)
     if (grown := prompts.grown) is not None:

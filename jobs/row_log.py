@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from jobs.reporter import Metrics, resources
-from stack.errors import BadInput, TooLarge, Unavailable
+from stack.errors import TooLarge, TooManyFailed, Unavailable
 
 # How many rows are written at once, and how often it is noted how far a job is.
 WRITE_ROWS = 32
@@ -116,10 +116,10 @@ class RowLog:
         return True
 
     def require_within(self, bounds: Bounds) -> None:
-        """Raises BadInput where more rows have failed than may, with the first error, and TooLarge."""
+        """Raises TooManyFailed, with the first error, and TooLarge where what is made of the rows is too much."""
         if self.failed > bounds.failed:
             many = f"{self.failed} rows have failed; allowed: max_failed_rows, {bounds.failed}; the first of them: "
-            raise BadInput((many if bounds.failed else "") + (self.first_error or ""))
+            raise TooManyFailed((many if bounds.failed else "") + (self.first_error or ""))
         if bounds.bytes is not None and self.bytes > bounds.bytes:
             raise TooLarge(
                 f"what is made of {len(self.rows)} rows has {self.bytes} bytes; allowed: max_dataset_bytes, "

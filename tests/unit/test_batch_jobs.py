@@ -3,12 +3,15 @@
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.exceptions import ActorDiedError
 
 from stack import batch_inference, datasets, jobs
 from stack.api.batch_inference import BatchInferenceJobRequest
@@ -20,6 +23,7 @@ from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooManyRequests, Unavailable
 from tests import samples
 from tests.conftest import CONFIG
+from tests.ray_errors import in_a_ray_task
 from tests.samples import dataset, write_rows
 from tests.varied_engine import VariedEngine
 
@@ -27,7 +31,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from jobs import asking
     from jobs import batch_inference as driver
-    from tests.asked_here import work_here, work_of
+    from jobs.driver import Outcome
+    from tests.asked_here import lines, work_here, work_of
 
 EMBEDDERS = [{"id": "embedder", "path": "models/embedder"}]
 TEXTS = {"id": "text", "text": "text"}
@@ -74,6 +79,13 @@ def run(context: Context, wanted: BatchInferenceJobRequest) -> dict[str, Any]:
         outcome = driver.answer_all(work, accepted)
         work.reporter.metrics.flush()
     return outcome.result
+
+
+def ended(context: Context, wanted: BatchInferenceJobRequest) -> Outcome:
+    """What a job has come to that cannot be completed."""
+    job = batch_inference.submit(context, wanted)
+    with work_of(context, job) as work:
+        return driver.answer_all(work, BatchInferenceJobRequest.model_validate(job.request))
 
 
 def rows_of(context: Context, uuid: str) -> list[dict[str, Any]]:
@@ -225,12 +237,51 @@ def test_rows_that_all_fail_have_no_answers_but_errors(
     assert run(context, request(texts(home, 3)))["datasets"] == {"errors": "batch-1.errors"}
 
 
-def test_more_failed_rows_than_allowed_fail_the_job_by_the_first(
-    context: Context, home: Path, engine: VariedEngine, here: None
+def test_more_failed_rows_than_allowed_fail_the_job_by_the_first_and_what_was_answered_is_kept(
+    context: Context, home: Path, engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.refusals["text"] = BadInput("the prompt is too long")
-    with pytest.raises(BadInput, match="allowed: max_failed_rows, 2; the first of them: row 1: the prompt is too long"):
-        run(context, request(texts(home, 8), max_failed_rows=2))
+    monkeypatch.setattr("jobs.row_log.WRITE_ROWS", 4)
+    for number in (1, 2, 3):
+        engine.refusals[f"text {number}"] = BadInput("the prompt is too long")
+    outcome = ended(context, request(texts(home, 8), max_failed_rows=2))
+    assert outcome.problem is not None
+    assert "allowed: max_failed_rows, 2; the first of them: row 2: the prompt is too long" in outcome.problem
+    assert outcome.result["datasets"] == {}
+    folder = Path(outcome.result["path"].removeprefix("file://"))
+    assert [row["id"] for row in lines(folder / "answers.jsonl")] == ["row-0"]
+    assert [row["id"] for row in lines(folder / "errors.jsonl")] == ["row-1", "row-2", "row-3"]
+    assert context.store.datasets.get("default", "batch-1.answers") is None
+
+
+def test_what_was_answered_is_kept_where_a_worker_fails_by_a_mistake_of_ours(
+    context: Context, home: Path, here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    really_asked = driver.asked
+
+    def asked(*given: Any, **named: Any) -> Iterator[dict[str, Any]]:
+        with closing(really_asked(*given, **named)) as rows:
+            yield from islice(rows, 5)
+        raise in_a_ray_task(TypeError("'int' object is not iterable"))
+
+    monkeypatch.setattr(driver, "asked", asked)
+    outcome = ended(context, request(texts(home, 8)))
+    assert outcome.problem == "TypeError: 'int' object is not iterable"
+    assert "Traceback" in capsys.readouterr().err
+    assert outcome.result["datasets"] == {}
+    folder = Path(outcome.result["path"].removeprefix("file://"))
+    assert [row["id"] for row in lines(folder / "answers.jsonl")] == [f"row-{number}" for number in range(5)]
+
+
+def test_a_worker_that_was_lost_with_its_node_does_not_fail_the_job(
+    context: Context, home: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*given: Any, **named: Any) -> Iterator[dict[str, Any]]:
+        raise in_a_ray_task(ActorDiedError())
+        yield {}
+
+    monkeypatch.setattr(driver, "asked", asked)
+    with pytest.raises(ActorDiedError):
+        ended(context, request(texts(home, 8)))
 
 
 def test_a_job_that_was_lost_goes_on_with_the_rows_that_it_has_not(

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import ActorDiedError
 from ray.job_submission import JobDetails, JobStatus, JobType
 from ray.train import ControllerError, WorkerGroupError
 from ray.train.v2._internal.exceptions import (
@@ -35,6 +35,7 @@ from stack.errors import BadInput, Diverged, NotFound, Unavailable
 from stack.store import Adapter, Job, now
 from tests import samples
 from tests.conftest import CONFIG
+from tests.ray_errors import as_it_is, in_a_ray_task, in_a_training_worker
 from tests.samples import dataset, dialogs, evaluation, write_rows
 
 Work = Callable[[driver.Work, EvaluateQuestionAnsweringRequest], driver.Outcome]
@@ -42,20 +43,6 @@ Work = Callable[[driver.Work, EvaluateQuestionAnsweringRequest], driver.Outcome]
 
 AWAY = OperationalError("select", {}, Exception("could not connect"))
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device", "/data/a")
-
-
-def as_it_is(error: Exception) -> Exception:
-    return error
-
-
-def in_a_ray_task(error: Exception) -> Exception:
-    """As Ray raises what was raised in a task or an actor."""
-    return RayTaskError("work", "Traceback", error).make_dual_exception_instance()  # type: ignore[no-untyped-call]
-
-
-def in_a_training_worker(error: Exception) -> Exception:
-    """As Ray Train raises it."""
-    return WorkerGroupError("worker 1 failed", {1: error})
 
 
 @pytest.mark.parametrize("wrapped", [as_it_is, in_a_ray_task, in_a_training_worker])

@@ -416,6 +416,23 @@ def test_what_cannot_be_registered_is_kept_as_an_artifact_and_the_job_has_failed
     assert "sft.jsonl" in {file.name for file in told.files}
 
 
+def test_more_failed_rows_than_allowed_fail_the_job_and_what_was_generated_is_kept(
+    context: Context, data: dict[str, Any], engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.row_log.WRITE_ROWS", 4)
+    for number in (2, 3):
+        engine.refusals[f"question {number}"] = BadInput("the prompt is too long")
+    job = synthetic_data_generation.submit(context, request(data, max_failed_rows=1))
+    with work_of(context, job) as work:
+        outcome = driver.generate(work, SyntheticDataJobRequest.model_validate(job.request))
+    assert outcome.problem is not None
+    assert "allowed: max_failed_rows, 1; the first of them: row 3: the prompt is too long" in outcome.problem
+    assert outcome.result["datasets"] == {}
+    assert [row["id"] for row in lines(file_of(outcome.result, "sft.jsonl"))] == ["row-0", "row-1"]
+    reasons = {one["id"]: one["reason"] for one in lines(file_of(outcome.result, "rejected.jsonl"))}
+    assert (reasons["row-2"], reasons["row-3"]) == ("error", "error")
+
+
 # What is accepted
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stack.context import Context
-from stack.errors import BadInput, TooLarge, Unavailable
+from stack.errors import TooLarge, TooManyFailed, Unavailable
 from tests import samples
 
 with warnings.catch_warnings():
@@ -176,13 +176,13 @@ def test_more_failed_rows_than_allowed_end_the_job_with_the_first_error_whoever_
     fill(log, iter([row_of(1), row_of(2, "it is too long")]), 4, metrics, Bounds(failed=1, bytes=1_000_000))
     again = RowLog(tmp_path / "rows.jsonl")  # as the next attempt finds it
     words = r"^2 rows have failed; allowed: max_failed_rows, 1; the first of them: row 2: it is too long$"
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(TooManyFailed, match=words):
         fill(again, iter([row_of(3, "it is empty")]), 4, metrics, Bounds(failed=1, bytes=1_000_000))
     assert len(RowLog(tmp_path / "rows.jsonl").rows) == 3
 
 
 def test_where_no_row_may_fail_the_first_error_ends_the_job(metrics: Metrics, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"^row 7: it is too long$"):
+    with pytest.raises(TooManyFailed, match=r"^row 7: it is too long$"):
         fill(RowLog(tmp_path / "a.jsonl"), iter([row_of(7, "it is too long")]), 9, metrics, Bounds(0, 1_000_000))
 
 
@@ -222,7 +222,7 @@ def test_who_answers_rows_stops_when_the_job_does(metrics: Metrics, tmp_path: Pa
         finally:
             stopped.append(True)
 
-    with pytest.raises(BadInput):
+    with pytest.raises(TooManyFailed):
         complete(RowLog(tmp_path / "rows.jsonl"), rows, 1_000, metrics, Bounds(failed=0))
     assert stopped == [True]
 
