@@ -180,13 +180,18 @@ def complete(
 def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: Metrics, bounds: Bounds) -> None:
     """Adds rows to a log as they come from the workers, and notes how far that is of `total`, and how long it takes.
 
-    What has come is in the log however this ends. Raises as `require_within` does, as soon as it would.
+    What has come is in the log however this ends. Raises as `require_within` does, as soon as it would, and at the end
+    Unavailable where a model was away for some rows.
     """
+    away = ""
     begun = noted = time.monotonic()
     before, process = len(log.rows), psutil.Process()
     waiting: list[dict[str, Any]] = []
     try:
         for row in answered:
+            if row["away"]:
+                away = away or f"row {row['row']}: {row['away']}"
+                continue
             waiting.append(line_of(row))
             is_time = time.monotonic() - noted >= NOTE_S
             if len(waiting) >= WRITE_ROWS or is_time:
@@ -206,6 +211,8 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
         log.worked()
     log.require_within(bounds)
     metrics.progress(len(log.rows), total, "rows", 0)
+    if away:
+        raise Unavailable(away)
 
 
 def line_of(row: dict[str, Any]) -> dict[str, Any]:

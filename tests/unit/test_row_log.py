@@ -103,7 +103,9 @@ def metrics(context: Context) -> Metrics:
 
 def test_what_comes_is_written_and_how_far_it_is(context: Context, metrics: Metrics, tmp_path: Path) -> None:
     log = RowLog(tmp_path / "rows.jsonl")
-    rows = ({"row": number, "value": '{"id": "a"}', "result": "{}", "error": ""} for number in range(1, 101))
+    rows = (
+        {"row": number, "value": '{"id": "a"}', "result": "{}", "error": "", "away": ""} for number in range(1, 101)
+    )
     fill(log, rows, 100, metrics, BOUNDS)
     assert [one["row"] for one in log] == [*range(1, 101)]
     metrics.flush()
@@ -117,7 +119,7 @@ def test_what_came_before_a_failure_is_kept(metrics: Metrics, tmp_path: Path, mo
 
     def rows() -> Any:
         for number in range(1, 26):
-            yield {"row": number, "value": "{}", "result": "{}", "error": ""}
+            yield row_of(number)
         raise ValueError("the worker died")
 
     with pytest.raises(ValueError, match="the worker died"):
@@ -166,7 +168,7 @@ def test_what_a_killed_attempt_has_worked_counts_as_far_as_it_was_noted(
 
 def row_of(number: int, message: str = "") -> dict[str, Any]:
     error = json.dumps({"code": "bad_input", "message": message}) if message else ""
-    return {"row": number, "value": "{}", "result": "" if message else "{}", "error": error}
+    return {"row": number, "value": "{}", "result": "" if message else "{}", "error": error, "away": ""}
 
 
 def test_more_failed_rows_than_allowed_end_the_job_with_the_first_error_whoever_has_asked_them(
@@ -196,6 +198,19 @@ def test_rows_are_asked_no_further_than_what_a_data_set_can_hold(
         fill(log, rows, 1_000, metrics, Bounds(failed=0, bytes=150))
     assert next(rows)["row"] == 21
     assert RowLog(tmp_path / "rows.jsonl", size=lambda line: 10).bytes == 200
+
+
+def test_rows_for_which_a_model_was_away_are_left_to_another_attempt_and_all_others_are_kept(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    away = {"row": 2, "value": "{}", "result": "", "error": "", "away": "it is being started"}
+    log = RowLog(tmp_path / "rows.jsonl")
+    with pytest.raises(Unavailable, match=r"^row 2: it is being started$"):
+        fill(
+            log, iter([row_of(1), away, row_of(3), away | {"row": 4}, row_of(5, "it is too long")]), 5, metrics, BOUNDS
+        )
+    again = RowLog(tmp_path / "rows.jsonl")
+    assert ([one["row"] for one in again], again.failed) == ([1, 3, 5], 1)
 
 
 def test_only_a_log_without_gaps_is_complete(metrics: Metrics, tmp_path: Path) -> None:
