@@ -45,8 +45,8 @@ class Asker:
 
     `error` is empty or, in JSON, the `code`, `message`, `type` and `param` of why the row has failed. `away` is empty
     or says why a model has not answered, for which the row is not to blame. In both cases the row has what is in
-    `nothing`. `harmless` is a value that the models can answer when they are there at all. The worker asks
-    the model `own` by an engine of its own (jobs/own_engine.py).
+    `nothing`. `harmless` is a value that the models can answer when they are there at all. The worker asks the model
+    `own` by an engine of its own (jobs/own_engine.py).
     """
 
     nothing: ClassVar[dict[str, Any]] = {"result": ""}

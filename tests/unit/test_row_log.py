@@ -103,10 +103,7 @@ def metrics(context: Context) -> Metrics:
 
 def test_what_comes_is_written_and_how_far_it_is(context: Context, metrics: Metrics, tmp_path: Path) -> None:
     log = RowLog(tmp_path / "rows.jsonl")
-    rows = (
-        {"row": number, "value": '{"id": "a"}', "result": "{}", "error": "", "away": ""} for number in range(1, 101)
-    )
-    fill(log, rows, 100, metrics, BOUNDS)
+    fill(log, (row_of(number) for number in range(1, 101)), 100, metrics, BOUNDS)
     assert [one["row"] for one in log] == [*range(1, 101)]
     metrics.flush()
     job = context.store.jobs.get("default", "job-1")
@@ -204,11 +201,10 @@ def test_rows_for_which_a_model_was_away_are_left_to_another_attempt_and_all_oth
     metrics: Metrics, tmp_path: Path
 ) -> None:
     away = {"row": 2, "value": "{}", "result": "", "error": "", "away": "it is being started"}
+    rows = [row_of(1), away, row_of(3), away | {"row": 4}, row_of(5, "it is too long")]
     log = RowLog(tmp_path / "rows.jsonl")
     with pytest.raises(Unavailable, match=r"^row 2: it is being started$"):
-        fill(
-            log, iter([row_of(1), away, row_of(3), away | {"row": 4}, row_of(5, "it is too long")]), 5, metrics, BOUNDS
-        )
+        fill(log, iter(rows), 5, metrics, BOUNDS)
     again = RowLog(tmp_path / "rows.jsonl")
     assert ([one["row"] for one in again], again.failed) == ([1, 3, 5], 1)
 
