@@ -18,7 +18,16 @@ from stack.api.synthetic_data_generation import SyntheticDataJobRequest
 from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
+from stack.errors import (
+    BadInput,
+    Conflict,
+    EngineFailed,
+    NotFound,
+    StackError,
+    StorageFull,
+    TooManyRequests,
+    Unavailable,
+)
 from stack.prompt_formats import template_messages
 from tests import samples
 from tests.conftest import CONFIG
@@ -306,6 +315,44 @@ def test_prompts_that_were_grown_before_an_attempt_was_lost_are_not_grown_again(
 def test_a_model_that_proposes_nothing_of_use_fails_the_job(context: Context, engine: VariedEngine, here: None) -> None:
     engine.say = lambda _: "No idea"
     with pytest.raises(BadInput, match="the model 'small' has proposed no prompt of use"):
+        run(context, grown())
+
+
+def test_a_question_that_fails_costs_no_prompt_that_was_grown(
+    context: Context, engine: VariedEngine, here: None
+) -> None:
+    asked: list[str] = []
+
+    def say(body: dict[str, Any]) -> str:
+        question = body["messages"][-1]["content"]
+        if "Come up with" in question:
+            asked.append(question)
+            if len(asked) == 2:
+                raise BadInput("the prompt has 300 tokens")
+        return proposal(body)
+
+    engine.say = say
+    run(context, grown(num_prompts=20))
+    assert len(asked) > 16, "there is another round"
+    assert len(rows_of(context)) == 20
+
+
+@pytest.mark.parametrize("error", [BadInput("the prompt has 300 tokens"), EngineFailed("it ran out of memory")])
+def test_where_no_prompt_is_grown_the_last_error_is_told(
+    context: Context, engine: VariedEngine, here: None, error: StackError
+) -> None:
+    engine.refusals["Come up with"] = error
+    with pytest.raises(BadInput, match=f"no prompt of use.*; the last question that failed: {error.message}"):
+        run(context, grown())
+
+
+@pytest.mark.parametrize("error", [Unavailable("it starts"), TooManyRequests("its queue is full")])
+def test_a_model_that_is_away_while_prompts_are_grown_loses_the_attempt(
+    context: Context, engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch, error: StackError
+) -> None:
+    monkeypatch.setattr("stack.batch_inference.PATIENCE_S", 0)
+    engine.refusals["Come up with"] = error
+    with pytest.raises(Unavailable, match=error.message):
         run(context, grown())
 
 
