@@ -84,12 +84,23 @@ class GenerationSettings(Request):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
-        if self.num_generations > 1 and self.sampling_params.strategy == SamplingStrategy.greedy:
+        if self.num_generations > 1 and (why := _why_all_alike(self.sampling_params)) is not None:
             raise ValueError(
-                f"num_generations is {self.num_generations}, but the strategy 'greedy' gives the same each time; "
-                "allowed: num_generations 1, or the strategies 'top_p' and 'top_k'"
+                f"num_generations is {self.num_generations}, but {why} gives the same each time; allowed: "
+                "num_generations 1, or the strategies 'top_p' and 'top_k', a temperature above 0, a top_k above 1"
             )
         return self
+
+
+def _why_all_alike(sampling: SamplingParams) -> str | None:
+    """What of these parameters leaves a model no choice, if anything does."""
+    if sampling.strategy == SamplingStrategy.greedy:
+        return "the strategy 'greedy'"
+    if sampling.temperature == 0:
+        return "the temperature 0"
+    if sampling.strategy == SamplingStrategy.top_k and sampling.top_k == 1:
+        return "the top_k 1"
+    return None
 
 
 def _shape_of(value: Any) -> str:
