@@ -37,7 +37,7 @@ from stack.api.synthetic_data_generation import (
     SyntheticOutput,
 )
 from stack.api.wire import describe
-from stack.batch_inference import AT_ONCE, PatientEngine, require_not_all_in_vain
+from stack.batch_inference import AT_ONCE, RESULT_BYTES, TOKEN_BYTES, PatientEngine, require_not_all_in_vain
 from stack.config import LanguageModel
 from stack.context import Context
 from stack.datasets import Shape, Size
@@ -48,8 +48,6 @@ from stack.store import Job
 
 KINDS = (jobs.GENERATE,)
 HISTOGRAM_BINS = 10
-# About how many bytes a token has, and what stands beside a generation in a row.
-TOKEN_BYTES, RESULT_BYTES = 6, 512
 # About how long a prompt is that a model makes up.
 GROWN_PROMPT_BYTES = 500
 S = TypeVar("S", bound=GenerationSettings)

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from stack.api.batch_inference import RowError
+from stack.api.batch_inference import MAX_FAILED_ROWS, RowError
 from stack.api.datasets import DatasetReference
 from stack.api.inference import MAX_MESSAGES, SamplingParams, SamplingStrategy
 from stack.api.jobs import (
@@ -48,7 +48,6 @@ MAX_DIALOG_MESSAGES = 10_000
 MAX_SAMPLES = 64
 MAX_SEED_PROMPTS = 1_000
 MAX_GROWN_PROMPTS = 20_000
-MAX_FAILED_ROWS = 1_000_000
 
 
 class FilteringFunction(StrEnum):

@@ -423,6 +423,20 @@ def test_answers_that_would_not_fit_are_refused(context: Context, home: Path) ->
     assert batch_inference.resources(context, request(texts(home, 10)))["workers"] == 1
 
 
+@pytest.mark.parametrize(("dimensions", "taken"), [(384, 384), (3_072, 3_072), (None, batch_inference.DIMENSIONS)])
+def test_vectors_need_the_room_of_their_dimensions(
+    context: Context, home: Path, monkeypatch: pytest.MonkeyPatch, dimensions: int | None, taken: int
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("stack.quotas.require_room_for_job", lambda _, kept, temporary, work: needed.append(kept))
+    (model,) = context.config.embedding_models
+    model = model.model_copy(update={"dimensions": dimensions})
+    config = context.config.model_copy(update={"embedding_models": [model]})
+    wanted = request(texts(home, 10), kind="embeddings", model="embedder")
+    batch_inference.submit(replace(context, config=config), wanted)
+    assert needed == [10 * (taken * batch_inference.NUMBER_BYTES + batch_inference.RESULT_BYTES)]
+
+
 def test_a_batch_is_found_by_its_uuid_alone(context: Context, home: Path) -> None:
     batch_inference.submit(context, request(texts(home, 2)))
     assert [one.job_uuid for one in batch_inference.list_jobs(context, None, None, None, 10)] == ["batch-1"]

@@ -16,6 +16,7 @@ from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingRLHFRequest, PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
 from stack.api.wire import describe
+from stack.batch_inference import RESULT_BYTES, TOKEN_BYTES
 from stack.config import Config
 from stack.context import Context
 from stack.errors import (
@@ -577,7 +578,7 @@ def test_room_is_needed_for_what_is_kept_alone(
     )
     synthetic_data_generation.submit(context, request(data, **changes))
     ((kept, temporary),) = needed
-    generation = 512 * synthetic_data_generation.TOKEN_BYTES + synthetic_data_generation.RESULT_BYTES
+    generation = 512 * TOKEN_BYTES + RESULT_BYTES
     assert of_each * 6 * generation <= kept < (of_each * 6 + 1) * generation
     assert temporary >= kept + 36 * generation
 
