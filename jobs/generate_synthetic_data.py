@@ -148,17 +148,18 @@ class Tally:
                 self.reject(one)
             for row in chosen.rows:
                 if len(text_of(row)) > MAX_ROW_BYTES:
-                    self.reject(Rejection(line["row"], line["value"]["id"], "too_large", ""))
+                    too_large = Rejection(line["row"], line["value"]["id"], "too_large", "")
+                    self.reject(too_large, synthetic_rows.generations_in(row))
                     continue
                 self.counts["rows"] += 1
                 yield row
 
-    def reject(self, one: Rejection) -> None:
-        """Counts what was rejected, and shows the first of each reason."""
+    def reject(self, one: Rejection, generations: int = 1) -> None:
+        """Counts what was rejected, so many generations at once, and shows the first of each reason."""
         name = f"rejected_{one.reason}"
-        self.counts[name] += 1
-        if self.counts[name] <= MAX_SHOWN:
+        if self.counts[name] < MAX_SHOWN:
             self.shown.append(one.shown())
+        self.counts[name] += generations
 
     def totals(self) -> dict[str, float]:
         """The counts, and the mean of the scores where there are any."""

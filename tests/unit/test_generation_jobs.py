@@ -446,6 +446,33 @@ def test_rows_that_no_data_set_can_hold_are_rejected(
     assert len(rows_of(context)) == 5
 
 
+@pytest.mark.parametrize(
+    ("changes", "of_each"),
+    [
+        ({"output": "sft"}, 1),
+        ({"output": "preferences"}, 2),
+        ({"output": "scored"}, 6),
+        ({"output": "scored", "filtering_function": "top_k", "filter_k": 2}, 2),
+    ],
+    ids=str,
+)
+def test_each_generation_of_a_row_that_no_data_set_can_hold_is_counted(
+    context: Context,
+    data: dict[str, Any],
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    of_each: int,
+) -> None:
+    monkeypatch.setattr(driver, "MAX_ROW_BYTES", 10)
+    run(context, request(data, **changes))
+    metrics = synthetic_data_generation.job_status(context, "grow-1").metrics
+    rejected = {name: value for name, value in metrics.items() if name.startswith("rejected_")}
+    assert metrics["rows"] == 0
+    assert rejected["rejected_too_large"] == 6 * of_each
+    assert sum(rejected.values()) == metrics["generated"] == 36
+
+
 def test_what_cannot_be_registered_is_kept_as_an_artifact_and_the_job_has_failed(
     context: Context, data: dict[str, Any], here: None
 ) -> None:
