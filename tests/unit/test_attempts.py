@@ -330,6 +330,22 @@ def test_a_job_that_was_lost_too_often_is_given_up(cluster: Cluster) -> None:
     assert len(cluster.ray.jobs) == 3
 
 
+def test_a_job_that_gets_further_with_each_attempt_is_not_given_up(cluster: Cluster) -> None:
+    cluster.limit(max_retries=1)
+    job = cluster.add()
+    for number, done in enumerate((1, 2, 3, 4, 5, 5), 1):
+        assert cluster.get().status == "scheduled"
+        cluster.look()
+        cluster.begin(number=number)
+        progress = {"done": done, "total": 9, "unit": "rows", "seconds_left": None}
+        assert cluster.store.jobs.record(job.id, number, progress=progress)
+        cluster.ray.kill(f"default.job.{number}")
+        cluster.look()
+        cluster.wait()
+    cluster.look()
+    assert (cluster.get().status, cluster.get().error) == ("failed", "lost 6 times, at last: failed: killed")
+
+
 def test_a_job_is_given_up_though_all_places_are_taken(cluster: Cluster) -> None:
     cluster.limit(max_running_jobs=1, max_retries=0)
     cluster.add("lost")
