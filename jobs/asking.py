@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import ray.data
 from pydantic import ValidationError
 
-from jobs.own_engine import OwnEngine, room_for
+from jobs.own_engine import EngineDied, OwnEngine, room_for
 from stack import jobs
 from stack.api.wire import describe
 from stack.batch_inference import PatientEngine
@@ -138,10 +138,16 @@ def _unanswered(rows: Rows, found: Outcomes) -> Rows:
 
 
 async def patiently(ask: Callable[[], Awaitable[T]]) -> T:
-    """What is answered at last: asked again while a model is away (TRIES times) or fails (TRIES_OF_FAILED times)."""
+    """What is answered at last: asked again while a model is away (TRIES times) or fails (TRIES_OF_FAILED times).
+
+    An engine of the job's own that has died is not asked again: it takes long to start another one, which may die of
+    the same.
+    """
     for tries in range(1, TRIES):
         try:
             return await ask()
+        except EngineDied:
+            raise
         except (Unavailable, TooManyRequests) as error:  # a replica is being replaced, say
             await pause(error.retry_after or 1)
         except EngineFailed:
