@@ -157,7 +157,7 @@ def _outcome(
     log: RowLog,
     problem: str | None,
 ) -> driver.Outcome:
-    totals = _totals(log) | {"seconds": log.worked()}
+    totals = _totals(log) | {"seconds": log.seconds}
     lineage = _lineage(request, checked)
     results = made_data.results_folder(work)
     names = made_datasets.names_of(jobs.BATCH_INFERENCE, request.model_dump(mode="json"))

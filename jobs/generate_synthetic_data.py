@@ -231,7 +231,7 @@ def _outcome(
     data = MadeData(request.output.value, name, file, synthetic_rows.columns(request))
     registered = made_data.register(work, [data], lineage, results, problem)
     totals = {"rows": 0.0, "generated": 0.0, **tally.totals(), "prompts": float(prompts.total)}
-    totals |= {"failed": float(log.failed), "seconds": log.worked()}
+    totals |= {"failed": float(log.failed), "seconds": log.seconds}
     work.reporter.metrics.log(0, totals.items())
     print(f"{totals['rows']:.0f} rows of {prompts.total} prompts" + ("" if registered.datasets else ": no data set"))
     write_rows(results / "rejected.jsonl", tally.shown)

@@ -112,7 +112,7 @@ async def _grow(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog
         async for proposed in found:
             with file.open("a") as lines:
                 lines.writelines(json.dumps(asdict(one)) + "\n" for one in proposed)
-            log.worked()
+            log.note_time()
             count += sum(one.reason is None for one in proposed)
             print(f"{count} of {request.num_prompts} prompts grown", flush=True)
             work.reporter.metrics.progress(count, request.num_prompts, "prompts", None)

@@ -73,7 +73,7 @@ class RowLog:
         self.failed = 0
         self.first_error: str | None = None
         self._clock = file.with_suffix(".seconds")
-        self._seconds = float(self._clock.read_text()) if self._clock.exists() else 0.0
+        self.seconds = float(self._clock.read_text()) if self._clock.exists() else 0.0
         self._noted = time.monotonic()
         cut(file)
         for line in self:
@@ -89,19 +89,19 @@ class RowLog:
                     added += 1
         return added
 
-    def worked(self) -> float:
-        """For how many seconds the job has worked by now, in all its attempts. It is noted for the next one.
+    def note_time(self) -> None:
+        """Adds the time since this was done last, or since this log was opened, to the job's `seconds`.
 
-        Neither what an attempt has worked that was lost since it noted it counts, nor the time until the next.
+        They are those of all its attempts. Neither what an attempt has worked that was lost since it noted it counts,
+        nor the time until the next one.
         """
         now = time.monotonic()
-        self._seconds += now - self._noted
+        self.seconds += now - self._noted
         self._noted = now
         # In one step, so that what was noted before is there whenever the attempt is lost.
         new = self._clock.with_suffix(".new")
-        new.write_text(str(self._seconds))
+        new.write_text(str(self.seconds))
         new.replace(self._clock)
-        return self._seconds
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return lines_of(self._file)
@@ -200,7 +200,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 log.require_within(bounds)
             if is_time:
                 noted = time.monotonic()
-                log.worked()
+                log.note_time()
                 done = len(log.rows)
                 speed = (done - before) / (noted - begun)
                 print(f"{done} of {total} rows, {log.failed} of them failed", flush=True)
@@ -208,7 +208,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 metrics.progress(done, total, "rows", (total - done) / speed if speed else None)
     finally:
         log.add(waiting)
-        log.worked()
+        log.note_time()
     log.require_within(bounds)
     metrics.progress(len(log.rows), total, "rows", 0)
     if away:
