@@ -90,10 +90,9 @@ class RowLog:
         return added
 
     def note_time(self) -> None:
-        """Adds the time since this was done last, or since this log was opened, to the job's `seconds`.
+        """Adds the time since this was done last, or since the log was opened, to the `seconds` of the job's work.
 
-        They are those of all its attempts. Neither what an attempt has worked that was lost since it noted it counts,
-        nor the time until the next one.
+        They are those of all its attempts, but for what one that was lost had not noted yet, and for the time between.
         """
         now = time.monotonic()
         self.seconds += now - self._noted

@@ -98,9 +98,8 @@ def submit(context: Context, request: BatchInferenceJobRequest, submission_id: s
         _require_room(context, request, [datasets.size(context, one) for one in found])
         bundles = engines.bundles_of_job(own_model(context, request))
     return jobs.submit(
-        context, jobs.BATCH_INFERENCE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=bundles, submission_id=submission_id,
-    )  # fmt: skip
+        context, jobs.BATCH_INFERENCE, request.job_uuid, request, bundles=bundles, submission_id=submission_id
+    )
 
 
 def resources(context: Context, request: BatchInferenceJobRequest) -> dict[str, Any]:

@@ -106,10 +106,7 @@ def submit(context: Context, request: SyntheticDataJobRequest, submission_id: st
         request, found = datasets.accept(context, request, shape_of(request))
         _require_room(context, request, [datasets.size(context, one) for one in found])
         bundles = engines.bundles_of_job(own_model(context, request))
-    return jobs.submit(
-        context, jobs.GENERATE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=bundles, submission_id=submission_id,
-    )  # fmt: skip
+    return jobs.submit(context, jobs.GENERATE, request.job_uuid, request, bundles=bundles, submission_id=submission_id)
 
 
 def resources(context: Context, request: SyntheticDataJobRequest) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooManyRequests, Unavailable
+from stack.store.jobs import NewJob
 from tests import samples
 from tests.conftest import CONFIG
 from tests.ray_errors import in_a_ray_task
@@ -411,6 +412,18 @@ def test_the_same_request_again_is_the_same_job(context: Context, home: Path) ->
     assert batch_inference.submit(context, request(texts(home, 2))) == first
     with pytest.raises(Conflict, match="'batch-1'"):
         batch_inference.submit(context, request(texts(home, 2), max_failed_rows=5))
+
+
+def test_a_batch_that_a_release_without_own_engines_has_accepted_may_be_sent_again(
+    context: Context, home: Path
+) -> None:
+    body = batch_inference.submit(context, request(texts(home, 2))).request
+    accepted = {name: value for name, value in body.items() if name != "engine"} | {"job_uuid": "batch-0"}
+    kind = jobs.BATCH_INFERENCE
+    job, _ = context.store.jobs.add(NewJob("default", "batch-0", kind, accepted, kind), max_waiting=10)
+    assert batch_inference.submit(context, request(texts(home, 2), job_uuid="batch-0")) == job
+    with pytest.raises(Conflict, match="'batch-0'"):
+        batch_inference.submit(context, request(texts(home, 2), job_uuid="batch-0", engine="own"))
 
 
 def test_answers_that_would_not_fit_are_refused(context: Context, home: Path) -> None:
