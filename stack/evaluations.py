@@ -93,8 +93,7 @@ def benchmark(context: Context, request: EvaluateBenchmarkRequest, submission_id
     if context.store.jobs.get(context.tenant, request.job_uuid) is None:
         _require_text_model(context, request.checkpoint)
         resources_of_benchmark(context, request)
-    body = request.model_dump(mode="json")
-    return jobs.submit(context, jobs.EVALUATE_BENCHMARK, request.job_uuid, body, submission_id=submission_id)
+    return jobs.submit(context, jobs.EVALUATE_BENCHMARK, request.job_uuid, request, submission_id=submission_id)
 
 
 def resources_of_benchmark(context: Context, request: EvaluateBenchmarkRequest) -> dict[str, Any]:
@@ -190,10 +189,7 @@ def _accept(context: Context, kind: str, request: R, submission_id: str | None) 
     else:
         request = _checked(context, request)
         bundles = engines.bundles_of_job(own_model(context, request))
-    return jobs.submit(
-        context, kind, request.job_uuid, request.model_dump(mode="json"),
-        bundles=bundles, submission_id=submission_id,
-    )  # fmt: skip
+    return jobs.submit(context, kind, request.job_uuid, request, bundles=bundles, submission_id=submission_id)
 
 
 def _checked(context: Context, request: R) -> R:
