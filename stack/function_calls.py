@@ -135,7 +135,7 @@ def match(functions: Sequence[Mapping[str, Any]], calls: Sequence[tuple[str, Any
 
 
 def _require_known(functions: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> None:
-    names = [one["name"] for one in functions]
+    described = {one["name"]: one for one in functions}
     for function in functions:
         for name, parameter in function["parameters"]["properties"].items():
             kind, items = parameter.get("type"), parameter.get("items")
@@ -146,8 +146,29 @@ def _require_known(functions: Sequence[Mapping[str, Any]], expected: Sequence[Ma
                 raise BadInput(f"the parameter {name!r} has the type {shown!r}; allowed, also of items: {allowed}")
     for call in expected:
         (name,) = call
-        if name not in names:
-            raise BadInput(f"ground_truth calls {name!r}; allowed: {', '.join(names)}")
+        if name not in described:
+            raise BadInput(f"ground_truth calls {name!r}; allowed: {', '.join(described)}")
+        properties = described[name]["parameters"]["properties"]
+        for parameter, allowed in call[name].items():
+            if parameter in properties:
+                _require_objects(parameter, properties[parameter], allowed)
+
+
+def _require_objects(name: str, parameter: Mapping[str, Any], allowed: Sequence[Any]) -> None:
+    """Raises BadInput unless what an object may hold, where there is one, is a list of values for each of its names."""
+    items = parameter.get("items")
+    if parameter["type"] == "dict":
+        objects = [one for one in allowed if isinstance(one, dict)]
+    elif parameter["type"] in ("array", "tuple") and isinstance(items, dict) and items["type"] == "dict":
+        objects = [item for one in allowed if isinstance(one, list) for item in one]
+    else:
+        return
+    for one in objects:
+        if not isinstance(one, dict) or not all(isinstance(values, list) for values in one.values()):
+            raise BadInput(
+                f"ground_truth has {json.dumps(one)[:200]} for the parameter {name!r}; allowed: objects with a list of "
+                'values for each name, like {"city": ["Paris"]}'
+            )
 
 
 def _schema(value: Any) -> Any:
@@ -186,7 +207,8 @@ def _is_right(parameter: Mapping[str, Any], value: Any, allowed: list[Any]) -> b
     if kind is dict:
         return any(_is_right_object(value, one) for one in allowed if isinstance(one, dict))
     if kind is list and inner is dict:
-        return any(_are_right_objects(value, list(one)) for one in allowed if isinstance(one, list | str))
+        lists = (one for one in allowed if isinstance(one, list) or one == _OPTIONAL)
+        return any(_are_right_objects(value, list(one)) for one in lists)
     if kind is str:
         return _standard(value) in [_standard(one) for one in allowed if isinstance(one, str)]
     if kind is list:
