@@ -97,23 +97,15 @@ def tools(functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def written(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Calls in OpenAI's shape as a text that `calls_in` reads."""
-    functions = [one["function"] for one in calls]
-    return json.dumps([{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in functions])
+def calls_of(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The names and arguments of the calls in a message in OpenAI's shape."""
+    functions = [one["function"] for one in message.get("tool_calls") or ()]
+    return [(one["name"], json.loads(one["arguments"])) for one in functions]
 
 
-def calls_in(text: str) -> list[tuple[str, Any]]:
-    """The names and arguments of the calls in an answer; none in one that says something else."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return []
-    if not isinstance(found, list) or not all(
-        isinstance(one, dict) and {"name", "arguments"} <= set(one) for one in found
-    ):
-        return []
-    return [(one["name"], one["arguments"]) for one in found]
+def written(calls: Sequence[tuple[str, Any]]) -> str:
+    """Calls as a text."""
+    return json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls])
 
 
 def match(functions: Sequence[Mapping[str, Any]], calls: Sequence[tuple[str, Any]], expected: Sequence[Any]) -> bool:

@@ -1,5 +1,6 @@
 """Calls of functions beside the expected ones, as BFCL compares them."""
 
+import json
 from typing import Any
 
 import pytest
@@ -158,8 +159,10 @@ def test_functions_are_tools_with_json_schemas() -> None:
     assert parameters["properties"]["c"] == {"type": "object", "properties": {"type": {"type": "string"}}}
 
 
-def test_calls_are_written_and_read_and_other_answers_have_none() -> None:
+def test_calls_are_those_of_the_message_whatever_its_text_is() -> None:
     calls = [{"function": {"name": "f", "arguments": '{"a": 1}'}}]
-    assert function_calls.calls_in(function_calls.written(calls)) == [("f", {"a": 1})]
-    for text in ("Paris", "", "5", "[1]", '{"name": "f"}', '[{"name": "f"}]'):
-        assert function_calls.calls_in(text) == []
+    found = function_calls.calls_of({"content": None, "tool_calls": calls})
+    assert found == [("f", {"a": 1})]
+    assert json.loads(function_calls.written(found)) == [{"name": "f", "arguments": {"a": 1}}]
+    assert function_calls.calls_of({"content": function_calls.written(found)}) == []
+    assert function_calls.calls_of({"content": "Paris", "tool_calls": None}) == []
