@@ -1,7 +1,7 @@
 """The results of an evaluation: its examples in a file of JSON Lines and as Parquet, and what they come to."""
 
 import hashlib
-from array import array
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -75,7 +75,6 @@ def summarize(
     request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str, opponent: str | None = None
 ) -> Summary:
     """Adds up the examples in a file. `opponent` is the id of the model that the answers were compared with."""
-    columns = {name: array("d") for name in scores.columns(request.metrics)}
     sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
     first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
     for example in lines_of(file):
@@ -86,13 +85,11 @@ def summarize(
             first, last = min(first, example["started"]), max(last, example["ended"])
         for name in sums:
             sums[name] += example[name]
-        for name, column in columns.items():
-            column.append(example.get(name, float("nan")))
     return Summary(
         task=request.task,
         model=model,
         dataset_sha256=dataset_sha256,
-        estimates=_estimates(scores.names(request.metrics), columns),
+        estimates=_estimates(request.metrics, file),
         examples=examples,
         failed=failed,
         shield_violations=violations,
@@ -119,14 +116,18 @@ def write_parquet(file: Path, metrics: Sequence[str]) -> None:
             writer.write_table(pyarrow.Table.from_pylist([_as_utf8(example) for example in batch], schema))
 
 
-def _estimates(names: Sequence[str], columns: dict[str, "array[float]"]) -> dict[str, Estimate]:
-    found = {}
-    for name in names:
-        aggregate = intervals.aggregate(name)
-        values = np.column_stack([np.asarray(columns[column]) for column in aggregate.columns])
-        if (estimate := intervals.estimate(aggregate, values)) is not None:
-            found[name] = estimate
-    return found
+def _estimates(metrics: Sequence[str], file: Path) -> dict[str, Estimate]:
+    """The scores of the examples in a file, of which few are in memory at once."""
+    columns = scores.columns(metrics)
+    sums = {name: intervals.Sums(intervals.aggregate(name)) for name in scores.names(metrics)}
+    places = {name: [columns.index(one) for one in intervals.aggregate(name).columns] for name in sums}
+    rows = ((example["row"], *(example.get(one, math.nan) for one in columns)) for example in lines_of(file))
+    while batch := list(islice(rows, BATCH_ROWS)):
+        values = np.array(batch, dtype=np.float64)
+        for name, one in sums.items():
+            one.add(values[:, 0].astype(np.int64), values[:, 1:][:, places[name]])
+    found = {name: one.estimate() for name, one in sums.items()}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def _as_utf8(value: Any) -> Any:

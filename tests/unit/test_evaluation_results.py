@@ -80,6 +80,12 @@ def test_a_summary_has_all_scores_of_its_metrics(file: Path) -> None:
     assert summary.kept()["scores"] == list(summary.estimates)
 
 
+def test_the_scores_are_the_same_however_many_are_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = summary_of(file)
+    monkeypatch.setattr(evaluation_results, "BATCH_ROWS", 2)
+    assert summary_of(file) == whole
+
+
 def test_where_all_examples_failed_there_is_no_score(tmp_path: Path) -> None:
     file = written(tmp_path, [example(1, error="away", answer="")])
     summary = summary_of(file)
