@@ -12,6 +12,7 @@ compares how likely continuations are, by the logprobs of prompts.
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from transformers import AutoTokenizer
 
 from jobs import benchmark_report, driver, engine_door
 from jobs.kept_answers import KeptAnswers
-from stack import evaluations
+from jobs.reporter import Metrics
+from stack import evaluations, quotas
 from stack.api.evaluations import EvaluateBenchmarkRequest
 from stack.config import home
 from stack.errors import BadInput
@@ -31,6 +33,8 @@ from stack.models import Model
 # How many requests are with the engine at once, and how often it is noted how many were answered.
 AT_ONCE = 16
 NOTE_EVERY = 100
+# By which methods of its models lm-eval asks.
+_KINDS_OF_QUESTIONS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 # What lm-eval tells of the machine that it runs on, of itself and of each task, which is none of a tenant's business.
 _OF_THE_MACHINE = ("pretty_env_info", "upper_git_hash", "git_hash")
 _OF_TASKS_FILES = ("pretrained", "config_source")
@@ -43,32 +47,60 @@ def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Ou
     if not ray.is_initialized():
         ray.init()
 
-    def noted(count: int) -> None:
-        if count % NOTE_EVERY == 0:
-            work.reporter.metrics.log(count, [("answers", count)])
-
-    with KeptAnswers(work.folder / "answers") as kept_answers:
+    progress = Progress(work.reporter.metrics)
+    with KeptAnswers(work.folder / "answers", evaluations.ANSWERS_BYTES) as kept_answers:
         if len(kept_answers):
             print(f"going on from {len(kept_answers)} answers")
-        with engine_door.opened(context, kept_answers, noted) as door:
-            found = run(door, model, request, home() / "tasks")
+        with engine_door.opened(context, kept_answers, progress.noted) as door:
+            found = run(door, model, request, home() / "tasks", progress.asks)
+        answers = len(kept_answers)
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
     figures = scores(found)
     _write(results, found)
     benchmark_report.write(results / "report.html", model.id, figures)
     work.reporter.metrics.log(0, figures.items())
-    work.reporter.metrics.progress(len(request.tasks), len(request.tasks), "tasks", 0)
+    work.reporter.metrics.progress(answers, answers, "answers", 0)
+    quotas.require_room(context, sum(file.stat().st_size for file in results.iterdir()))
     name = evaluations.results_name(job.tenant, job.uuid)
     files = driver.publish(work, name, results)
     kept = {"path": context.artifacts.url(name), "files": [asdict(one) for one in files], "model": model.id}
     return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, {"model": model.id, **figures}))
 
 
-def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest, folder: Path) -> dict[str, Any]:
+class Progress:
+    """Notes how far a benchmark is: how many of the questions that lm-eval has put together so far are answered.
+
+    It puts together those of one kind, then asks them, and goes on with the next kind.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._asked = 0
+
+    def asks(self, questions: int) -> None:
+        """So many more are about to be asked."""
+        self._asked += questions
+
+    def noted(self, answers: int) -> None:
+        """So many are answered, in all attempts."""
+        if answers % NOTE_EVERY == 0:
+            self._metrics.log(answers, [("answers", answers)])
+            # Of a long text lm-eval makes several questions.
+            self._metrics.progress(answers, max(answers, self._asked), "answers")
+
+
+def run(
+    door: engine_door.Door,
+    model: Model,
+    request: EvaluateBenchmarkRequest,
+    folder: Path,
+    asks: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
     """What lm-eval finds, in its own shape: `results`, `samples` and how it was done.
 
-    Raises BadInput for a task that is not known, and what kept the door from an answer.
+    `asks` is told how many questions are about to be asked. Raises BadInput for a task that is not known, and what kept
+    the door from an answer.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
@@ -89,6 +121,8 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
         timeout=0,
         seed=request.seed,
     )
+    for kind in _KINDS_OF_QUESTIONS:
+        setattr(asked, kind, _told(getattr(asked, kind), asks))
     try:
         found: dict[str, Any] = simple_evaluate(
             model=asked,
@@ -107,6 +141,16 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
             raise door.errors[0] from error
         raise
     return found
+
+
+def _told(ask: Callable[..., Any], asks: Callable[[int], None]) -> Callable[..., Any]:
+    """A method of lm-eval's models that asks a list of questions, and tells before how many these are."""
+
+    def asking(questions: list[Any], *given: Any, **named: Any) -> Any:
+        asks(len(questions))
+        return ask(questions, *given, **named)
+
+    return asking
 
 
 def _tasks(wanted: list[str], folder: Path, metadata: dict[str, Any]) -> Any:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from stack import evaluations
 from stack.api.evaluations import EvaluateBenchmarkRequest
 from stack.context import Context
-from stack.errors import BadInput, NotFound, StackError, TooManyRequests, Unavailable
+from stack.errors import BadInput, NotFound, StackError, StorageFull, TooManyRequests, Unavailable
 from tests.asked_here import work_of
 from tests.scripted_engine import ScriptedEngine
 
@@ -24,6 +25,7 @@ with warnings.catch_warnings():
 
 WORDS = ["What", "is", "the", "capital", "of", "France", "?", "Paris", "a", "long", "answer", "in", "words"]
 BOS = 2
+MOST = 2**20
 ASKING = """task: capitals
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/capitals.json}}
@@ -79,7 +81,7 @@ def tasks(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[KeptAnswers]:
-    with KeptAnswers(tmp_path / "answers") as kept:
+    with KeptAnswers(tmp_path / "answers", MOST) as kept:
         yield kept
 
 
@@ -229,7 +231,7 @@ def test_another_attempt_at_a_benchmark_asks_nothing_that_was_answered(
 
 def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
     file = tmp_path / "answers"
-    with KeptAnswers(file) as kept:
+    with KeptAnswers(file, MOST) as kept:
         kept.add(["chat", {"a": 1, "b": 2}], b'{"answer": "\xc3\xa9"}')
         kept.add(["chat", {"a": 2}], b"x" * 100_000)
         assert kept.find(["chat", {"b": 2, "a": 1}]) == b'{"answer": "\xc3\xa9"}'
@@ -238,11 +240,59 @@ def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
     assert whole < 2_000
     with file.open("ab") as lines:
         lines.write(b"0" * 64 + b" half of a li")  # of a driver that was killed
-    with KeptAnswers(file) as kept:
+    with KeptAnswers(file, MOST) as kept:
         assert (len(kept), file.stat().st_size) == (3, whole)
         assert kept.find(["chat", {"a": 2}]) == b"x" * 100_000
         assert kept.find(["completions", {"a": 2}]) == b""
         assert kept.find(["completions", {"a": 3}]) is None
+
+
+def test_answers_are_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
+    with KeptAnswers(tmp_path / "answers", 200) as kept:
+        kept.add(["chat", {"a": 1}], b"first")
+        with pytest.raises(StorageFull, match=r"1 answers take .* allowed: 200 bytes; ask for fewer tasks") as caught:
+            kept.add(["chat", {"a": 2}], bytes(range(256)))
+        assert (len(kept), kept.find(["chat", {"a": 2}])) == (1, None)
+        kept.add(["chat", {"a": 3}], b"third")
+    assert "set a lower limit" in caught.value.message
+    with KeptAnswers(tmp_path / "answers", 200) as kept:
+        assert kept.find(["chat", {"a": 3}]) == b"third"
+        with pytest.raises(StorageFull):
+            kept.add(["chat", {"a": 4}], b"fourth")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_that_has_more_answers_than_there_is_room_for_ends_by_that(
+    context: Context, tasks: Path, tmp_path: Path
+) -> None:
+    with KeptAnswers(tmp_path / "few", 100) as kept, engine_door.opened(context, kept) as door:
+        with pytest.raises(StorageFull, match="0 answers take 0 bytes, and there are more; allowed: 100 bytes"):
+            evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), tasks)
+        assert isinstance(door.errors[0], StorageFull)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_tells_how_many_of_its_questions_are_answered_and_keeps_what_there_is_room_for(
+    context: Context, engine: ScriptedEngine, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_benchmark.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate_benchmark, "NOTE_EVERY", 1)
+    engine.tokens = ("Paris",)
+    wanted = request("capitals", "choices")
+    job = evaluations.benchmark(context, wanted)
+    noted: list[tuple[int, int, str]] = []
+    with work_of(context, job) as work:
+        monkeypatch.setattr(
+            work.reporter.metrics, "progress", lambda done, total, unit, _=None: noted.append((done, total, unit))
+        )
+        limited = replace(context, config=context.config.model_copy(update={"max_tenant_bytes": 100}))
+        with pytest.raises(StorageFull, match="allowed: 100"):
+            evaluate_benchmark.benchmark(replace(work, context=limited), wanted)
+    assert [done for done, *_ in noted] == [1, 2, 3, 4, 5, 6, 6]
+    # First those that are to be answered or those that are to be compared, then the others.
+    assert {total for _, total, _ in noted} <= {2, 4, 6}
+    assert noted[-1] == (6, 6, "answers")
+    assert not context.artifacts.exists(evaluations.results_name("default", "benchmark-1"))
 
 
 def test_the_report_has_each_score_with_its_interval(tmp_path: Path) -> None:
@@ -297,6 +347,7 @@ def test_a_benchmark_needs_room_for_its_answers_too(context: Context, monkeypatc
 def test_a_benchmark_asks_no_more_than_lm_eval_can_hold() -> None:
     with pytest.raises(ValidationError, match="less than or equal to 100000"):
         request("capitals", limit=100_001)
+    assert request("capitals").limit == 20_000, "what no limit is set for has one"
 
 
 @pytest.mark.parametrize("task", ["", "../a", "a b", "/etc/passwd", "a,b"])
