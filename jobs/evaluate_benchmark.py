@@ -2,17 +2,20 @@
 
     ray job submit -- python -m jobs.evaluate_benchmark --config FILE
 
-The file holds the body of POST /evaluate/benchmark/. Beside lm-eval's own tasks there are those in STACK_HOME/tasks,
-one YAML file each, which may name functions of a Python file beside it. Whoever may write there may run code.
+The file holds the body of POST /evaluate/benchmark/. Beside lm-eval's own tasks there are those in STACK_HOME/tasks: a
+YAML file each, which may name functions of a Python file beside it, or a Python file alone, with a class `Task` of
+lm-eval's. Whoever may write there may run code.
 
 lm-eval asks by its `local-completions`, which speaks OpenAI's HTTP: it does so at a door of the job's own, which keeps
 the answers, so that another attempt has them at once. It tokenizes by the model's own tokenizer, and where a task
 compares how likely continuations are, by the logprobs of prompts.
 """
 
+import ast
 import json
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,12 +50,13 @@ def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Ou
     if not ray.is_initialized():
         ray.init()
 
+    folders = [home() / "tasks", python_tasks(request.tasks, home() / "tasks", work.folder / "tasks")]
     progress = Progress(work.reporter.metrics)
     with KeptAnswers(work.folder / "answers", evaluations.ANSWERS_BYTES) as kept_answers:
         if len(kept_answers):
             print(f"going on from {len(kept_answers)} answers")
         with engine_door.opened(context, kept_answers, progress.noted) as door:
-            found = run(door, model, request, home() / "tasks", progress.asks)
+            found = run(door, model, request, folders, progress.asks)
         answers = len(kept_answers)
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
@@ -94,19 +98,19 @@ def run(
     door: engine_door.Door,
     model: Model,
     request: EvaluateBenchmarkRequest,
-    folder: Path,
+    folders: Sequence[Path],
     asks: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
     """What lm-eval finds, in its own shape: `results`, `samples` and how it was done.
 
-    `asks` is told how many questions are about to be asked. Raises BadInput for a task that is not known, and what kept
-    the door from an answer.
+    `folders` have tasks beside lm-eval's own. `asks` is told how many questions are about to be asked. Raises BadInput
+    for a task that is not known, and what kept the door from an answer.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     # Some tasks shape their data by the tokenizer of the model, which they find by this name.
-    tasks = _tasks(request.tasks, folder, {"pretrained": str(model.base.folder)})
+    tasks = _tasks(request.tasks, folders, {"pretrained": str(model.base.folder)})
     asked = LocalCompletionsAPI(
         base_url=f"{door.url}/v1/completions",
         header=door.headers,
@@ -143,6 +147,28 @@ def run(
     return found
 
 
+def python_tasks(wanted: Sequence[str], folder: Path, made: Path) -> Path:
+    """Makes a folder with what lm-eval finds those of the tasks by that are a Python file of the folder alone, with a
+    class `Task`: it looks for YAML files, which say where that is. Raises BadInput for a file that is no Python."""
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    for name in wanted:
+        file = folder / f"{name}.py"
+        if file.is_file() and not (folder / f"{name}.yaml").exists() and _has_task(file):
+            (made / file.name).symlink_to(file)
+            (made / f"{name}.yaml").write_text(f"task: {json.dumps(name)}\nclass: !function {name}.Task\n")
+    return made
+
+
+def _has_task(file: Path) -> bool:
+    """Whether a file has a class `Task`. It is not run: it may hold functions for another task."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise BadInput(f"the task {file.stem!r} cannot be read: {file.name} is no Python: {error}") from error
+    return any(isinstance(one, ast.ClassDef) and one.name == "Task" for one in tree.body)
+
+
 def _told(ask: Callable[..., Any], asks: Callable[[int], None]) -> Callable[..., Any]:
     """A method of lm-eval's models that asks a list of questions, and tells before how many these are."""
 
@@ -153,14 +179,14 @@ def _told(ask: Callable[..., Any], asks: Callable[[int], None]) -> Callable[...,
     return asking
 
 
-def _tasks(wanted: list[str], folder: Path, metadata: dict[str, Any]) -> Any:
+def _tasks(wanted: list[str], folders: Sequence[Path], metadata: dict[str, Any]) -> Any:
     """lm-eval's manager of tasks, which knows those that are wanted. Raises BadInput where it cannot.
 
-    To know its own thousands it reads all of their files, for seconds: only if not all are tasks of the folder.
+    To know its own thousands it reads all of their files, for seconds: only if not all are tasks of the folders.
     """
     from lm_eval.tasks import TaskManager
 
-    include = str(folder) if folder.is_dir() else None
+    include = [str(folder) for folder in folders if folder.is_dir()]
     own = TaskManager(include_path=include, include_defaults=False, metadata=metadata)
     if set(wanted) <= set(own.all_subtasks):
         return own
@@ -169,7 +195,7 @@ def _tasks(wanted: list[str], folder: Path, metadata: dict[str, Any]) -> Any:
     if unknown:
         raise BadInput(
             f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(manager.all_tasks)} tasks, or of those in "
-            f"the stack's own folder {folder.name}: {', '.join(own.all_tasks) or 'none'}"
+            f"the stack's own folder {folders[0].name}: {', '.join(own.all_tasks) or 'none'}"
         )
     return manager
 

@@ -177,8 +177,8 @@ def test_what_has_changed_is_told_by_metric_and_by_example(outputs: list[str]) -
     assert len(found["changed"]) == min(found["changed_examples"], 3)
 
 
-def test_a_task_of_ones_own_is_a_benchmark(outputs: list[str]) -> None:
+def test_tasks_of_ones_own_are_a_benchmark(outputs: list[str]) -> None:
     assert '"job_uuid":"capitals"' in outputs[27]
     (status,) = values_in(outputs[27].splitlines()[-1])
     assert status["status"] == "completed"
-    assert status["metrics"]["capitals/acc"] in (0, 0.5, 1)
+    assert {"capitals/acc", "capitals/acc_stderr", "rivers/named"} <= status["metrics"].keys()

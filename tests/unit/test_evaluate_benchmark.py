@@ -48,6 +48,34 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
+ALONE = """from pathlib import Path
+
+from lm_eval.api.task import ConfigurableTask
+
+DATA = Path(__file__).with_name("capitals.json")
+
+
+def named(doc, results):
+    return {"named": float(doc["answer"] in results[0])}
+
+
+class Task(ConfigurableTask):
+    def __init__(self):
+        super().__init__(config={
+            "task": "alone",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(DATA)}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["\\n"], "max_gen_toks": 8},
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{answer}}",
+            "process_results": named,
+            "metric_list": [{"metric": "named", "aggregation": "mean", "higher_is_better": True}],
+        })
+"""
+
+
 def save_tokenizer(folder: Path, begins: bool = False, template: str | None = None) -> None:
     """A tokenizer of words, which may put a <s> before them, and have a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -115,7 +143,7 @@ def test_lm_eval_runs_tasks_of_ones_own_against_the_engine(
 ) -> None:
     engine.tokens = ("Paris",)
     (results := tmp_path / "results").mkdir()
-    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), tasks)
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), [tasks])
     scores = evaluate_benchmark.scores(found)
     # The shorter continuation is the likelier one: each of its tokens is as likely as any other.
     assert (scores["capitals/exact_match"], scores["choices/acc"]) == (0.5, 0.5)
@@ -138,7 +166,7 @@ def test_a_limit_is_of_the_examples_of_each_task(
     context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door
 ) -> None:
     engine.tokens = ("Paris",)
-    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), tasks)
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), [tasks])
     assert evaluate_benchmark.scores(found)["capitals/exact_match"] == 1
     assert len(engine.asked) == 1
 
@@ -148,9 +176,35 @@ def test_an_unknown_task_is_refused_with_those_that_are_there(
     context: Context, tasks: Path, door: engine_door.Door
 ) -> None:
     with pytest.raises(BadInput, match="no task 'capitols'") as caught:
-        evaluate_benchmark.run(door, context.models.get("small"), request("capitols"), tasks)
+        evaluate_benchmark.run(door, context.models.get("small"), request("capitols"), [tasks])
     assert caught.value.message.endswith("of those in the stack's own folder tasks: capitals, choices")
     assert str(tasks.parent) not in caught.value.message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_is_added_with_one_python_file(
+    context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, tmp_path: Path
+) -> None:
+    engine.tokens = ("Paris",)
+    (tasks / "alone.py").write_text(ALONE)
+    for _ in range(2):  # another attempt finds what the first has made
+        made = evaluate_benchmark.python_tasks(["alone", "capitals", "labels", "arc_easy"], tasks, tmp_path / "made")
+    assert {file.name for file in made.iterdir()} == {"alone.py", "alone.yaml"}, "labels.py has functions of a task"
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("alone", "capitals"), [tasks, made])
+    scores = evaluate_benchmark.scores(found)
+    assert (scores["alone/named"], scores["capitals/exact_match"]) == (0.5, 0.5)
+    (results := tmp_path / "results").mkdir()
+    evaluate_benchmark._write(results, found)
+    assert len((results / "samples_alone.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_python_file_that_is_none_is_refused(tasks: Path, tmp_path: Path) -> None:
+    (tasks / "alone.py").write_text("class Task(:")
+    with pytest.raises(
+        BadInput, match=r"the task 'alone' cannot be read: alone\.py is no Python: invalid syntax"
+    ) as caught:
+        evaluate_benchmark.python_tasks(["alone"], tasks, tmp_path / "made")
+    assert str(tasks) not in caught.value.message
 
 
 def beginnings(engine: ScriptedEngine) -> set[tuple[int, ...]]:
@@ -164,7 +218,7 @@ def test_a_prompt_begins_as_the_tokenizer_has_it(
     context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, begins: bool, first: tuple[int, int]
 ) -> None:
     save_tokenizer(tasks.parent / "models" / "small", begins)
-    evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), tasks)
+    evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), [tasks])
     assert beginnings(engine) == {first}
 
 
@@ -176,7 +230,7 @@ def test_a_chat_begins_once_whether_its_template_writes_that_or_not(
     template = written + "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     save_tokenizer(tasks.parent / "models" / "small", begins=True, template=template)
     wanted = request("capitals", apply_chat_template=True)
-    evaluate_benchmark.run(door, context.models.get("small"), wanted, tasks)
+    evaluate_benchmark.run(door, context.models.get("small"), wanted, [tasks])
     assert beginnings(engine) == {(BOS, 3)}
 
 
@@ -187,7 +241,7 @@ def test_a_benchmark_outlasts_a_model_that_is_away_for_a_while(
     engine.tokens = ("Paris",)
     faults: list[StackError] = [Unavailable("it starts", retry_after=30), TooManyRequests("full", retry_after=1)]
     engine.fail_for = lambda _: faults.pop() if faults else None
-    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), tasks)
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), [tasks])
     assert evaluate_benchmark.scores(found)["capitals/exact_match"] == 0.5
     assert sorted(pauses) == [1, 30]
 
@@ -206,7 +260,7 @@ def test_a_model_that_stays_away_loses_the_attempt_and_a_wrong_question_fails_th
 ) -> None:
     engine.fail_for = lambda _: fault
     with pytest.raises(kind, match="the model is gone"):
-        evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), tasks)
+        evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), [tasks])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -267,7 +321,7 @@ def test_a_benchmark_that_has_more_answers_than_there_is_room_for_ends_by_that(
 ) -> None:
     with KeptAnswers(tmp_path / "few", 100) as kept, engine_door.opened(context, kept) as door:
         with pytest.raises(StorageFull, match="0 answers take 0 bytes, and there are more; allowed: 100 bytes"):
-            evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), tasks)
+            evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), [tasks])
         assert isinstance(door.errors[0], StorageFull)
 
 
