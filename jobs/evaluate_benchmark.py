@@ -61,8 +61,8 @@ def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Ou
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
     figures = scores(found)
+    benchmark_report.write(results / "report.html", model.id, figures, found)
     _write(results, found)
-    benchmark_report.write(results / "report.html", model.id, figures)
     work.reporter.metrics.log(0, figures.items())
     work.reporter.metrics.progress(answers, answers, "answers", 0)
     quotas.require_room(context, sum(file.stat().st_size for file in results.iterdir()))

@@ -1,6 +1,7 @@
 """Benchmarks: lm-eval itself, with tasks of one's own, against the scripted engine; and the door that it asks at."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -281,6 +282,10 @@ def test_another_attempt_at_a_benchmark_asks_nothing_that_was_answered(
     assert len(engine.asked) == 2 * 2
     assert all(one.body.get("echo") for one in engine.asked)
     assert {"report.html", "results.json", "table.md"} < {one["name"] for one in result["files"]}
+    report = (Path(result["path"].removeprefix("file://")) / "report.html").read_text()
+    for name, wrong in (("capitals/exact_match", "1"), ("choices/acc", "1")):
+        worst = report.split(f"Worst examples by {name}")[1]
+        assert f"<tr><td>{wrong}</td><td>0</td><td>What is the capital of England ?</td>" in worst
 
 
 def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
@@ -351,13 +356,45 @@ def test_a_benchmark_tells_how_many_of_its_questions_are_answered_and_keeps_what
 
 def test_the_report_has_each_score_with_its_interval(tmp_path: Path) -> None:
     figures = {"sums/acc": 0.5, "sums/acc_stderr": 0.1, "sums/<b>": 12.0, "sums/em,strict": 0.25}
-    benchmark_report.write(tmp_path / "report.html", "small", figures | {"sums/em_stderr,strict": 0.05})
+    benchmark_report.write(tmp_path / "report.html", "small", figures | {"sums/em_stderr,strict": 0.05}, {})
     page = (tmp_path / "report.html").read_text()
     for name, *cells in (("acc", "0.5", "0.304", "0.696"), ("em,strict", "0.25", "0.152", "0.348")):
         assert f"<tr><td>sums/{name}</td>" + "".join(f"<td class=number>{one}</td>" for one in cells) in page
     assert "<tr><td>sums/&lt;b&gt;</td><td class=number>12</td><td class=number>–</td>" in page
     assert "stderr" not in page
     assert page.count("<svg") == 1
+
+
+def sample(number: int, value: float, **changes: Any) -> dict[str, Any]:
+    """A sample as lm-eval tells it."""
+    told = {"doc_id": number, "arguments": [(f"{'before ' * 100}<b>{number}", {})], "target": "Paris"}
+    return told | {"filtered_resps": ["Lyon"], "filter": "none", "metrics": ["em"], "em": value} | changes
+
+
+def test_the_report_shows_how_the_examples_spread_and_the_worst_of_each_task(tmp_path: Path) -> None:
+    capitals = [sample(number, float(number % 2)) for number in range(30)]
+    words = [
+        sample(number, 0.0, metrics=["all", "wrong"], all=(1, 2), wrong=number, filter="strict") for number in range(3)
+    ]
+    found = {"samples": {"capitals": capitals, "words": words}, "higher_is_better": {"words": {"wrong": False}}}
+    benchmark_report.write(tmp_path / "report.html", "small", {"capitals/em": 0.5}, found)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    for name in ("capitals/em", "words/wrong,strict"):
+        assert f"<!-- {name} -->" in page, "a histogram is drawn of it"
+    worst, others = page.split("Worst examples by capitals/em")[1].split("Worst examples by words/wrong,strict")
+    assert re.findall(r"<tr><td>(\d+)</td><td>(\d)</td>", worst) == [(str(2 * n), "0") for n in range(10)]
+    assert re.findall(r"<tr><td>(\d+)</td><td>(\d)</td>", others) == [("2", "2"), ("1", "1"), ("0", "0")]
+    assert "before &lt;b&gt;18</td><td>Paris</td><td>Lyon</td>" in worst
+    assert "are shown" not in page
+
+
+def test_the_report_says_what_it_leaves_out(tmp_path: Path) -> None:
+    found = {"samples": {f"task-{number}": [sample(0, 1.0)] for number in range(31)}}
+    benchmark_report.write(tmp_path / "report.html", "small", {}, found)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Worst examples") == 30
+    assert ("Of 31 scores the first 30 are shown" in page, "Of 31 tasks the first 30 are shown" in page) == (True, True)
 
 
 def test_the_door_opens_to_nobody_without_its_key(door: engine_door.Door, engine: ScriptedEngine) -> None:
