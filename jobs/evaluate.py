@@ -210,7 +210,7 @@ def _outcome(
     results.mkdir(exist_ok=True)
     file, scorers = results / EXAMPLES_FILE, scores.scorers(request.metrics)
     write_rows(file, (scored(line, scorers) for line in log))
-    summary = evaluation_results.summarize(request, file, model.id, checked.sha256, wanted.opponent)
+    summary = evaluation_results.summarize(request, file, model.id, checked.sha256, log.seconds, wanted.opponent)
     evaluation_results.write_parquet(file, request.metrics)
     evaluation_report.write(results / "report.html", file, summary)
     work.reporter.metrics.log(0, summary.figures().items())

@@ -41,8 +41,8 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are from the first question to the last answer of those that have not failed. `judged` says by
-    whom, against whom and by the hash of which rubric, where a judge has."""
+    missing. `seconds` are those in which examples were asked about, in all attempts. `judged` says by whom, against whom
+    and by the hash of which rubric, where a judge has."""
 
     task: str
     model: str
@@ -72,17 +72,21 @@ class Summary:
 
 
 def summarize(
-    request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str, opponent: str | None = None
+    request: AnyEvaluationRequest,
+    file: Path,
+    model: str,
+    dataset_sha256: str,
+    seconds: float,
+    opponent: str | None = None,
 ) -> Summary:
-    """Adds up the examples in a file. `opponent` is the id of the model that the answers were compared with."""
+    """Adds up the examples in a file, which took so many seconds. `opponent` is the id of the model that the answers
+    were compared with."""
     sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
-    first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
+    examples, failed, violations = 0, 0, 0
     for example in lines_of(file):
         examples += 1
         failed += bool(example["error"])
         violations += bool(example["shield_violation"])
-        if not example["error"]:
-            first, last = min(first, example["started"]), max(last, example["ended"])
         for name in sums:
             sums[name] += example[name]
     return Summary(
@@ -93,7 +97,7 @@ def summarize(
         examples=examples,
         failed=failed,
         shield_violations=violations,
-        seconds=last - first if failed < examples else 0.0,
+        seconds=seconds,
         bleu_signature=scores.bleu_signature() if "bleu" in request.metrics else None,
         judged=_judged(request, opponent),
         **sums,

@@ -365,6 +365,7 @@ def test_an_evaluation_that_was_lost_goes_on_with_the_rows_that_it_has_not(
     assert all(row["em"] == 1 for row in rows)
     metrics = evaluations.job_status(context, "evaluation-1").metrics
     assert (metrics["examples"], metrics["failed"], metrics["em"]) == (10, 0, 1)
+    assert metrics["seconds"] > 0
 
 
 def test_a_row_that_failed_by_itself_is_not_asked_again_by_the_next_attempt(
