@@ -41,8 +41,8 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are those in which examples were asked about, in all attempts. `judged` says by whom, against whom
-    and by the hash of which rubric, where a judge has."""
+    missing. `seconds` are those in which examples were asked about, in all attempts. `judged` says by whom, against
+    whom and by the hash of which rubric, where a judge has."""
 
     task: str
     model: str
