@@ -108,14 +108,15 @@ class Ask(Asker):
     async def _models(self, messages: list[dict[str, Any]], functions: list[dict[str, Any]] | None) -> dict[str, Any]:
         """What the model answers; nothing, and the shield's reason, where its shields do not pass it."""
         found: dict[str, Any] = dict(answer="", shield_violation="", prompt_tokens=0, completion_tokens=0)
-        found |= dict(calls=[]) if functions else {}
+        if functions:
+            found["calls"] = []
         try:
             given = json.loads(await self._answer(self._body["model"], messages, functions))
         except ShieldViolation as error:
             return found | dict(shield_violation=error.message)
         found |= {name: given["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
-        # Beside the text: one that only looks like calls is none.
-        found |= dict(calls=function_calls.calls_of(_message(given))) if functions else {}
+        if functions:  # beside the text: one that only looks like calls is none
+            found["calls"] = function_calls.calls_of(_message(given))
         return found | dict(answer=_text_of(given))
 
     async def _answer(

@@ -41,7 +41,7 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are those in which examples were asked about, in all attempts. `judged` says by whom, against
+    missing. `seconds` are those that all attempts took until the last row was answered. `judged` says by whom, against
     whom and by the hash of which rubric, where a judge has."""
 
     task: str

@@ -167,7 +167,7 @@ class EvaluationJobStatusResponse(JobState):
 
     `examples` are all, `failed` those without an answer, which count in no score, and `shield_violations` those that
     the model's shields did not pass, whose answer is empty. The cost is in `prompt_tokens`, `completion_tokens` and
-    `seconds`, those in which examples were asked about in all attempts. BLEU is from 0 to 100, perplexity at least 1, a
+    `seconds`, which all attempts took until the last row was answered. BLEU is from 0 to 100, perplexity at least 1, a
     rating from 1 to 5, all other scores are from 0 to 1.
     """
 

@@ -33,8 +33,10 @@ def test_questions_become_dialogs_with_ids_and_their_preferred_answers(tmp_path:
 
 def test_what_was_kept_takes_the_place_of_the_preferred_answers() -> None:
     rows = [{"id": "1", "dialog": [{"role": "user", "content": "When?"}, {"role": "assistant", "content": " Now.\n"}]}]
-    replies = {"/synthetic_data_generation/job/artifacts": {"datasets": {"sft": "best"}}}
-    replies["/datasets/preview"] = {"rows": rows}
+    replies: dict[str, Any] = {
+        "/synthetic_data_generation/job/artifacts": {"datasets": {"sft": "best"}},
+        "/datasets/preview": {"rows": rows},
+    }
     client = httpx.Client(
         base_url="http://stack",
         transport=httpx.MockTransport(lambda request: httpx.Response(200, json=replies[request.url.path])),
