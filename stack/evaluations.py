@@ -40,10 +40,10 @@ KINDS = (
 # plots. The messages stand in the results as JSON, with other letters escaped, and once more in Parquet.
 RESULT_BYTES = 1_536
 REPORT_BYTES = 2**18
-# What a benchmark keeps, about: lm-eval's results, and what was asked and answered; and the answers of the engine while
-# it works.
+# What a benchmark keeps, about: lm-eval's results, and what was asked and answered. And what the answers of the engine
+# may take while it works: 56,000 choices of MMLU behind five examples take about 1 GiB.
 BENCHMARK_BYTES = 2**25
-ANSWERS_BYTES = 2**28
+ANSWERS_BYTES = 2**31
 PARQUET_FILE = "examples.parquet"
 R = TypeVar("R", bound=AnyEvaluationRequest)
 
