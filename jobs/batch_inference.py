@@ -8,7 +8,6 @@ the row's id. A job that was lost goes on with the rows that it has no answer to
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -40,18 +39,17 @@ _ERROR = {"id": Kind.text, "row": Kind.number, "code": Kind.text, "message": Kin
 
 def answer_all(work: driver.Work, request: BatchInferenceJobRequest) -> driver.Outcome:
     """Asks a model about every row of a data set, and makes data sets of the answers and of the errors."""
-    context, started = work.context, time.time()
+    context = work.context
     checked = datasets.resolve(context, request.dataset)
     log = RowLog(work.folder / "rows.jsonl", size_of)
     rows = partial(dataset_source.rows, context, checked, batch_inference.shape_of(request), but=log.rows)
     told = (context.config.model_dump(mode="json"), context.tenant, request.model_dump(mode="json"))
     own, asker = batch_inference.own_model(context, request), _ASKERS[request.kind]
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
-    try:
-        complete(log, lambda: asked(rows, asker, *told, own=own), checked.rows, work.reporter.metrics, bounds)
-    except TooLarge as error:
-        return _outcome(work, request, checked, log, started, error.message)
-    return _outcome(work, request, checked, log, started)
+    problem = made_data.problem_of(
+        lambda: complete(log, lambda: asked(rows, asker, *told, own=own), checked.rows, work.reporter.metrics, bounds)
+    )
+    return _outcome(work, request, checked, log, problem)
 
 
 class AnswerChats(Asker):
@@ -157,10 +155,9 @@ def _outcome(
     request: BatchInferenceJobRequest,
     checked: Checked,
     log: RowLog,
-    started: float,
-    problem: str | None = None,
+    problem: str | None,
 ) -> driver.Outcome:
-    totals = _totals(log) | {"seconds": time.time() - started}
+    totals = _totals(log) | {"seconds": log.seconds}
     lineage = _lineage(request, checked)
     results = made_data.results_folder(work)
     names = made_datasets.names_of(jobs.BATCH_INFERENCE, request.model_dump(mode="json"))

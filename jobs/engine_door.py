@@ -39,7 +39,8 @@ class Door:
 def opened(context: Context, kept: KeptAnswers, noted: Callable[[int], None] = lambda _: None) -> Iterator[Door]:
     """Opens the door, in a thread of its own, to the models that may be asked in this context.
 
-    `noted` is told, in that thread, how many answers are kept by now.
+    `noted` is told, in that thread, how many answers are kept by now. Where they are too many to be kept, no more are
+    given.
     """
     context = replace(context, engine=PatientEngine(context.engine))
     errors: list[StackError] = []
@@ -69,10 +70,10 @@ async def _open(
         if (given := kept.find([endpoint, body])) is None:
             try:
                 given = await patiently(lambda: context.models.answer(endpoint, body))
+                kept.add([endpoint, body], given)
             except StackError as error:
                 errors.append(Unavailable(error.message) if isinstance(error, TooManyRequests) else error)
                 return web.json_response({"error": {"message": error.message, "code": error.code}}, status=error.status)
-            kept.add([endpoint, body], given)
             noted(len(kept))
         return web.Response(body=given, content_type="application/json")
 

@@ -107,12 +107,17 @@ class Ask(Asker):
 
     async def _models(self, messages: list[dict[str, Any]], functions: list[dict[str, Any]] | None) -> dict[str, Any]:
         """What the model answers; nothing, and the shield's reason, where its shields do not pass it."""
+        found: dict[str, Any] = dict(answer="", shield_violation="", prompt_tokens=0, completion_tokens=0)
+        if functions:
+            found["calls"] = []
         try:
             given = json.loads(await self._answer(self._body["model"], messages, functions))
         except ShieldViolation as error:
-            return dict(answer="", shield_violation=error.message, prompt_tokens=0, completion_tokens=0)
-        tokens = {name: given["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
-        return dict(answer=_text_of(given), shield_violation="", **tokens)
+            return found | dict(shield_violation=error.message)
+        found |= {name: given["usage"][name] for name in ("prompt_tokens", "completion_tokens")}
+        if functions:  # beside the text: one that only looks like calls is none
+            found["calls"] = function_calls.calls_of(_message(given))
+        return found | dict(answer=_text_of(given))
 
     async def _answer(
         self, model: str, messages: list[dict[str, Any]], functions: list[dict[str, Any]] | None = None
@@ -177,10 +182,15 @@ class Ask(Asker):
 
 def _text_of(given: dict[str, Any]) -> str:
     """What an answer says; of one that calls functions, these."""
-    message = given["choices"][0]["message"]
-    if calls := message.get("tool_calls"):
+    message = _message(given)
+    if calls := function_calls.calls_of(message):
         return function_calls.written(calls)
     return str(message["content"] or "")
+
+
+def _message(given: dict[str, Any]) -> dict[str, Any]:
+    message: dict[str, Any] = given["choices"][0]["message"]
+    return message
 
 
 def _wanted(context: Context, request: AnyEvaluationRequest) -> Wanted:
@@ -201,7 +211,7 @@ def _outcome(
     results.mkdir(exist_ok=True)
     file, scorers = results / EXAMPLES_FILE, scores.scorers(request.metrics)
     write_rows(file, (scored(line, scorers) for line in log))
-    summary = evaluation_results.summarize(request, file, model.id, checked.sha256, wanted.opponent)
+    summary = evaluation_results.summarize(request, file, model.id, checked.sha256, log.seconds, wanted.opponent)
     evaluation_results.write_parquet(file, request.metrics)
     evaluation_report.write(results / "report.html", file, summary)
     work.reporter.metrics.log(0, summary.figures().items())
@@ -229,8 +239,8 @@ def scored(line: dict[str, Any], scorers: list[scores.Scorer]) -> dict[str, Any]
     for score in scorers:
         kept |= score(question["answer"], result["answer"])
     if question["functions"]:
-        calls, expected = function_calls.calls_in(result["answer"]), json.loads(question["answer"])
-        kept["ast"] = float(function_calls.match(question["functions"], calls, expected))
+        expected = json.loads(question["answer"])
+        kept["ast"] = float(function_calls.match(question["functions"], result["calls"], expected))
     if "nll" in result:
         kept |= scores.perplexity(result["nll"], result["reference_tokens"])
     if "shown_first" in result:

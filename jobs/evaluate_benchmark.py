@@ -2,16 +2,20 @@
 
     ray job submit -- python -m jobs.evaluate_benchmark --config FILE
 
-The file holds the body of POST /evaluate/benchmark/. Beside lm-eval's own tasks there are those in STACK_HOME/tasks,
-one YAML file each, which may name functions of a Python file beside it. Whoever may write there may run code.
+The file holds the body of POST /evaluate/benchmark/. Beside lm-eval's own tasks there are those in STACK_HOME/tasks: a
+YAML file each, which may name functions of a Python file beside it, or a Python file alone, with a class `Task` of
+lm-eval's. Whoever may write there may run code.
 
 lm-eval asks by its `local-completions`, which speaks OpenAI's HTTP: it does so at a door of the job's own, which keeps
 the answers, so that another attempt has them at once. It tokenizes by the model's own tokenizer, and where a task
 compares how likely continuations are, by the logprobs of prompts.
 """
 
+import ast
 import json
+import shutil
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,8 @@ from transformers import AutoTokenizer
 
 from jobs import benchmark_report, driver, engine_door
 from jobs.kept_answers import KeptAnswers
-from stack import evaluations
+from jobs.reporter import Metrics
+from stack import evaluations, quotas
 from stack.api.evaluations import EvaluateBenchmarkRequest
 from stack.config import home
 from stack.errors import BadInput
@@ -31,6 +36,8 @@ from stack.models import Model
 # How many requests are with the engine at once, and how often it is noted how many were answered.
 AT_ONCE = 16
 NOTE_EVERY = 100
+# By which methods of its models lm-eval asks.
+_KINDS_OF_QUESTIONS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 # What lm-eval tells of the machine that it runs on, of itself and of each task, which is none of a tenant's business.
 _OF_THE_MACHINE = ("pretty_env_info", "upper_git_hash", "git_hash")
 _OF_TASKS_FILES = ("pretrained", "config_source")
@@ -43,38 +50,67 @@ def benchmark(work: driver.Work, request: EvaluateBenchmarkRequest) -> driver.Ou
     if not ray.is_initialized():
         ray.init()
 
-    def noted(count: int) -> None:
-        if count % NOTE_EVERY == 0:
-            work.reporter.metrics.log(count, [("answers", count)])
-
-    with KeptAnswers(work.folder / "answers") as kept_answers:
+    folders = [home() / "tasks", python_tasks(request.tasks, home() / "tasks", work.folder / "tasks")]
+    progress = Progress(work.reporter.metrics)
+    with KeptAnswers(work.folder / "answers", evaluations.ANSWERS_BYTES) as kept_answers:
         if len(kept_answers):
             print(f"going on from {len(kept_answers)} answers")
-        with engine_door.opened(context, kept_answers, noted) as door:
-            found = run(door, model, request, home() / "tasks")
+        with engine_door.opened(context, kept_answers, progress.noted) as door:
+            found = run(door, model, request, folders, progress.asks)
+        answers = len(kept_answers)
     results = work.folder / "results"
     results.mkdir(exist_ok=True)
     figures = scores(found)
+    benchmark_report.write(results / "report.html", model.id, figures, found)
     _write(results, found)
-    benchmark_report.write(results / "report.html", model.id, figures)
     work.reporter.metrics.log(0, figures.items())
-    work.reporter.metrics.progress(len(request.tasks), len(request.tasks), "tasks", 0)
+    work.reporter.metrics.progress(answers, answers, "answers", 0)
+    quotas.require_room(context, sum(file.stat().st_size for file in results.iterdir()))
     name = evaluations.results_name(job.tenant, job.uuid)
     files = driver.publish(work, name, results)
     kept = {"path": context.artifacts.url(name), "files": [asdict(one) for one in files], "model": model.id}
     return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, {"model": model.id, **figures}))
 
 
-def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest, folder: Path) -> dict[str, Any]:
+class Progress:
+    """Notes how far a benchmark is: how many of the questions that lm-eval has put together so far are answered.
+
+    It puts together those of one kind, then asks them, and goes on with the next kind.
+    """
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._asked = 0
+
+    def asks(self, questions: int) -> None:
+        """So many more are about to be asked."""
+        self._asked += questions
+
+    def noted(self, answers: int) -> None:
+        """So many are answered, in all attempts."""
+        if answers % NOTE_EVERY == 0:
+            self._metrics.log(answers, [("answers", answers)])
+            # Of a long text lm-eval makes several questions.
+            self._metrics.progress(answers, max(answers, self._asked), "answers")
+
+
+def run(
+    door: engine_door.Door,
+    model: Model,
+    request: EvaluateBenchmarkRequest,
+    folders: Sequence[Path],
+    asks: Callable[[int], None] = lambda _: None,
+) -> dict[str, Any]:
     """What lm-eval finds, in its own shape: `results`, `samples` and how it was done.
 
-    Raises BadInput for a task that is not known, and what kept the door from an answer.
+    `folders` have tasks beside lm-eval's own. `asks` is told how many questions are about to be asked. Raises BadInput
+    for a task that is not known, and what kept the door from an answer.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     # Some tasks shape their data by the tokenizer of the model, which they find by this name.
-    tasks = _tasks(request.tasks, folder, {"pretrained": str(model.base.folder)})
+    tasks = _tasks(request.tasks, folders, {"pretrained": str(model.base.folder)})
     asked = LocalCompletionsAPI(
         base_url=f"{door.url}/v1/completions",
         header=door.headers,
@@ -89,6 +125,8 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
         timeout=0,
         seed=request.seed,
     )
+    for kind in _KINDS_OF_QUESTIONS:
+        setattr(asked, kind, _told(getattr(asked, kind), asks))
     try:
         found: dict[str, Any] = simple_evaluate(
             model=asked,
@@ -109,14 +147,46 @@ def run(door: engine_door.Door, model: Model, request: EvaluateBenchmarkRequest,
     return found
 
 
-def _tasks(wanted: list[str], folder: Path, metadata: dict[str, Any]) -> Any:
+def python_tasks(wanted: Sequence[str], folder: Path, made: Path) -> Path:
+    """Makes a folder with what lm-eval finds those of the tasks by that are a Python file of the folder alone, with a
+    class `Task`: it looks for YAML files, which say where that is. Raises BadInput for a file that is no Python."""
+    shutil.rmtree(made, ignore_errors=True)
+    made.mkdir()
+    for name in wanted:
+        file = folder / f"{name}.py"
+        if file.is_file() and not (folder / f"{name}.yaml").exists() and _has_task(file):
+            (made / file.name).symlink_to(file)
+            (made / f"{name}.yaml").write_text(f"task: {json.dumps(name)}\nclass: !function {name}.Task\n")
+    return made
+
+
+def _has_task(file: Path) -> bool:
+    """Whether a file has a class `Task`. It is not run: it may hold functions for another task."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise BadInput(f"the task {file.stem!r} cannot be read: {file.name} is no Python: {error}") from error
+    return any(isinstance(one, ast.ClassDef) and one.name == "Task" for one in tree.body)
+
+
+def _told(ask: Callable[..., Any], asks: Callable[[int], None]) -> Callable[..., Any]:
+    """A method of lm-eval's models that asks a list of questions, and tells before how many these are."""
+
+    def asking(questions: list[Any], *given: Any, **named: Any) -> Any:
+        asks(len(questions))
+        return ask(questions, *given, **named)
+
+    return asking
+
+
+def _tasks(wanted: list[str], folders: Sequence[Path], metadata: dict[str, Any]) -> Any:
     """lm-eval's manager of tasks, which knows those that are wanted. Raises BadInput where it cannot.
 
-    To know its own thousands it reads all of their files, for seconds: only if not all are tasks of the folder.
+    To know its own thousands it reads all of their files, for seconds: only if not all are tasks of the folders.
     """
     from lm_eval.tasks import TaskManager
 
-    include = str(folder) if folder.is_dir() else None
+    include = [str(folder) for folder in folders if folder.is_dir()]
     own = TaskManager(include_path=include, include_defaults=False, metadata=metadata)
     if set(wanted) <= set(own.all_subtasks):
         return own
@@ -125,7 +195,7 @@ def _tasks(wanted: list[str], folder: Path, metadata: dict[str, Any]) -> Any:
     if unknown:
         raise BadInput(
             f"lm-eval has no task {unknown[0]!r}; allowed: one of its {len(manager.all_tasks)} tasks, or of those in "
-            f"the stack's own folder {folder.name}: {', '.join(own.all_tasks) or 'none'}"
+            f"the stack's own folder {folders[0].name}: {', '.join(own.all_tasks) or 'none'}"
         )
     return manager
 

@@ -45,7 +45,7 @@ def write(file: Path, examples: Path, summary: Summary) -> None:
 <h2>Scores</h2>
 {_scores(summary)}
 <h2>Scores of the examples</h2>
-{_histograms(shown.scores)}
+{histograms(shown.scores)}
 <h2>Cost</h2>
 <table>{"".join(row(cells) for cells in cost_rows(summary))}</table>
 {"".join(_worst(name, worst) for name, worst in shown.worst.items())}
@@ -71,6 +71,25 @@ def cost_rows(summary: Summary) -> list[tuple[str, str]]:
         ("speed", f"{tokens / summary.seconds:.0f} tokens/s" if summary.seconds else "–"),
         ("", f"{summary.examples / summary.seconds:.1f} examples/s" if summary.seconds else "–"),
     ]
+
+
+def histograms(scores: dict[str, list[float]]) -> str:
+    """How the scores of examples spread, by their names."""
+    drawn = {name: values for name, values in scores.items() if values}
+    if not drawn:
+        return ""
+    rows = -(-len(drawn) // 3)
+    figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(8, 2.4 * rows))
+    for one in axes.flat[len(drawn) :]:
+        one.remove()
+    for (name, values), one in zip(drawn.items(), axes.flat, strict=False):
+        # The few that are far off would make one bar of all others.
+        most = float(np.percentile(values, 99)) if name == "perplexity" else None
+        kept = [value for value in values if most is None or value <= most]
+        is_share = name not in _OTHER_SCALES and min(kept) >= 0 and max(kept) <= 1
+        one.hist(kept, bins=20, range=(0, 1) if is_share else None, color=BLUE)
+        one.set(xlabel=name, ylabel="examples")
+    return svg(figure)
 
 
 def _shown(file: Path, summary: Summary) -> Shown:
@@ -130,23 +149,6 @@ def _draw_intervals(axes: Axes, estimates: dict[str, Estimate]) -> None:
     axes.set_ylim(len(estimates) - 0.5, -0.5)
     if not set(estimates) & {*_OTHER_SCALES}:
         axes.set_xlim(0, 1)
-
-
-def _histograms(scores: dict[str, list[float]]) -> str:
-    drawn = {name: values for name, values in scores.items() if values}
-    if not drawn:
-        return ""
-    rows = -(-len(drawn) // 3)
-    figure, axes = plt.subplots(rows, 3, squeeze=False, figsize=(8, 2.4 * rows))
-    for one in axes.flat[len(drawn) :]:
-        one.remove()
-    for (name, values), one in zip(drawn.items(), axes.flat, strict=False):
-        # The few that are far off would make one bar of all others.
-        most = float(np.percentile(values, 99)) if name == "perplexity" else None
-        kept = [value for value in values if most is None or value <= most]
-        one.hist(kept, bins=20, range=None if name in _OTHER_SCALES else (0, 1), color=BLUE)
-        one.set(xlabel=name, ylabel="examples")
-    return svg(figure)
 
 
 def _worst(name: str, examples: Iterable[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
 """The results of an evaluation: its examples in a file of JSON Lines and as Parquet, and what they come to."""
 
 import hashlib
-from array import array
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -41,8 +41,8 @@ _COLUMNS: dict[str, pyarrow.DataType] = {
 @dataclass(frozen=True)
 class Summary:
     """What an evaluation has found. `estimates` are the scores by name; those of which no example has a value are
-    missing. `seconds` are from the first question to the last answer of those that have not failed. `judged` says by
-    whom, against whom and by the hash of which rubric, where a judge has."""
+    missing. `seconds` are those that all attempts took until the last row was answered. `judged` says by whom, against
+    whom and by the hash of which rubric, where a judge has."""
 
     task: str
     model: str
@@ -72,31 +72,32 @@ class Summary:
 
 
 def summarize(
-    request: AnyEvaluationRequest, file: Path, model: str, dataset_sha256: str, opponent: str | None = None
+    request: AnyEvaluationRequest,
+    file: Path,
+    model: str,
+    dataset_sha256: str,
+    seconds: float,
+    opponent: str | None = None,
 ) -> Summary:
-    """Adds up the examples in a file. `opponent` is the id of the model that the answers were compared with."""
-    columns = {name: array("d") for name in scores.columns(request.metrics)}
+    """Adds up the examples in a file, which took so many seconds. `opponent` is the id of the model that the answers
+    were compared with."""
     sums = dict.fromkeys(("prompt_tokens", "completion_tokens"), 0)
-    first, last, examples, failed, violations = float("inf"), 0.0, 0, 0, 0
+    examples, failed, violations = 0, 0, 0
     for example in lines_of(file):
         examples += 1
         failed += bool(example["error"])
         violations += bool(example["shield_violation"])
-        if not example["error"]:
-            first, last = min(first, example["started"]), max(last, example["ended"])
         for name in sums:
             sums[name] += example[name]
-        for name, column in columns.items():
-            column.append(example.get(name, float("nan")))
     return Summary(
         task=request.task,
         model=model,
         dataset_sha256=dataset_sha256,
-        estimates=_estimates(scores.names(request.metrics), columns),
+        estimates=_estimates(request.metrics, file),
         examples=examples,
         failed=failed,
         shield_violations=violations,
-        seconds=last - first if failed < examples else 0.0,
+        seconds=seconds,
         bleu_signature=scores.bleu_signature() if "bleu" in request.metrics else None,
         judged=_judged(request, opponent),
         **sums,
@@ -119,14 +120,18 @@ def write_parquet(file: Path, metrics: Sequence[str]) -> None:
             writer.write_table(pyarrow.Table.from_pylist([_as_utf8(example) for example in batch], schema))
 
 
-def _estimates(names: Sequence[str], columns: dict[str, "array[float]"]) -> dict[str, Estimate]:
-    found = {}
-    for name in names:
-        aggregate = intervals.aggregate(name)
-        values = np.column_stack([np.asarray(columns[column]) for column in aggregate.columns])
-        if (estimate := intervals.estimate(aggregate, values)) is not None:
-            found[name] = estimate
-    return found
+def _estimates(metrics: Sequence[str], file: Path) -> dict[str, Estimate]:
+    """The scores of the examples in a file, of which few are in memory at once."""
+    columns = scores.columns(metrics)
+    sums = {name: intervals.Sums(intervals.aggregate(name)) for name in scores.names(metrics)}
+    places = {name: [columns.index(one) for one in intervals.aggregate(name).columns] for name in sums}
+    rows = ((example["row"], *(example.get(one, math.nan) for one in columns)) for example in lines_of(file))
+    while batch := list(islice(rows, BATCH_ROWS)):
+        values = np.array(batch, dtype=np.float64)
+        for name, one in sums.items():
+            one.add(values[:, 0].astype(np.int64), values[:, 1:][:, places[name]])
+    found = {name: one.estimate() for name, one in sums.items()}
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def _as_utf8(value: Any) -> Any:

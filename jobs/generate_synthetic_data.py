@@ -12,7 +12,6 @@ import asyncio
 import hashlib
 import json
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +31,6 @@ from stack.api.synthetic_data_generation import PromptSource, SyntheticDataJobRe
 from stack.config import LanguageModel
 from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG
-from stack.errors import TooLarge
 from stack.question_pairs import Dropped, Pair, Passage
 from stack.synthetic_data_generation import Sampler, histogram, sampled
 from stack.synthetic_rows import Chosen, Generation, Pairs, Rejection, Scored, ScoredPair
@@ -55,7 +53,7 @@ class Prompts:
 
 def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outcome:
     """Samples generations to prompts, scores and filters them, and makes a data set of what is chosen."""
-    context, started = work.context, time.time()
+    context = work.context
     request = synthetic_data_generation.with_models(context, request)
     log = RowLog(work.folder / "rows.jsonl", partial(size_of, request))
     prompts = _prompts(work, request, log)
@@ -63,11 +61,11 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     asker = AskAboutPassages if request.source == PromptSource.documents else Generate
     own = synthetic_data_generation.own_model(context, request)
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
-    try:
-        complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, work.reporter.metrics, bounds)
-    except TooLarge as error:
-        return _outcome(work, request, prompts, log, started, error.message)
-    return _outcome(work, request, prompts, log, started)
+    metrics = work.reporter.metrics
+    problem = made_data.problem_of(
+        lambda: complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, metrics, bounds)
+    )
+    return _outcome(work, request, prompts, log, problem)
 
 
 class Generate(Asker):
@@ -150,17 +148,18 @@ class Tally:
                 self.reject(one)
             for row in chosen.rows:
                 if len(text_of(row)) > MAX_ROW_BYTES:
-                    self.reject(Rejection(line["row"], line["value"]["id"], "too_large", ""))
+                    too_large = Rejection(line["row"], line["value"]["id"], "too_large", "")
+                    self.reject(too_large, synthetic_rows.generations_in(row))
                     continue
                 self.counts["rows"] += 1
                 yield row
 
-    def reject(self, one: Rejection) -> None:
-        """Counts what was rejected, and shows the first of each reason."""
+    def reject(self, one: Rejection, generations: int = 1) -> None:
+        """Counts what was rejected, so many generations at once, and shows the first of each reason."""
         name = f"rejected_{one.reason}"
-        self.counts[name] += 1
-        if self.counts[name] <= MAX_SHOWN:
+        if self.counts[name] < MAX_SHOWN:
             self.shown.append(one.shown())
+        self.counts[name] += generations
 
     def totals(self) -> dict[str, float]:
         """The counts, and the mean of the scores where there are any."""
@@ -201,7 +200,7 @@ def size_of(request: SyntheticDataJobRequest, line: dict[str, Any]) -> int:
 
 def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -> Prompts:
     if request.source == PromptSource.self_instruct:
-        file = grown_prompts.grow(work, request)
+        file = grown_prompts.grow(work, request, log)
         total = sum(1 for _ in grown_prompts.prompts(file))
         return Prompts(partial(grown_prompts.rows, file, log.rows), total, grown=file)
     assert request.dataset is not None
@@ -219,8 +218,7 @@ def _outcome(
     request: SyntheticDataJobRequest,
     prompts: Prompts,
     log: RowLog,
-    started: float,
-    problem: str | None = None,
+    problem: str | None,
 ) -> driver.Outcome:
     tally, file, results = Tally(request), work.folder / "data.jsonl", made_data.results_folder(work)
     if (grown := prompts.grown) is not None:
@@ -233,7 +231,7 @@ def _outcome(
     data = MadeData(request.output.value, name, file, synthetic_rows.columns(request))
     registered = made_data.register(work, [data], lineage, results, problem)
     totals = {"rows": 0.0, "generated": 0.0, **tally.totals(), "prompts": float(prompts.total)}
-    totals |= {"failed": float(log.failed), "seconds": time.time() - started}
+    totals |= {"failed": float(log.failed), "seconds": log.seconds}
     work.reporter.metrics.log(0, totals.items())
     print(f"{totals['rows']:.0f} rows of {prompts.total} prompts" + ("" if registered.datasets else ": no data set"))
     write_rows(results / "rejected.jsonl", tally.shown)

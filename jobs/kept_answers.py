@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from jobs.row_log import cut
+from stack.errors import StorageFull
 
 
 class KeptAnswers:
-    """The answers in a file. A line that a lost attempt did not finish is cut off."""
+    """The answers in a file, of at most so many bytes. A line that a lost attempt did not finish is cut off."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, most: int) -> None:
         cut(file)
+        self._most = most
         self._added, self._kept = file.open("ab"), file.open("rb")
         self._places: dict[bytes, int] = {}
         self._end = 0
@@ -44,8 +46,13 @@ class KeptAnswers:
         return zlib.decompress(base64.b85decode(answer.rstrip()))
 
     def add(self, asked: Any, answer: bytes) -> None:
-        """Keeps an answer. It is in the file when this returns."""
+        """Keeps an answer. It is in the file when this returns. Raises StorageFull where it would be too large."""
         line = _hash(asked) + b" " + base64.b85encode(zlib.compress(answer)) + b"\n"
+        if self._end + len(line) > self._most:
+            raise StorageFull(
+                f"{len(self)} answers take {self._end} bytes, and there are more; allowed: {self._most} bytes; ask for "
+                "fewer tasks at once, or set a lower limit"
+            )
         self._added.write(line)
         self._added.flush()
         self._note(line)

@@ -1,18 +1,21 @@
 """The data sets that a job has made: registered, or kept among its artifacts where they cannot be.
 
-So what took hours is not lost because a bound is passed at the end, or a name is taken meanwhile.
+So what took hours is not lost because a bound is passed, a name is taken meanwhile, or we have made a mistake.
 """
 
 import shutil
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import RayTaskError
+
 from jobs import driver
 from stack import jobs, made_datasets
 from stack.api.datasets import TrainEvalDatasetColumnType
-from stack.errors import StackError, Unavailable
+from stack.errors import StackError, TooLarge, TooManyFailed, Unavailable
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,23 @@ class Registered:
 
     datasets: dict[str, str]
     problem: str | None = None
+
+
+def problem_of(ask: Callable[[], None]) -> str | None:
+    """Why a job's rows cannot all be asked about, if they cannot: it has failed, and what it has of them is kept.
+
+    So it is where too many have failed, where too much is made of them, and where a worker of Ray has raised what only
+    a mistake of ours raises. Raises what loses the attempt: the next one goes on with what it has.
+    """
+    try:
+        ask()
+    except (TooManyFailed, TooLarge, RayTaskError) as error:
+        if driver.is_lost(error):
+            raise
+        if not isinstance(error, StackError):
+            traceback.print_exception(error)  # nobody else tells where it was
+        return driver.reason(error)
+    return None
 
 
 def results_folder(work: driver.Work) -> Path:

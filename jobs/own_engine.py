@@ -5,12 +5,13 @@ to the letter, with tools, grammars, logprobs, adapters and what is refused. The
 an engine too, but take prompts and give texts.
 
 Nobody else asks it, and the model needs no replica that serves. It starts with the first question, which takes as long
-as a replica's start. If it dies it stays dead: the attempt is lost, and the next one has another.
+as a replica's start. If it dies, all that it was asked has no answer, and another one starts with the next question.
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
     from serve_apps.llm import LLM
 
 
+class EngineDied(Unavailable):
+    """An engine has died while it was asked. It may have been of the question: then another one dies of it, too."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server whose engine has started, and the adapters that it has loaded or is loading."""
+
+    server: "LLM"
+    adapters: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+
+
 class OwnEngine:
     """Implements stack.models.Engine: the model `own` and its adapters are asked here, all else of `others`.
 
@@ -36,8 +49,7 @@ class OwnEngine:
         self._own = own
         self._artifacts = artifacts
         self._others = others
-        self._server: asyncio.Task[LLM] | None = None
-        self._adapters: dict[str, asyncio.Task[None]] = {}
+        self._start: asyncio.Task[Started] | None = None
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         if model.base.id != self._own.id:
@@ -59,43 +71,45 @@ class OwnEngine:
         from vllm.exceptions import VLLMServerError
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        server, seconds = await self._started(), self._own.request_timeout_s
+        if self._start is None:
+            self._start = asyncio.create_task(self._started())
+        start, seconds = self._start, self._own.request_timeout_s
+        # Whoever leaves meanwhile does not take it from the others.
+        started = await asyncio.shield(start)
         try:
             async with asyncio.timeout(seconds):
                 if model.is_adapter:
-                    await self._load(server, model.id)
-                answer = await server.answer(endpoint, body)
+                    await _load(started, model.id)
+                answer = await started.server.answer(endpoint, body)
         except TimeoutError as error:
             raise Unavailable(f"the model {model.id!r} has not answered within {seconds:g} s") from error
         except EngineDeadError as error:
-            raise Unavailable(f"the job's own engine of the model {self._own.id!r} has died") from error
+            if self._start is start:  # of all that were asked, the first to find it out
+                self._start = None
+                started.server.close()
+            raise EngineDied(f"the job's own engine of the model {self._own.id!r} has died") from error
         except VLLMServerError as error:
             raise EngineFailed(f"the model {model.id!r} failed: {error}") from error
         if isinstance(answer, Failure):
             raise answer.error()
         return answer
 
-    async def _started(self) -> "LLM":
-        """The server, which the first question starts. Whoever leaves meanwhile does not take it from the others."""
-        if self._server is None:
-            self._server = asyncio.create_task(self._start())
-        return await asyncio.shield(self._server)
-
-    async def _start(self) -> "LLM":
+    async def _started(self) -> Started:
         # Not by whoever only means to ask: it takes vLLM seconds to be imported.
         from serve_apps.llm import LLM
 
         print(f"starting an engine of the model {self._own.id!r}", flush=True)
         try:
-            return await LLM.here(self._own, self._artifacts)
+            return Started(await LLM.here(self._own, self._artifacts))
         except (RuntimeError, TimeoutError) as error:  # its process has died, for want of memory say
             told = str(error) or type(error).__name__
             raise Unavailable(f"the job's own engine of {self._own.id!r} has not started: {told}") from error
 
-    async def _load(self, server: "LLM", adapter: str) -> None:
-        if adapter not in self._adapters:
-            self._adapters[adapter] = asyncio.create_task(server.load_adapter(adapter))
-        await asyncio.shield(self._adapters[adapter])
+
+async def _load(started: Started, adapter: str) -> None:
+    if adapter not in started.adapters:
+        started.adapters[adapter] = asyncio.create_task(started.server.load_adapter(adapter))
+    await asyncio.shield(started.adapters[adapter])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 
 from jobs.reporter import Metrics, resources
-from stack.errors import BadInput, TooLarge, Unavailable
+from stack.errors import TooLarge, TooManyFailed, Unavailable
 
 # How many rows are written at once, and how often it is noted how far a job is.
 WRITE_ROWS = 32
@@ -62,7 +62,7 @@ class RowLog:
     """The lines of a file, and what is known of them: which rows they are of, how many failed, and the first error;
     and how many bytes `size` says are made of them.
 
-    A line that a lost attempt did not finish is cut off.
+    A line that a lost attempt did not finish is cut off. Beside the file stands for how long its job has worked.
     """
 
     def __init__(self, file: Path, size: Callable[[dict[str, Any]], int] = lambda _: 0) -> None:
@@ -72,6 +72,9 @@ class RowLog:
         self.bytes = 0
         self.failed = 0
         self.first_error: str | None = None
+        self._clock = file.with_suffix(".seconds")
+        self.seconds = float(self._clock.read_text()) if self._clock.exists() else 0.0
+        self._noted = time.monotonic()
         cut(file)
         for line in self:
             self._note(line)
@@ -86,6 +89,19 @@ class RowLog:
                     added += 1
         return added
 
+    def note_time(self) -> None:
+        """Adds the time since this was done last, or since the log was opened, to the `seconds` of the job's work.
+
+        They are those of all its attempts, but for what one that was lost had not noted yet, and for the time between.
+        """
+        now = time.monotonic()
+        self.seconds += now - self._noted
+        self._noted = now
+        # In one step, so that what was noted before is there whenever the attempt is lost.
+        new = self._clock.with_suffix(".new")
+        new.write_text(str(self.seconds))
+        new.replace(self._clock)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return lines_of(self._file)
 
@@ -99,10 +115,10 @@ class RowLog:
         return True
 
     def require_within(self, bounds: Bounds) -> None:
-        """Raises BadInput where more rows have failed than may, with the first error, and TooLarge."""
+        """Raises TooManyFailed, with the first error, and TooLarge where what is made of the rows is too much."""
         if self.failed > bounds.failed:
             many = f"{self.failed} rows have failed; allowed: max_failed_rows, {bounds.failed}; the first of them: "
-            raise BadInput((many if bounds.failed else "") + (self.first_error or ""))
+            raise TooManyFailed((many if bounds.failed else "") + (self.first_error or ""))
         if bounds.bytes is not None and self.bytes > bounds.bytes:
             raise TooLarge(
                 f"what is made of {len(self.rows)} rows has {self.bytes} bytes; allowed: max_dataset_bytes, "
@@ -163,13 +179,18 @@ def complete(
 def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: Metrics, bounds: Bounds) -> None:
     """Adds rows to a log as they come from the workers, and notes how far that is of `total`, and how long it takes.
 
-    What has come is in the log however this ends. Raises as `require_within` does, as soon as it would.
+    What has come is in the log however this ends. Raises as `require_within` does, as soon as it would, and at the end
+    Unavailable where a model was away for some rows.
     """
+    away = ""
     begun = noted = time.monotonic()
     before, process = len(log.rows), psutil.Process()
     waiting: list[dict[str, Any]] = []
     try:
         for row in answered:
+            if row["away"]:
+                away = away or f"row {row['row']}: {row['away']}"
+                continue
             waiting.append(line_of(row))
             is_time = time.monotonic() - noted >= NOTE_S
             if len(waiting) >= WRITE_ROWS or is_time:
@@ -178,6 +199,7 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 log.require_within(bounds)
             if is_time:
                 noted = time.monotonic()
+                log.note_time()
                 done = len(log.rows)
                 speed = (done - before) / (noted - begun)
                 print(f"{done} of {total} rows, {log.failed} of them failed", flush=True)
@@ -185,8 +207,11 @@ def fill(log: RowLog, answered: Iterable[dict[str, Any]], total: int, metrics: M
                 metrics.progress(done, total, "rows", (total - done) / speed if speed else None)
     finally:
         log.add(waiting)
+        log.note_time()
     log.require_within(bounds)
     metrics.progress(len(log.rows), total, "rows", 0)
+    if away:
+        raise Unavailable(away)
 
 
 def line_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     python -m scripts.plain_vllm SETTINGS OUTPUT
 
-SETTINGS is a JSON file with the arguments of `answer`. OUTPUT becomes a JSON file with the seconds that all rows took,
-without start-up, and the tokens that were written.
+SETTINGS is a JSON file with the arguments of `answer`. OUTPUT becomes a JSON file with the seconds that the first `few`
+rows took, and then all of them, both without start-up, and the tokens that were written for all.
 """
 
 import json
@@ -16,15 +16,18 @@ from vllm import LLM, SamplingParams
 
 
 # fmt: off
-def answer(rows: str, engine: dict[str, Any], max_tokens: int) -> dict[str, float]:
+def answer(rows: str, engine: dict[str, Any], max_tokens: int, few: int) -> dict[str, float]:
     dialogs = [json.loads(line)["dialog"] for line in Path(rows).read_text().splitlines()]
     llm = LLM(**engine)
     sampling = SamplingParams(temperature=0, max_tokens=max_tokens)
     llm.chat(dialogs[:8], sampling, use_tqdm=False)  # warms up
     start = time.perf_counter()
+    llm.chat(dialogs[:few], sampling, use_tqdm=False)
+    middle = time.perf_counter()
     found = llm.chat(dialogs, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - start
-    return {"seconds": seconds, "tokens": sum(len(one.outputs[0].token_ids) for one in found)}
+    end = time.perf_counter()
+    tokens = sum(len(one.outputs[0].token_ids) for one in found)
+    return {"few_seconds": middle - start, "seconds": end - middle, "tokens": tokens}
 # fmt: on
 
 

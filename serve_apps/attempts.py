@@ -48,7 +48,8 @@ class Client(Protocol):
 
 
 class Attempts:
-    """`connect` makes a client of Ray's jobs, `nodes` tells what each living node of the cluster has."""
+    """`connect` makes a client of Ray's jobs, `nodes` tells what each living node of the cluster has, and `forget`
+    removes the data sets that a job has registered which has no result."""
 
     def __init__(
         self,
@@ -56,12 +57,14 @@ class Attempts:
         store: Store,
         connect: Callable[[], Client],
         nodes: Callable[[], list[dict[str, float]]],
+        forget: Callable[[Job], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._store = store
         self._connect = connect
         self._nodes = nodes
+        self._forget = forget
         self._clock = clock
         self._client: Client | None = None
         # Of the attempts that Ray does not know: the last heartbeat seen, and when it was first seen.
@@ -138,22 +141,30 @@ class Attempts:
         # The driver may have written its outcome between our two looks: these change nothing then.
         if job.cancelled_at is not None:
             if self._store.jobs.end_cancelled(job.id, attempt.number, "it was stopped"):
-                _clean(job, "cancelled")
+                self._clean(job, "cancelled")
         elif scheduling.is_lost(details):
             self._lose(job, attempt, reason)
         elif self._store.jobs.fail(job.id, attempt.number, f"its driver ended without a result ({reason})"):
-            _clean(job, "failed")
+            self._clean(job, "failed")
 
     def _lose(self, job: Job, attempt: Attempt, reason: str) -> None:
         if not self._store.jobs.lose_attempt(job.id, attempt.number, reason):
             return
         if self._store.jobs.has_ended(job.id):  # it was to be cancelled
-            _clean(job, "cancelled")
+            self._clean(job, "cancelled")
             return
         self._store.telemetry.add_logs(
             job.tenant, job.run_id, [(now(), "warning", f"attempt {attempt.number} was lost: {reason}")]
         )
         logger.warning("attempt %s at job %s was lost: %s", attempt.number, job.uuid, reason)
+
+    def _clean(self, job: Job | Waiting, how: str) -> None:
+        """Removes what a job has left that has ended without a result."""
+        logger.info("job %s of %s %s", job.uuid, job.tenant, how)
+        shutil.rmtree(jobs.work_folder(job.tenant, job.uuid), ignore_errors=True)
+        # A driver that is killed right before its job is completed has registered them.
+        if (ended := self._store.jobs.get(job.tenant, job.uuid)) is not None:
+            self._forget(ended)
 
     # Waiting jobs
 
@@ -177,7 +188,7 @@ class Attempts:
         """Whether a waiting job may start now. Writes down why it never will, or what it waits for."""
         if (hopeless := self._why_hopeless(job)) is not None:
             self._store.jobs.give_up(job.id, hopeless)
-            _clean(job, f"given up: {hopeless}")
+            self._clean(job, f"given up: {hopeless}")
             return False
         reason = scheduling.why_never(job.bundles, nodes)
         if reason is None and job.waiting_for is not None and not job.waiting_for.startswith(AFTER_LOSS):
@@ -228,11 +239,6 @@ def _details(client: Client, submission_id: str) -> JobDetails | None:
         if "status code 404" in str(error):  # the client has no error class of its own for this
             return None
         raise
-
-
-def _clean(job: Job | Waiting, how: str) -> None:
-    shutil.rmtree(jobs.work_folder(job.tenant, job.uuid), ignore_errors=True)
-    logger.info("job %s of %s %s", job.uuid, job.tenant, how)
 
 
 def _last_line(answer: str) -> str:

@@ -16,12 +16,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.attempts import Attempts
 from serve_apps.deployer import ServeDeployer
-from stack import experiments, jobs, tracing, uploads
+from stack import experiments, jobs, made_datasets, tracing, uploads
 from stack.added_models import Reconciler
 from stack.config import Config
 from stack.context import Context
 from stack.errors import StackError
-from stack.store import faults
+from stack.store import Job, faults
 
 logger = logging.getLogger("ray.serve")
 
@@ -34,7 +34,7 @@ class JobSupervisor:
     def __init__(self, config: Config) -> None:
         tracing.start("job-supervisor", config.otlp_address)
         self._context = Context.open(config)
-        self._attempts = Attempts(config, self._context.store, _connect, _nodes)
+        self._attempts = Attempts(config, self._context.store, _connect, _nodes, self._forget)
         self._models = Reconciler(config, self._context.store, ServeDeployer())
         self._problem: str | None = None
         loop = asyncio.get_running_loop()
@@ -50,6 +50,9 @@ class JobSupervisor:
     async def problem(self) -> str | None:
         """Why jobs cannot be handed to Ray, if they cannot."""
         return self._problem
+
+    def _forget(self, job: Job) -> None:
+        made_datasets.forget(self._context.of_tenant(job.tenant), job)
 
     async def _watch(self) -> None:
         while True:

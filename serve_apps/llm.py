@@ -155,6 +155,10 @@ class LLM(LLMServer):
         server._adapters = AdapterLoader(artifacts)
         return server
 
+    def close(self) -> None:
+        """Ends the process that tries grammars, of a server `here` whose engine has died."""
+        self._guard.close()
+
     async def load_adapter(self, id: str) -> None:
         """Loads the adapter `base:job_uuid`, as Ray Serve's multiplexing does in its replicas. To be called once.
 

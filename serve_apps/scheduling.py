@@ -58,12 +58,12 @@ def is_due(job: Waiting) -> bool:
     if job.last_ended_at is None:
         return True
     since = dt.datetime.now(dt.UTC) - dt.datetime.fromisoformat(job.last_ended_at)
-    return since.total_seconds() >= min(2.0**job.attempts, 60.0)
+    return since.total_seconds() >= min(2.0 ** min(job.attempts, 6), 60.0)
 
 
 def is_tried_enough(job: Waiting, max_retries: int) -> bool:
-    """Whether so many attempts at a job were lost that it gets no other."""
-    return job.begun > max_retries or job.attempts - job.begun >= MAX_UNBEGUN
+    """Whether so many attempts at a job were lost, since it last got further, that it gets no other."""
+    return job.stalled > max_retries or job.attempts - job.begun >= MAX_UNBEGUN
 
 
 def is_lost(details: JobDetails) -> bool:

@@ -4,7 +4,8 @@ It takes vLLM's place behind ray.serve.llm: a Serve config file whose model has 
 `serve_apps.scripted_engine:build` in place of `serve_apps.llm:build` serves it with everything else as it is. The
 model's files are not read. `tokens_per_second: 200` among the application's args sets the rate of each stream (50).
 
-An answer has as many tokens as the request allows: one round of the script where it sets no limit.
+An answer has as many tokens as the request allows: one round of the script where it sets no limit. Where the text of
+the last message, or the prompt, ends with `say:TEXT`, it is that text, as one token.
 
 A fault is asked for by a word in the text of the last message, or in the prompt:
 
@@ -36,6 +37,7 @@ from stack.models import Endpoint
 TOKENS_PER_SECOND = 50.0
 SLOW_TOKENS_PER_SECOND = 1.0
 EMBEDDING = [0.5, -0.5, 0.5, -0.5]
+_SAY = re.compile(r"(?<!\S)say:(.+)\Z", re.DOTALL)
 _FAULT = re.compile(r"fault:(die|hang|error|slow)(?:-before-first|-after-(\d{1,6}))?(?![\w-])")
 
 
@@ -149,7 +151,10 @@ class ScriptedEngine:
     async def _answer(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[Any]:
         """Token by token, each at its time after the start, so that what comes late does not delay the rest."""
         limit = body.get("max_completion_tokens") or body.get("max_tokens")
-        answer = answer_to(endpoint, body, as_many(limit), "length") if limit else answer_to(endpoint, body)
+        if told := _SAY.search(text_of(body)):
+            answer = answer_to(endpoint, body, (told[1],))
+        else:
+            answer = answer_to(endpoint, body, as_many(limit), "length") if limit else answer_to(endpoint, body)
         fault = Fault.asked_for(text_of(body))
         interval = 1 / (SLOW_TOKENS_PER_SECOND if fault and fault.kind == "slow" else self._rate)
         loop = asyncio.get_running_loop()

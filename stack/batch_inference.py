@@ -38,9 +38,11 @@ from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Engine,
 from stack.store import Job
 
 KINDS = (jobs.BATCH_INFERENCE,)
-# About how many bytes a token has, the probability of one, a vector where it is not known, and what stands beside an
-# answer in a row.
-TOKEN_BYTES, LOGPROB_BYTES, VECTOR_BYTES, RESULT_BYTES = 6, 40, 16_384, 512
+# About how many bytes a token has, the probability of one, a number of a vector, and what stands beside an answer in a
+# row.
+TOKEN_BYTES, LOGPROB_BYTES, NUMBER_BYTES, RESULT_BYTES = 6, 40, 21, 512
+# How many numbers a vector is taken to have where the config does not say it.
+DIMENSIONS = 1_024
 # How many rows of a batch are with the engine at once, so that there is room for others in its queue.
 AT_ONCE = 64
 # How long a row waits for room in the engine's queue.
@@ -96,9 +98,8 @@ def submit(context: Context, request: BatchInferenceJobRequest, submission_id: s
         _require_room(context, request, [datasets.size(context, one) for one in found])
         bundles = engines.bundles_of_job(own_model(context, request))
     return jobs.submit(
-        context, jobs.BATCH_INFERENCE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=bundles, submission_id=submission_id,
-    )  # fmt: skip
+        context, jobs.BATCH_INFERENCE, request.job_uuid, request, bundles=bundles, submission_id=submission_id
+    )
 
 
 def resources(context: Context, request: BatchInferenceJobRequest) -> dict[str, Any]:
@@ -266,7 +267,7 @@ def _require_room(context: Context, request: BatchInferenceJobRequest, sizes: Se
     """Raises StorageFull unless there is room for the answers: those that are kept, and all while the job works."""
     text, rows = sum(size.text for size in sizes), sum(size.rows for size in sizes)
     if request.kind == BatchKind.embeddings:
-        answer = VECTOR_BYTES
+        answer = (context.models.get_embedding_model(request.model).dimensions or DIMENSIONS) * NUMBER_BYTES
     else:
         most = request.sampling_params.max_tokens or context.models.get(request.model).base.context
         answer = most * TOKEN_BYTES

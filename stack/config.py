@@ -293,7 +293,8 @@ class Config(Wire):
     files may become data sets: they are read with the stack's own rights, and by all tenants, so nothing may lie there
     that is only one's. Of the accepted jobs `max_running_jobs` run at once, of each tenant's at most
     `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job whose attempt was lost for no fault
-    of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times.
+    of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times in which it gets no
+    further than it has been.
 
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
     `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests. A

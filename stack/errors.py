@@ -2,6 +2,7 @@
 
 StackError
 ├── BadInput       400  a value that can never be right; the message names it and what is allowed
+│   └── TooManyFailed   more of the rows that a job asks about have failed than may
 ├── ShieldViolation 400  what a shield found in a request or in an answer; the message names the shield
 ├── Unauthorized   401  no API key where one is needed, or one that is not known (any more)
 ├── Forbidden      403  a key that may not do this; the message names the scope that may
@@ -42,6 +43,10 @@ class BadInput(StackError):
     status = 400
     type = "invalid_request_error"
     code = "bad_input"
+
+
+class TooManyFailed(BadInput):
+    """It is told by the first of the rows."""
 
 
 class ShieldViolation(StackError):

@@ -40,10 +40,10 @@ KINDS = (
 # plots. The messages stand in the results as JSON, with other letters escaped, and once more in Parquet.
 RESULT_BYTES = 1_536
 REPORT_BYTES = 2**18
-# What a benchmark keeps, about: lm-eval's results, and what was asked and answered; and the answers of the engine while
-# it works.
+# What a benchmark keeps, about: lm-eval's results, and what was asked and answered. And what the answers of the engine
+# may take while it works: 56,000 choices of MMLU behind five examples take about 1 GiB.
 BENCHMARK_BYTES = 2**25
-ANSWERS_BYTES = 2**28
+ANSWERS_BYTES = 2**31
 PARQUET_FILE = "examples.parquet"
 R = TypeVar("R", bound=AnyEvaluationRequest)
 
@@ -93,8 +93,7 @@ def benchmark(context: Context, request: EvaluateBenchmarkRequest, submission_id
     if context.store.jobs.get(context.tenant, request.job_uuid) is None:
         _require_text_model(context, request.checkpoint)
         resources_of_benchmark(context, request)
-    body = request.model_dump(mode="json")
-    return jobs.submit(context, jobs.EVALUATE_BENCHMARK, request.job_uuid, body, submission_id=submission_id)
+    return jobs.submit(context, jobs.EVALUATE_BENCHMARK, request.job_uuid, request, submission_id=submission_id)
 
 
 def resources_of_benchmark(context: Context, request: EvaluateBenchmarkRequest) -> dict[str, Any]:
@@ -190,10 +189,7 @@ def _accept(context: Context, kind: str, request: R, submission_id: str | None) 
     else:
         request = _checked(context, request)
         bundles = engines.bundles_of_job(own_model(context, request))
-    return jobs.submit(
-        context, kind, request.job_uuid, request.model_dump(mode="json"),
-        bundles=bundles, submission_id=submission_id,
-    )  # fmt: skip
+    return jobs.submit(context, kind, request.job_uuid, request, bundles=bundles, submission_id=submission_id)
 
 
 def _checked(context: Context, request: R) -> R:

@@ -97,23 +97,15 @@ def tools(functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def written(calls: Sequence[Mapping[str, Any]]) -> str:
-    """Calls in OpenAI's shape as a text that `calls_in` reads."""
-    functions = [one["function"] for one in calls]
-    return json.dumps([{"name": one["name"], "arguments": json.loads(one["arguments"])} for one in functions])
+def calls_of(message: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The names and arguments of the calls in a message in OpenAI's shape."""
+    functions = [one["function"] for one in message.get("tool_calls") or ()]
+    return [(one["name"], json.loads(one["arguments"])) for one in functions]
 
 
-def calls_in(text: str) -> list[tuple[str, Any]]:
-    """The names and arguments of the calls in an answer; none in one that says something else."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return []
-    if not isinstance(found, list) or not all(
-        isinstance(one, dict) and {"name", "arguments"} <= set(one) for one in found
-    ):
-        return []
-    return [(one["name"], one["arguments"]) for one in found]
+def written(calls: Sequence[tuple[str, Any]]) -> str:
+    """Calls as a text."""
+    return json.dumps([{"name": name, "arguments": arguments} for name, arguments in calls])
 
 
 def match(functions: Sequence[Mapping[str, Any]], calls: Sequence[tuple[str, Any]], expected: Sequence[Any]) -> bool:
@@ -135,7 +127,7 @@ def match(functions: Sequence[Mapping[str, Any]], calls: Sequence[tuple[str, Any
 
 
 def _require_known(functions: Sequence[Mapping[str, Any]], expected: Sequence[Mapping[str, Any]]) -> None:
-    names = [one["name"] for one in functions]
+    described = {one["name"]: one for one in functions}
     for function in functions:
         for name, parameter in function["parameters"]["properties"].items():
             kind, items = parameter.get("type"), parameter.get("items")
@@ -146,8 +138,29 @@ def _require_known(functions: Sequence[Mapping[str, Any]], expected: Sequence[Ma
                 raise BadInput(f"the parameter {name!r} has the type {shown!r}; allowed, also of items: {allowed}")
     for call in expected:
         (name,) = call
-        if name not in names:
-            raise BadInput(f"ground_truth calls {name!r}; allowed: {', '.join(names)}")
+        if name not in described:
+            raise BadInput(f"ground_truth calls {name!r}; allowed: {', '.join(described)}")
+        properties = described[name]["parameters"]["properties"]
+        for parameter, allowed in call[name].items():
+            if parameter in properties:
+                _require_objects(parameter, properties[parameter], allowed)
+
+
+def _require_objects(name: str, parameter: Mapping[str, Any], allowed: Sequence[Any]) -> None:
+    """Raises BadInput unless what an object may hold, where there is one, is a list of values for each of its names."""
+    items = parameter.get("items")
+    if parameter["type"] == "dict":
+        objects = [one for one in allowed if isinstance(one, dict)]
+    elif parameter["type"] in ("array", "tuple") and isinstance(items, dict) and items["type"] == "dict":
+        objects = [item for one in allowed if isinstance(one, list) for item in one]
+    else:
+        return
+    for one in objects:
+        if not isinstance(one, dict) or not all(isinstance(values, list) for values in one.values()):
+            raise BadInput(
+                f"ground_truth has {json.dumps(one)[:200]} for the parameter {name!r}; allowed: objects with a list of "
+                'values for each name, like {"city": ["Paris"]}'
+            )
 
 
 def _schema(value: Any) -> Any:
@@ -186,7 +199,8 @@ def _is_right(parameter: Mapping[str, Any], value: Any, allowed: list[Any]) -> b
     if kind is dict:
         return any(_is_right_object(value, one) for one in allowed if isinstance(one, dict))
     if kind is list and inner is dict:
-        return any(_are_right_objects(value, list(one)) for one in allowed if isinstance(one, list | str))
+        lists = (one for one in allowed if isinstance(one, list) or one == _OPTIONAL)
+        return any(_are_right_objects(value, list(one)) for one in lists)
     if kind is str:
         return _standard(value) in [_standard(one) for one in allowed if isinstance(one, str)]
     if kind is list:

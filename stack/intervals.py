@@ -18,7 +18,8 @@ SEED = 0
 OUTSIDE = 5.0
 # How many draws are in memory at once.
 DRAWS = 2**21
-# More examples than these are put together at random into so many groups, which are drawn as wholes.
+# More examples than these are put together at random into so many groups, which are drawn as wholes. What is in memory
+# and what is drawn is then less by far, and its spread the same: that of a sum of independent examples.
 GROUPS = 10_000
 # The exponent of the greatest perplexity.
 MAX_EXPONENT = 700.0
@@ -65,12 +66,44 @@ def aggregate(metric: str) -> Aggregate:
             return Aggregate((metric,), _mean)
 
 
+class Sums:
+    """The sums of a metric's columns over examples, which come a few at a time: of each example by itself, or, of more
+    than GROUPS of them, of groups. Which of these an example is in follows from its number, as if it were drawn."""
+
+    def __init__(self, aggregate: Aggregate) -> None:
+        self._of_sums = aggregate.of_sums
+        self._numbers = np.empty(0, np.int64)
+        # The last column counts the examples.
+        self._rows: Array = np.empty((0, len(aggregate.columns) + 1))
+        self._has_groups = False
+
+    def add(self, numbers: NDArray[np.int64], values: Array) -> None:
+        """Adds examples by their numbers. `values` has a row for each, its columns are the aggregate's; a row with a
+        NaN has no value, and counts as none."""
+        known = ~np.isnan(values).any(axis=1)
+        numbers, counted = numbers[known], np.hstack([values[known], np.ones((int(known.sum()), 1))])
+        if not self._has_groups:
+            numbers, counted = np.concatenate([self._numbers, numbers]), np.vstack([self._rows, counted])
+            if len(counted) <= GROUPS:
+                self._numbers, self._rows = numbers, counted
+                return
+            self._numbers, self._rows = np.empty(0, np.int64), np.zeros((GROUPS, counted.shape[1]))
+            self._has_groups = True
+        np.add.at(self._rows, _group_of(numbers), counted)
+
+    def estimate(self) -> Estimate | None:
+        """The value of the metric. None where no example has one."""
+        return _estimate(self._rows[self._rows[:, -1] > 0], self._of_sums)
+
+
 def estimate(aggregate: Aggregate, values: Array) -> Estimate | None:
     """The value of a metric. `values` has a row for each example, its columns are the aggregate's.
 
     None where no example has a value.
     """
-    return _estimate(values, aggregate.of_sums)
+    sums = Sums(aggregate)
+    sums.add(np.arange(len(values)), values)
+    return sums.estimate()
 
 
 def difference(aggregate: Aggregate, first: Array, second: Array) -> Estimate | None:
@@ -82,30 +115,26 @@ def difference(aggregate: Aggregate, first: Array, second: Array) -> Estimate | 
         before = aggregate.of_sums(np.hstack([sums[:, :width], counts]))
         return aggregate.of_sums(sums[:, width:]) - before
 
-    return _estimate(np.hstack([first, second]), of_sums)
+    return estimate(Aggregate(aggregate.columns * 2, of_sums), np.hstack([first, second]))
 
 
-def _estimate(values: Array, of_sums: Callable[[Array], Array]) -> Estimate | None:
-    values = values[~np.isnan(values).any(axis=1)]
-    if not len(values):
+def _group_of(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The group of each number: as good as drawn (SplitMix64, Steele et al. 2014), and the same at every attempt."""
+    mixed = (numbers.astype(np.uint64) + np.uint64(SEED + 1)) * np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    groups: NDArray[np.int64] = ((mixed ^ (mixed >> np.uint64(31))) % np.uint64(GROUPS)).astype(np.int64)
+    return groups
+
+
+def _estimate(counted: Array, of_sums: Callable[[Array], Array]) -> Estimate | None:
+    if not len(counted):
         return None
-    counted = np.hstack([values, np.ones((len(values), 1))])
-    (value,) = of_sums(counted.sum(axis=0, keepdims=True))
-    generator = np.random.default_rng(SEED)
-    drawn = of_sums(_resampled(_grouped(counted, generator), generator))
+    total = counted.sum(axis=0, keepdims=True)
+    (value,) = of_sums(total)
+    drawn = of_sums(_resampled(counted, np.random.default_rng(SEED)))
     low, high = np.percentile(drawn, [OUTSIDE / 2, 100 - OUTSIDE / 2])
-    return Estimate(float(value), float(low), float(high), len(values))
-
-
-def _grouped(counted: Array, generator: np.random.Generator) -> Array:
-    """The sums of at most GROUPS random groups, each of as many examples as the next, or one more.
-
-    What is drawn is then less by far, and its spread the same: that of a sum of independent examples.
-    """
-    if len(counted) <= GROUPS:
-        return counted
-    starts = np.linspace(0, len(counted), GROUPS, endpoint=False).astype(int)
-    return np.add.reduceat(counted[generator.permutation(len(counted))], starts, axis=0)
+    return Estimate(float(value), float(low), float(high), int(total[0, -1]))
 
 
 def _resampled(counted: Array, generator: np.random.Generator) -> Array:

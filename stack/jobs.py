@@ -17,8 +17,11 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from stack import tracing
 from stack.api.jobs import JobAttempt, JobLog, JobProgress, JobStatus
+from stack.api.wire import Request
 from stack.config import home
 from stack.context import DEFAULT_TENANT, Context
 from stack.errors import BadInput, Conflict, NotFound, TooManyRequests
@@ -67,7 +70,7 @@ def submit(
     context: Context,
     kind: str,
     uuid: str,
-    request: dict[str, Any],
+    request: Request,
     *,
     bundles: Sequence[dict[str, float]] = (),
     submission_id: str | None = None,
@@ -80,15 +83,25 @@ def submit(
     """
     if kind not in DRIVERS:
         raise BadInput(f"there are no jobs of the kind {kind!r}; allowed: {', '.join(DRIVERS)}")
-    priority = request.get("priority", 0)
-    new = NewJob(context.tenant, uuid, kind, request, kind, priority, bundles, tracing.traceparent())
+    body = request.model_dump(mode="json")
+    priority = body.get("priority", 0)
+    new = NewJob(context.tenant, uuid, kind, body, kind, priority, bundles, tracing.traceparent())
     job, _ = context.store.jobs.add(new, context.config.max_waiting_jobs_per_tenant, submission_id)
     if job is None:
         most = context.config.max_waiting_jobs_per_tenant
         raise TooManyRequests(f"{most} jobs of the tenant {context.tenant!r} wait already; allowed: {most}")
-    if (job.kind, job.request) != (kind, request):
+    if job.kind != kind or not _is_same(request, job.request):
         raise Conflict(f"the job_uuid {uuid!r} stands for another job; choose a new one", param="job_uuid")
     return job
+
+
+def _is_same(request: Request, accepted: dict[str, Any]) -> bool:
+    """Whether a job was accepted with this request. Fields that there are since then have their defaults in it."""
+    try:
+        known = type(request).model_validate(accepted)
+    except ValidationError:  # an earlier release allowed it, and it cannot be sent again
+        return False
+    return known.model_dump(mode="json") == request.model_dump(mode="json")
 
 
 def get(context: Context, uuid: str, kinds: Sequence[str]) -> Job:

@@ -255,8 +255,7 @@ def _accept(context: Context, kind: str, request: TrainingRequest, shape: Shape[
         bundles = [per_worker(context, request)] * request.training_config.workers
     else:  # it was accepted, whatever has become of its model since
         request, bundles = datasets.as_accepted(request, known.request), known.bundles
-    body = request.model_dump(mode="json")
-    return jobs.submit(context, kind, request.job_uuid, body, bundles=bundles, submission_id=submission_id)
+    return jobs.submit(context, kind, request.job_uuid, request, bundles=bundles, submission_id=submission_id)
 
 
 def _finetuned(context: Context, named: str) -> Start:

@@ -37,7 +37,7 @@ from stack.api.synthetic_data_generation import (
     SyntheticOutput,
 )
 from stack.api.wire import describe
-from stack.batch_inference import AT_ONCE, PatientEngine, require_not_all_in_vain
+from stack.batch_inference import AT_ONCE, RESULT_BYTES, TOKEN_BYTES, PatientEngine, require_not_all_in_vain
 from stack.config import LanguageModel
 from stack.context import Context
 from stack.datasets import Shape, Size
@@ -48,8 +48,6 @@ from stack.store import Job
 
 KINDS = (jobs.GENERATE,)
 HISTOGRAM_BINS = 10
-# About how many bytes a token has, and what stands beside a generation in a row.
-TOKEN_BYTES, RESULT_BYTES = 6, 512
 # About how long a prompt is that a model makes up.
 GROWN_PROMPT_BYTES = 500
 S = TypeVar("S", bound=GenerationSettings)
@@ -108,10 +106,7 @@ def submit(context: Context, request: SyntheticDataJobRequest, submission_id: st
         request, found = datasets.accept(context, request, shape_of(request))
         _require_room(context, request, [datasets.size(context, one) for one in found])
         bundles = engines.bundles_of_job(own_model(context, request))
-    return jobs.submit(
-        context, jobs.GENERATE, request.job_uuid, request.model_dump(mode="json"),
-        bundles=bundles, submission_id=submission_id,
-    )  # fmt: skip
+    return jobs.submit(context, jobs.GENERATE, request.job_uuid, request, bundles=bundles, submission_id=submission_id)
 
 
 def resources(context: Context, request: SyntheticDataJobRequest) -> dict[str, Any]:

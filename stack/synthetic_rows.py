@@ -117,6 +117,11 @@ def columns(request: SyntheticDataJobRequest) -> dict[str, TrainEvalDatasetColum
     return dict(_COLUMNS[request.output]) | (_DOCUMENT_COLUMNS if of_documents else {})
 
 
+def generations_in(row: dict[str, Any]) -> int:
+    """How many generations a row of the data set holds."""
+    return 2 if "rejected" in row else len(row.get("generations", (None,)))
+
+
 def of_prompt(request: SyntheticDataJobRequest, one: Scored) -> Chosen:
     """What becomes of a prompt."""
     reasons = _left_out(request, [generation.score for generation in one.generations], one.row)

@@ -53,7 +53,7 @@ def completed(
     rows = [example(row, answer, list(metrics), nll) for row, answer in enumerate(answers, 1)]
     file.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))  # as they come
     request = QUESTIONS[task].model_validate(evaluation("test", metrics=metrics, **changes))
-    summary = evaluation_results.summarize(request, file, "small", sha256, changes.get("opponent"))
+    summary = evaluation_results.summarize(request, file, "small", sha256, 1.0, changes.get("opponent"))
     evaluation_results.write_parquet(file, request.metrics)
     kind = "evaluate" if task == "question_answering" else f"evaluate_{task}"
     samples.add_job(context.store, uuid, kind, tenant)

@@ -38,21 +38,24 @@ def dataset(file: Path, **columns: str) -> dict[str, Any]:
     return {"columns": columns or {"dialog": "dialog"}, "content_url": file.as_uri()}
 
 
-def function_calls(file: Path) -> dict[str, Any]:
-    """The description of a data set of one row in BFCL's format."""
+def function_calls(file: Path, *questions: str) -> dict[str, Any]:
+    """The description of a data set in BFCL's format, in whose rows the weather is asked for by these words."""
     parameters = {
         "type": "dict",
         "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
         "required": ["city"],
     }
-    row = {
-        "id": "weather-1",
-        "question": [[{"role": "user", "content": "How will the weather be in Paris?"}]],
-        "function": [{"name": "get_weather", "description": "The forecast.", "parameters": parameters}],
-        "ground_truth": [{"get_weather": {"city": ["Paris", "Paris, France"], "days": ["", 1]}}],
-    }
+    rows = [
+        {
+            "id": f"weather-{number}",
+            "question": [[{"role": "user", "content": question}]],
+            "function": [{"name": "get_weather", "description": "The forecast.", "parameters": parameters}],
+            "ground_truth": [{"get_weather": {"city": ["Paris", "Paris, France"], "days": ["", 1]}}],
+        }
+        for number, question in enumerate(questions or ["How will the weather be in Paris?"], 1)
+    ]
     columns = {"id": "text", "question": "json", "function": "json", "ground_truth": "json"}
-    return dataset(write_rows(file, [row]), **columns)
+    return dataset(write_rows(file, rows), **columns)
 
 
 def add_job(store: Store, uuid: str, kind: str = "evaluate", tenant: str = "default", **request: Any) -> Job:

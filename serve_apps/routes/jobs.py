@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
 from serve_apps.routes.common import ContextOf, JobUuid, event_stream
-from stack import jobs
+from stack import jobs, made_datasets
 from stack.api.jobs import CancelJobRequest, CancelledJob, JobLogStream, JobStatus
 from stack.context import Context
 
@@ -27,6 +27,8 @@ def add_job_routes(router: APIRouter, kinds: Sequence[str]) -> None:
     def cancel(context: ContextOf, body: CancelJobRequest) -> CancelledJob:
         """Cancels a job: its work is stopped within seconds. Cancelling it again, or one that has ended, is fine."""
         job = jobs.cancel(context, body.job_uuid, kinds)
+        if job.status == JobStatus.cancelled:  # between two attempts, say, of which the last has registered data sets
+            made_datasets.forget(context, job)
         return CancelledJob(job_uuid=job.uuid, status=JobStatus(job.status), cancelled_at=job.cancelled_at)
 
     @router.get("/job/logs", response_model=JobLogStream)

@@ -223,7 +223,8 @@ class BatchInferenceJobEntry(JobEntry):
 
 
 class BatchInferenceJobStatusResponse(JobState):
-    """`metrics` holds `rows`, `failed`, `prompt_tokens`, `completion_tokens` and `seconds`."""
+    """`metrics` holds `rows`, `failed`, `prompt_tokens`, `completion_tokens` and `seconds`: for how long the job has
+    worked, in all its attempts."""
 
 
 class BatchInferenceJobArtifactsResponse(Wire):

@@ -14,8 +14,10 @@ from stack.api.wire import Id, ModelId, Request, Wire, at_most, without_nul
 Checkpoint = Annotated[str, Field(min_length=1, max_length=4_096), AfterValidator(without_nul)]
 TaskName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+-]*$")]
 MAX_CHANGED = 100
-# lm-eval holds all that is asked of a task in memory, with what is answered.
+# lm-eval holds all that is asked of a task in memory, with what is answered. Most tasks have fewer than DEFAULT_LIMIT
+# examples.
 MAX_LIMIT = 100_000
+DEFAULT_LIMIT = 20_000
 
 
 class QuestionAnsweringMetric(StrEnum):
@@ -128,7 +130,7 @@ class EvaluateBenchmarkRequest(Request):
     """An addition to the specification: `tasks` of lm-eval by name, its own and those in the folder STACK_HOME/tasks.
 
     A task has its own data, prompts and metrics; `num_fewshot` examples stand before each question (as many as the task
-    says, if it is not set), of which the first `limit` are asked (all). With `apply_chat_template` prompts are
+    says, if it is not set), of which the first `limit` of each task are asked. With `apply_chat_template` prompts are
     messages of a chat. `checkpoint` is as in all evaluations; `engine` can only be that of the deployment that serves.
     """
 
@@ -136,7 +138,7 @@ class EvaluateBenchmarkRequest(Request):
     tasks: Annotated[list[TaskName], Field(min_length=1), at_most(100)]
     checkpoint: Checkpoint
     num_fewshot: Annotated[int, Field(ge=0, le=100)] | None = None
-    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
+    limit: Annotated[int, Field(ge=1, le=MAX_LIMIT)] = DEFAULT_LIMIT
     apply_chat_template: bool = False
     engine: JobEngine = JobEngine.serving
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 1_234
@@ -165,7 +167,8 @@ class EvaluationJobStatusResponse(JobState):
 
     `examples` are all, `failed` those without an answer, which count in no score, and `shield_violations` those that
     the model's shields did not pass, whose answer is empty. The cost is in `prompt_tokens`, `completion_tokens` and
-    `seconds`. BLEU is from 0 to 100, perplexity at least 1, a rating from 1 to 5, all other scores are from 0 to 1.
+    `seconds`, which all attempts took until the last row was answered. BLEU is from 0 to 100, perplexity at least 1, a
+    rating from 1 to 5, all other scores are from 0 to 1.
     """
 
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from stack.api.batch_inference import RowError
+from stack.api.batch_inference import MAX_FAILED_ROWS, RowError
 from stack.api.datasets import DatasetReference
 from stack.api.inference import MAX_MESSAGES, SamplingParams, SamplingStrategy
 from stack.api.jobs import (
@@ -48,7 +48,6 @@ MAX_DIALOG_MESSAGES = 10_000
 MAX_SAMPLES = 64
 MAX_SEED_PROMPTS = 1_000
 MAX_GROWN_PROMPTS = 20_000
-MAX_FAILED_ROWS = 1_000_000
 
 
 class FilteringFunction(StrEnum):
@@ -84,12 +83,23 @@ class GenerationSettings(Request):
 
     @model_validator(mode="after")
     def _samples_differ(self) -> Self:
-        if self.num_generations > 1 and self.sampling_params.strategy == SamplingStrategy.greedy:
+        if self.num_generations > 1 and (why := _why_all_alike(self.sampling_params)) is not None:
             raise ValueError(
-                f"num_generations is {self.num_generations}, but the strategy 'greedy' gives the same each time; "
-                "allowed: num_generations 1, or the strategies 'top_p' and 'top_k'"
+                f"num_generations is {self.num_generations}, but {why} gives the same each time; allowed: "
+                "num_generations 1, or the strategies 'top_p' and 'top_k', a temperature above 0, a top_k above 1"
             )
         return self
+
+
+def _why_all_alike(sampling: SamplingParams) -> str | None:
+    """What of these parameters leaves a model no choice, if anything does."""
+    if sampling.strategy == SamplingStrategy.greedy:
+        return "the strategy 'greedy'"
+    if sampling.temperature == 0:
+        return "the temperature 0"
+    if sampling.strategy == SamplingStrategy.top_k and sampling.top_k == 1:
+        return "the top_k 1"
+    return None
 
 
 def _shape_of(value: Any) -> str:
@@ -294,7 +304,8 @@ class SyntheticDataJobEntry(JobEntry):
 
 class SyntheticDataJobStatusResponse(JobState):
     """`metrics` holds the counts `prompts`, `generated`, `rows`, `failed`, of what was rejected by its reason
-    (`rejected_…`), and `mean_score`, `prompt_tokens`, `completion_tokens`, `seconds`."""
+    (`rejected_…`), and `mean_score`, `prompt_tokens`, `completion_tokens`, and `seconds`: for how long the job has
+    worked, in all its attempts."""
 
 
 class SyntheticDataJobArtifactsResponse(Wire):

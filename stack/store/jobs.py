@@ -33,7 +33,8 @@ AFTER_LOSS = "another attempt, as the last one was lost: "
 
 @dataclass(frozen=True)
 class Job:
-    """A row of `jobs`. `progress` holds done, total, unit; `result` what its kind of job keeps when it is completed."""
+    """A row of `jobs`. `progress` holds done, total, unit; `furthest` the unit and done of the greatest progress, and
+    the attempt that made it; `result` what its kind of job keeps when it is completed."""
 
     id: int
     tenant: str
@@ -51,6 +52,7 @@ class Job:
     completed_at: str | None
     resources_allocated: dict[str, Any] | None
     progress: dict[str, Any] | None
+    furthest: dict[str, Any] | None
     checkpoints: list[dict[str, Any]] | None
     result: dict[str, Any] | None
     error: str | None
@@ -102,7 +104,8 @@ class NewJob:
 class Waiting:
     """A job that has no attempt under way: what is needed to choose among them.
 
-    Of its `attempts`, the drivers of `begun` have begun to work.
+    Of its `attempts`, the drivers of `begun` have begun to work; of `stalled` since the job last got further, the one
+    that did included.
     """
 
     id: int
@@ -115,6 +118,7 @@ class Waiting:
     trace: str | None
     attempts: int
     begun: int
+    stalled: int
     last_ended_at: str | None
 
 
@@ -227,13 +231,15 @@ class Jobs:
         place = func.row_number().over(partition_by=jobs.c.tenant, order_by=(jobs.c.priority.desc(), jobs.c.id))
         placed = select(jobs.c.id, place.label("place")).where(waits).subquery()
         columns = (jobs.c.id, jobs.c.tenant, jobs.c.uuid, jobs.c.kind, jobs.c.priority, jobs.c.bundles)
-        tried = func.count(attempts.c.number)
+        tried, begun = func.count(attempts.c.number), attempts.c.heartbeat > 0
+        furthest = func.coalesce(jobs.c.furthest["attempt"].as_integer(), 0)
         query = select(
             *columns,
             jobs.c.waiting_for,
             jobs.c.trace,
             tried.label("attempts"),
-            func.count().filter(attempts.c.heartbeat > 0).label("begun"),
+            func.count().filter(begun).label("begun"),
+            func.count().filter(begun, attempts.c.number >= furthest).label("stalled"),
             func.max(attempts.c.ended_at).label("last_ended_at"),
         ).join_from(jobs, attempts, attempts.c.job_id == jobs.c.id, isouter=True)
         query = query.where(jobs.c.id.in_(select(placed.c.id).where(placed.c.place <= limit)))
@@ -318,6 +324,8 @@ class Jobs:
     def record(self, job_id: int, number: int, **values: Any) -> bool:
         """Writes `progress` or `checkpoints` of a job, by its attempt under way; False if that has been given up."""
         with self._taken(job_id) as connection:
+            if (progress := values.get("progress")) is not None and _is_further(connection, job_id, progress):
+                values["furthest"] = dict(unit=progress.get("unit"), done=progress["done"], attempt=number)
             query = update(jobs).where(jobs.c.id == job_id, _is_under_way(number)).values(**values)
             return connection.execute(query).rowcount == 1
 
@@ -453,6 +461,13 @@ def _has_attempt(connection: Connection, job_id: int, number: int) -> bool:
 
 def _is_to_be_cancelled(connection: Connection, job_id: int) -> bool:
     return connection.execute(select(jobs.c.cancelled_at).where(jobs.c.id == job_id)).scalar() is not None
+
+
+def _is_further(connection: Connection, job_id: int, progress: dict[str, Any]) -> bool:
+    """Whether a job has not been that far: what it does next, which has another unit, begins at 0."""
+    known = connection.execute(select(jobs.c.furthest).where(jobs.c.id == job_id)).scalar()
+    before = known["done"] if known is not None and known["unit"] == progress.get("unit") else 0
+    return bool(progress["done"] > before)
 
 
 def _open_attempt(connection: Connection, job_id: int, number: int, submission_id: str) -> None:

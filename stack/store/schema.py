@@ -103,6 +103,7 @@ runs = Table(
 )
 
 # `id` is the order in which jobs were accepted. `bundles` is what must be free for a job at once, node by node.
+# `furthest` is the greatest progress that there was: its `unit`, how much was `done`, and by which `attempt`.
 jobs = Table(
     "jobs",
     schema,
@@ -122,6 +123,7 @@ jobs = Table(
     Column("completed_at", _Time),
     Column("resources_allocated", JSON),
     Column("progress", JSON),
+    Column("furthest", JSON),
     Column("checkpoints", JSON),
     Column("result", JSON),
     Column("error", Text),

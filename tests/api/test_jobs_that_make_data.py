@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from stack import made_datasets
+from stack.api.datasets import TrainEvalDatasetColumnType
 from stack.config import Config
 from stack.context import Context
 from tests import samples
@@ -52,6 +54,23 @@ def test_a_job_is_accepted_listed_and_cancelled(
     assert empty == {"job_uuid": body["job_uuid"], "files": [], "datasets": {}}
     cancelled = client.post(f"{api}/job/cancel", json={"job_uuid": body["job_uuid"]})
     assert cancelled.json()["status"] == "cancelled"
+
+
+@both
+def test_what_a_lost_attempt_has_registered_goes_with_a_job_that_is_cancelled(
+    client: TestClient, context: Context, home: Path, data: dict[str, Any], api: str, body_of: Any
+) -> None:
+    body = body_of(data)
+    post(client, api, body)
+    job = samples.start(context.store, body["job_uuid"])
+    (name, *_) = made_datasets.names_of(job.kind, job.request)
+    rows = write_rows(home / "made.jsonl", [{"text": "a"}])
+    made_datasets.register(context, name, rows, {"text": TrainEvalDatasetColumnType.text}, {"job_uuid": job.uuid})
+    assert context.store.jobs.lose_attempt(job.id, 1, "it was killed")
+    assert client.get("/datasets/get", params={"dataset_uuid": name}).status_code == 200
+    cancelled = client.post(f"{api}/job/cancel", json={"job_uuid": job.uuid})
+    assert cancelled.json()["status"] == "cancelled"
+    assert client.get("/datasets/get", params={"dataset_uuid": name}).status_code == 404
 
 
 @both

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests import samples
@@ -148,6 +149,53 @@ def test_a_batch_survives_its_engine(stack: Stack, client: httpx.Client) -> None
     assert made + failed == 200
     if failed:
         assert client.get("/datasets/get", params={"dataset_uuid": errors}).json()["rows"] == failed
+
+
+def test_a_generation_survives_its_engine(stack: Stack, client: httpx.Client) -> None:
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(120)]
+    file = samples.write_rows(stack.home / "data" / "engine-prompts.jsonl", rows)
+    body = samples.generation(
+        samples.dataset(file, id="text", prompt="text"), job_uuid="grow-engine", model=MODEL,
+        filtering_function="none", output="scored", num_generations=2,
+        sampling_params={"strategy": "top_p", "temperature": 1.0, "max_tokens": 32},
+    )  # fmt: skip
+    assert client.post("/synthetic_data_generation/jobs", json=body).status_code == 200
+    wait_for(lambda: done_of(client, "synthetic_data_generation", "grow-engine") >= 16, 240)
+    stack.kill_9("VLLM::EngineCore")
+    assert done_of(client, "synthetic_data_generation", "grow-engine") < 120, "it was asking when the engine died"
+    status = ended(client, "synthetic_data_generation", "grow-engine", seconds=900)
+    assert status["status"] == "completed", status
+    metrics = status["metrics"]
+    answered = 120 - metrics["failed"]
+    assert answered >= 60, "what is asked once the engine is there again has its answers"
+    assert (metrics["prompts"], metrics["rows"], metrics["generated"]) == (120, answered, 2 * answered)
+    made = client.get("/datasets/get", params={"dataset_uuid": "grow-engine"}).json()
+    assert made["rows"] == answered
+
+
+def test_a_batch_survives_an_engine_of_its_own(stack: Stack, client: httpx.Client) -> None:
+    serving = {process.pid for process in stack.processes("VLLM::EngineCore")}
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(300)]
+    file = samples.write_rows(stack.home / "data" / "own-engine.jsonl", rows)
+    data = samples.dataset(file, id="text", prompt="text")
+    sampling = {"strategy": "greedy", "max_tokens": 32}
+    body = samples.batch(data, job_uuid="batch-own", model=MODEL, engine="own", sampling_params=sampling)
+    assert client.post("/batch_inference/jobs", json=body).status_code == 200
+    wait_for(lambda: done_of(client, "batch_inference", "batch-own") >= 32, 400)
+    own = [process for process in stack.processes("VLLM::EngineCore") if process.pid not in serving]
+    assert len(own) == 1
+    own[0].kill()
+    psutil.wait_procs(own, timeout=60)
+    assert done_of(client, "batch_inference", "batch-own") < 300, "it was asking when its engine died"
+    status = ended(client, "batch_inference", "batch-own", seconds=900)
+    assert status["status"] == "completed", status
+    assert (status["metrics"]["rows"], status["metrics"]["failed"]) == (300, 0)
+    assert len(status["attempts"]) == 1, "another engine has followed in the same attempt"
+    made = client.get("/datasets/get", params={"dataset_uuid": "batch-own.answers"}).json()
+    assert made["rows"] == 300
+    assert serving <= {process.pid for process in stack.processes("VLLM::EngineCore")}, "the engines that serve live on"
+    left = {process.pid for process in stack.processes("VLLM::EngineCore")} - serving
+    wait_for(lambda: left.isdisjoint(process.pid for process in stack.processes("VLLM::EngineCore")), 60)
 
 
 def test_a_row_that_kills_its_model_is_the_only_one_that_fails(stack: Stack, client: httpx.Client) -> None:

@@ -124,10 +124,21 @@ def test_a_judge_rates_and_prefers(client: httpx.Client, capitals: dict[str, Any
 
 
 def test_calls_of_functions_are_compared(stack: Stack, client: httpx.Client) -> None:
-    data = function_calls(stack.home / "data" / "calls.jsonl")
-    metrics = completed(client, "function_calling/", evaluation("calls", data, ["ast"]))
-    assert metrics["ast"] in (0, 1)
-    assert metrics["failed"] == 0
+    """By a model that calls what it is told to."""
+    said = {
+        '{"name": "get_weather", "parameters": {"city": "paris france"}}': 1,
+        '{"name": "get_weather", "parameters": {"city": "Rome"}}': 0,
+        '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}': 0,
+        "In Paris it rains.": 0,
+    }
+    data = function_calls(stack.home / "data" / "calls.jsonl", *(f"How is the weather? say:{text}" for text in said))
+    metrics = completed(client, "function_calling/", evaluation("calls", data, ["ast"], checkpoint=SCRIPTED))
+    assert (metrics["ast"], metrics["failed"]) == (1 / 4, 0)
+    rows = map(json.loads, (results(client, "calls") / "examples.jsonl").read_text().splitlines())
+    found = {row["id"]: (row["ast"], row["answer"]) for row in rows}
+    assert [found[f"weather-{number}"][0] for number in range(1, 5)] == [*said.values()]
+    assert json.loads(found["weather-1"][1]) == [{"name": "get_weather", "arguments": {"city": "paris france"}}]
+    assert found["weather-4"][1] == "In Paris it rains."
 
 
 def test_a_task_of_lm_eval_has_the_same_score_as_with_its_own_backend(stack: Stack, client: httpx.Client) -> None:

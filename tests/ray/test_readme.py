@@ -165,8 +165,10 @@ def test_a_judge_and_the_calls_of_functions_are_evaluations_too(client: httpx.Cl
     assert (judged["status"], judged["metrics"]["examples"]) == ("completed", 4)
     assert '"job_uuid":"weather"' in outputs[25]
     called = ended(client, "evaluate", "weather")
-    assert (called["status"], called["metrics"]["failed"]) == ("completed", 0)
-    assert called["metrics"]["ast"] in (0, 1)
+    # Whether so small a model calls it right is not told by the page: tests/ray/test_evaluations.py has one that does.
+    metrics = called["metrics"]
+    assert (called["status"], metrics["examples"], metrics["failed"]) == ("completed", 1, 0)
+    assert metrics["ast_low"] == metrics["ast"] == metrics["ast_high"]
 
 
 def test_what_has_changed_is_told_by_metric_and_by_example(outputs: list[str]) -> None:
@@ -177,8 +179,8 @@ def test_what_has_changed_is_told_by_metric_and_by_example(outputs: list[str]) -
     assert len(found["changed"]) == min(found["changed_examples"], 3)
 
 
-def test_a_task_of_ones_own_is_a_benchmark(outputs: list[str]) -> None:
+def test_tasks_of_ones_own_are_a_benchmark(outputs: list[str]) -> None:
     assert '"job_uuid":"capitals"' in outputs[27]
     (status,) = values_in(outputs[27].splitlines()[-1])
     assert status["status"] == "completed"
-    assert status["metrics"]["capitals/acc"] in (0, 0.5, 1)
+    assert {"capitals/acc", "capitals/acc_stderr", "rivers/named"} <= status["metrics"].keys()

@@ -139,8 +139,19 @@ def test_a_model_that_is_away_is_no_fault_of_a_row(
 ) -> None:
     monkeypatch.setattr("stack.batch_inference.PATIENCE_S", 0)
     engine.fail(error)
-    with pytest.raises(Unavailable, match=f"row 1: {error.message}"):
-        ask("a", "b")
+    found = ask("a", "b")
+    assert [(one["away"], one["error"], one["answer"]) for one in found] == [(error.message, "", "")] * 2
+
+
+def test_what_was_answered_before_a_model_stays_away_is_kept_and_nothing_more_is_asked(
+    engine: VariedEngine, waits: list[float]
+) -> None:
+    engine.away_after = 2
+    found = ask("a", "b", "c", "d", "e", "f")  # of which a batch has four
+    assert [bool(one["answer"]) for one in found] == [True, True, False, False, False, False]
+    assert [one["away"] for one in found] == ["", "", *["the model is being started"] * 4]
+    asked = {one.body["messages"][-1]["content"] for one in engine.asked}
+    assert asked == {"a", "b", "c", "d", "Hello"}
 
 
 @pytest.mark.parametrize("questions", [["poison"], ["a", "poison", "c"]], ids=["alone", "among others"])
@@ -204,6 +215,34 @@ def test_a_worker_asks_side_by_side_and_in_bounds(engine: Counting, monkeypatch:
     assert engine.most == 3
 
 
-def test_an_asker_says_what_it_asks() -> None:
-    assert Asker.ask is not Chat.ask
-    assert set(Asker.nothing) == {"result"}
+class Restarting(Counting):
+    """Has died, and is there again when it is asked something harmless."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_there = False
+
+    async def _generate(self, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
+        self.is_there = self.is_there or body["messages"][-1]["content"] == "Hello"
+        if not self.is_there:
+            raise Unavailable("the replica died")
+        async for item in super()._generate(endpoint, body):
+            yield item
+
+
+@pytest.mark.parametrize("engine", [Restarting], indirect=True)
+def test_after_a_crash_the_rows_are_asked_again_side_by_side(engine: Restarting, waits: list[float]) -> None:
+    assert all(one["answer"] for one in ask("a", "b", "c", "d"))
+    asked = [one.body["messages"][-1]["content"] for one in engine.asked]
+    assert asked.count("Hello") == 1
+    assert engine.most == 4
+
+
+def test_each_row_has_the_same_columns_whatever_comes_of_it(engine: VariedEngine, waits: list[float]) -> None:
+    engine.refusals["long"] = TOO_LONG
+    engine.away_after = 1
+    answered, failed, away = ask("a", "long", "c")
+    assert [bool(one["answer"]) for one in (answered, failed, away)] == [True, False, False]
+    assert [bool(one["error"]) for one in (answered, failed, away)] == [False, True, False]
+    assert [bool(one["away"]) for one in (answered, failed, away)] == [False, False, True]
+    assert {*answered} == {*failed} == {*away} == {"row", "value", "answer", "error", "away"}

@@ -1,5 +1,6 @@
 """What the supervisor's passes make of jobs, by a store on each database and a Ray that does as it is told."""
 
+import json
 import shlex
 import warnings
 from collections.abc import Callable
@@ -12,11 +13,15 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from sqlalchemy import event, update
 from sqlalchemy.exc import OperationalError
 
-from stack import jobs
-from stack.config import Config
+from stack import jobs, made_datasets
+from stack.api.datasets import TrainEvalDatasetColumnType
+from stack.artifacts import Artifacts
+from stack.config import Config, home
+from stack.context import Context
 from stack.store import Job, Store
 from stack.store.jobs import NewJob
 from stack.store.schema import attempts as attempts_table
+from tests.scripted_engine import ScriptedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
@@ -99,7 +104,13 @@ class Cluster:
             self.ray.connections += 1
             return self.ray
 
-        self._attempts = Attempts(self.config, self.store, connect, lambda: self.ray.nodes, clock=lambda: self.time)
+        artifacts = Artifacts(self.config.artifacts_url, cache=home() / "cache")
+        self.context = Context(self.config, self.store, artifacts, ScriptedEngine())
+        nodes, clock = lambda: self.ray.nodes, lambda: self.time
+        self._attempts = Attempts(self.config, self.store, connect, nodes, self._forget, clock)
+
+    def _forget(self, job: Job) -> None:
+        made_datasets.forget(self.context.of_tenant(job.tenant), job)
 
     def limit(self, **changes: int) -> None:
         self.config = self.config.model_copy(update=changes)
@@ -116,7 +127,7 @@ class Cluster:
             connection.execute(update(attempts_table).where(ended).values(ended_at=LONG_AGO))
 
     def add(self, uuid: str = "job", tenant: str = "default", kind: str = jobs.EVALUATE, **changes: Any) -> Job:
-        job, _ = self.store.jobs.add(NewJob(tenant, uuid, kind, {}, kind, **changes), max_waiting=1_000)
+        job, _ = self.store.jobs.add(NewJob(tenant, uuid, kind, {"job_uuid": uuid}, kind, **changes), max_waiting=1_000)
         assert job is not None
         return job
 
@@ -330,6 +341,22 @@ def test_a_job_that_was_lost_too_often_is_given_up(cluster: Cluster) -> None:
     assert len(cluster.ray.jobs) == 3
 
 
+def test_a_job_that_gets_further_with_each_attempt_is_not_given_up(cluster: Cluster) -> None:
+    cluster.limit(max_retries=1)
+    job = cluster.add()
+    for number, done in enumerate((1, 2, 3, 4, 5, 5), 1):
+        assert cluster.get().status == "scheduled"
+        cluster.look()
+        cluster.begin(number=number)
+        progress = {"done": done, "total": 9, "unit": "rows", "seconds_left": None}
+        assert cluster.store.jobs.record(job.id, number, progress=progress)
+        cluster.ray.kill(f"default.job.{number}")
+        cluster.look()
+        cluster.wait()
+    cluster.look()
+    assert (cluster.get().status, cluster.get().error) == ("failed", "lost 6 times, at last: failed: killed")
+
+
 def test_a_job_is_given_up_though_all_places_are_taken(cluster: Cluster) -> None:
     cluster.limit(max_running_jobs=1, max_retries=0)
     cluster.add("lost")
@@ -441,6 +468,35 @@ def test_a_job_to_be_cancelled_whose_ray_job_is_gone_is_cancelled(cluster: Clust
     assert cluster.get().status == "cancelled"
     assert not folder.exists()
     assert cluster.store.jobs.waiting() == []
+
+
+@pytest.mark.parametrize("end", ["cancelled", "cancelled, and lost", "without a result", "lost too often"])
+def test_the_data_sets_of_a_job_without_a_result_are_removed_and_no_others(
+    cluster: Cluster, home: Path, end: str
+) -> None:
+    """Its driver was killed right before the job was completed."""
+    cluster.limit(max_retries=0)
+    for uuid in ("job", "other"):
+        cluster.add(uuid, kind=jobs.GENERATE)
+        file, columns = home / f"{uuid}.jsonl", {"text": TrainEvalDatasetColumnType.text}
+        file.write_text(json.dumps({"text": uuid}) + "\n")
+        made_datasets.register(cluster.context, uuid, file, columns, {"job_uuid": uuid})
+    cluster.look()
+    cluster.begin()
+    if end.startswith("cancelled"):
+        cluster.store.jobs.cancel("default", "job")
+    if end.endswith("lost"):
+        cluster.ray.jobs.pop("default.job.1")
+        cluster.look()
+        cluster.time += LEASE_S
+    elif end == "without a result":
+        cluster.ray.end("default.job.1", JobStatus.SUCCEEDED)
+    else:
+        cluster.ray.kill("default.job.1")
+    cluster.look(2)
+    assert cluster.get().status == ("cancelled" if end.startswith("cancelled") else "failed")
+    assert cluster.store.datasets.get("default", "job") is None
+    assert cluster.store.datasets.get("default", "other") is not None
 
 
 # Ray jobs that no attempt stands for

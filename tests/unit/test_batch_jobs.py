@@ -3,14 +3,17 @@
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from ray.exceptions import ActorDiedError
 
-from stack import batch_inference, datasets
+from stack import batch_inference, datasets, jobs
 from stack.api.batch_inference import BatchInferenceJobRequest
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.messages import MAX_CHARACTERS
@@ -18,8 +21,10 @@ from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StorageFull, TooManyRequests, Unavailable
+from stack.store.jobs import NewJob
 from tests import samples
 from tests.conftest import CONFIG
+from tests.ray_errors import in_a_ray_task
 from tests.samples import dataset, write_rows
 from tests.varied_engine import VariedEngine
 
@@ -27,7 +32,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from jobs import asking
     from jobs import batch_inference as driver
-    from tests.asked_here import work_here, work_of
+    from jobs.driver import Outcome
+    from tests.asked_here import lines, work_here, work_of
 
 EMBEDDERS = [{"id": "embedder", "path": "models/embedder"}]
 TEXTS = {"id": "text", "text": "text"}
@@ -74,6 +80,13 @@ def run(context: Context, wanted: BatchInferenceJobRequest) -> dict[str, Any]:
         outcome = driver.answer_all(work, accepted)
         work.reporter.metrics.flush()
     return outcome.result
+
+
+def ended(context: Context, wanted: BatchInferenceJobRequest) -> Outcome:
+    """What a job has come to that cannot be completed."""
+    job = batch_inference.submit(context, wanted)
+    with work_of(context, job) as work:
+        return driver.answer_all(work, BatchInferenceJobRequest.model_validate(job.request))
 
 
 def rows_of(context: Context, uuid: str) -> list[dict[str, Any]]:
@@ -225,12 +238,51 @@ def test_rows_that_all_fail_have_no_answers_but_errors(
     assert run(context, request(texts(home, 3)))["datasets"] == {"errors": "batch-1.errors"}
 
 
-def test_more_failed_rows_than_allowed_fail_the_job_by_the_first(
-    context: Context, home: Path, engine: VariedEngine, here: None
+def test_more_failed_rows_than_allowed_fail_the_job_by_the_first_and_what_was_answered_is_kept(
+    context: Context, home: Path, engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.refusals["text"] = BadInput("the prompt is too long")
-    with pytest.raises(BadInput, match="allowed: max_failed_rows, 2; the first of them: row 1: the prompt is too long"):
-        run(context, request(texts(home, 8), max_failed_rows=2))
+    monkeypatch.setattr("jobs.row_log.WRITE_ROWS", 4)
+    for number in (1, 2, 3):
+        engine.refusals[f"text {number}"] = BadInput("the prompt is too long")
+    outcome = ended(context, request(texts(home, 8), max_failed_rows=2))
+    assert outcome.problem is not None
+    assert "allowed: max_failed_rows, 2; the first of them: row 2: the prompt is too long" in outcome.problem
+    assert outcome.result["datasets"] == {}
+    folder = Path(outcome.result["path"].removeprefix("file://"))
+    assert [row["id"] for row in lines(folder / "answers.jsonl")] == ["row-0"]
+    assert [row["id"] for row in lines(folder / "errors.jsonl")] == ["row-1", "row-2", "row-3"]
+    assert context.store.datasets.get("default", "batch-1.answers") is None
+
+
+def test_what_was_answered_is_kept_where_a_worker_fails_by_a_mistake_of_ours(
+    context: Context, home: Path, here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    really_asked = driver.asked
+
+    def asked(*given: Any, **named: Any) -> Iterator[dict[str, Any]]:
+        with closing(really_asked(*given, **named)) as rows:
+            yield from islice(rows, 5)
+        raise in_a_ray_task(TypeError("'int' object is not iterable"))
+
+    monkeypatch.setattr(driver, "asked", asked)
+    outcome = ended(context, request(texts(home, 8)))
+    assert outcome.problem == "TypeError: 'int' object is not iterable"
+    assert "Traceback" in capsys.readouterr().err
+    assert outcome.result["datasets"] == {}
+    folder = Path(outcome.result["path"].removeprefix("file://"))
+    assert [row["id"] for row in lines(folder / "answers.jsonl")] == [f"row-{number}" for number in range(5)]
+
+
+def test_a_worker_that_was_lost_with_its_node_does_not_fail_the_job(
+    context: Context, home: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*given: Any, **named: Any) -> Iterator[dict[str, Any]]:
+        raise in_a_ray_task(ActorDiedError())
+        yield {}
+
+    monkeypatch.setattr(driver, "asked", asked)
+    with pytest.raises(ActorDiedError):
+        ended(context, request(texts(home, 8)))
 
 
 def test_a_job_that_was_lost_goes_on_with_the_rows_that_it_has_not(
@@ -246,6 +298,18 @@ def test_a_job_that_was_lost_goes_on_with_the_rows_that_it_has_not(
     again = [one.body["prompt"] for one in engine.asked[before:]]
     assert again == [f"text {number}" for number in range(4, 10)], "batches are of four rows here"
     assert sorted(row["id"] for row in rows_of(context, "batch-1.answers")) == [f"row-{n}" for n in range(10)]
+
+
+def test_the_seconds_of_a_job_are_those_of_all_its_attempts(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.away_after = 4
+    with pytest.raises(Unavailable):
+        run(context, request(texts(home, 10)))
+    engine.away_after = None
+    (jobs.work_folder("default", "batch-1") / "rows.seconds").write_text("1000.5")
+    run(context, request(texts(home, 10)))
+    assert 1_000.5 < batch_inference.job_status(context, "batch-1").metrics["seconds"] < 1_100
 
 
 def test_what_was_made_says_where_it_comes_from_and_what_it_took(context: Context, home: Path, here: None) -> None:
@@ -350,6 +414,18 @@ def test_the_same_request_again_is_the_same_job(context: Context, home: Path) ->
         batch_inference.submit(context, request(texts(home, 2), max_failed_rows=5))
 
 
+def test_a_batch_that_a_release_without_own_engines_has_accepted_may_be_sent_again(
+    context: Context, home: Path
+) -> None:
+    body = batch_inference.submit(context, request(texts(home, 2))).request
+    accepted = {name: value for name, value in body.items() if name != "engine"} | {"job_uuid": "batch-0"}
+    kind = jobs.BATCH_INFERENCE
+    job, _ = context.store.jobs.add(NewJob("default", "batch-0", kind, accepted, kind), max_waiting=10)
+    assert batch_inference.submit(context, request(texts(home, 2), job_uuid="batch-0")) == job
+    with pytest.raises(Conflict, match="'batch-0'"):
+        batch_inference.submit(context, request(texts(home, 2), job_uuid="batch-0", engine="own"))
+
+
 def test_answers_that_would_not_fit_are_refused(context: Context, home: Path) -> None:
     config = context.config.model_copy(update={"max_tenant_bytes": 2_000})
     limited = Context(config, context.store, context.artifacts, context.engine, context.principal)
@@ -358,6 +434,20 @@ def test_answers_that_would_not_fit_are_refused(context: Context, home: Path) ->
     with pytest.raises(StorageFull, match="allowed: 2000"):
         batch_inference.resources(limited, request(texts(home, 10)))
     assert batch_inference.resources(context, request(texts(home, 10)))["workers"] == 1
+
+
+@pytest.mark.parametrize(("dimensions", "taken"), [(384, 384), (3_072, 3_072), (None, batch_inference.DIMENSIONS)])
+def test_vectors_need_the_room_of_their_dimensions(
+    context: Context, home: Path, monkeypatch: pytest.MonkeyPatch, dimensions: int | None, taken: int
+) -> None:
+    needed: list[int] = []
+    monkeypatch.setattr("stack.quotas.require_room_for_job", lambda _, kept, temporary, work: needed.append(kept))
+    (model,) = context.config.embedding_models
+    model = model.model_copy(update={"dimensions": dimensions})
+    config = context.config.model_copy(update={"embedding_models": [model]})
+    wanted = request(texts(home, 10), kind="embeddings", model="embedder")
+    batch_inference.submit(replace(context, config=config), wanted)
+    assert needed == [10 * (taken * batch_inference.NUMBER_BYTES + batch_inference.RESULT_BYTES)]
 
 
 def test_a_batch_is_found_by_its_uuid_alone(context: Context, home: Path) -> None:

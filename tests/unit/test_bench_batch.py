@@ -1,6 +1,10 @@
 """scripts/bench batch: its figures, what it asks for, and which processes it looks at."""
 
+import inspect
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,46 @@ from scripts.local_stack import read_serve_file
 from stack.api.batch_inference import BatchInferenceJobRequest
 from stack.datasets import DIALOG
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray and vLLM themselves warn of as they are imported
+    from jobs import asking
+    from scripts import plain_vllm
+
 
 def test_the_start_of_a_job_does_not_count() -> None:
-    few, many = Batch(32, seconds=20.0, peak_mb=0), Batch(256, seconds=48.0, peak_mb=0)
+    few, many = Batch(32, seconds=20.0), Batch(256, seconds=48.0)
     assert rate(few, many) == pytest.approx(8)
     with pytest.raises(BenchFailed, match="256 rows took no longer than 32: take more --rows"):
-        rate(few, Batch(256, seconds=19.0, peak_mb=0))
+        rate(few, Batch(256, seconds=19.0))
+
+
+def test_both_are_measured_in_the_same_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the peer, too, the few rows' seconds are taken off."""
+
+    def run(name: str, command: list[str], log: Path) -> None:
+        settings, output = map(Path, command[-2:])
+        told = json.loads(settings.read_text())
+        assert set(inspect.signature(plain_vllm.answer).parameters) == set(told)
+        assert len(Path(told["rows"]).read_text().splitlines()) == 1_000
+        output.write_text(json.dumps({"few_seconds": 30.0, "seconds": 248.0, "tokens": 16_000}))
+
+    @contextmanager
+    def stack(*_: object, **__: object) -> Iterator[None]:
+        yield
+
+    seconds = {bench_batch.WARM: 20.0, bench_batch.FEW: 50.0, 1_000: 268.0}
+    monkeypatch.setattr(bench_batch, "run", run)
+    monkeypatch.setattr(bench_batch, "stack", stack)
+    monkeypatch.setattr(bench_batch, "answer", lambda _, __, rows, ___: Batch(rows, seconds[rows]))
+    found = bench_batch.speed(tmp_path, 1_000)
+    assert (found.peer, found.ours) == (4.0, 4.0), "the 20 s that the job takes to start count in neither"
+    assert found.met
+    assert "from the 128th to the 1,000th, 16 tokens" in found.name
+
+
+def test_the_few_rows_are_as_many_as_a_job_asks_about_at_once() -> None:
+    """With fewer it would be slower while these are answered, and the difference would be too fast."""
+    assert bench_batch.FEW == asking.ROWS_AT_ONCE
 
 
 def test_the_driver_and_ray_datas_workers_are_the_processes_of_a_job() -> None:

@@ -1,8 +1,10 @@
 """Benchmarks: lm-eval itself, with tasks of one's own, against the scripted engine; and the door that it asks at."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 from stack import evaluations
 from stack.api.evaluations import EvaluateBenchmarkRequest
 from stack.context import Context
-from stack.errors import BadInput, NotFound, StackError, TooManyRequests, Unavailable
+from stack.errors import BadInput, NotFound, StackError, StorageFull, TooManyRequests, Unavailable
 from tests.asked_here import work_of
 from tests.scripted_engine import ScriptedEngine
 
@@ -24,6 +26,7 @@ with warnings.catch_warnings():
 
 WORDS = ["What", "is", "the", "capital", "of", "France", "?", "Paris", "a", "long", "answer", "in", "words"]
 BOS = 2
+MOST = 2**20
 ASKING = """task: capitals
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/capitals.json}}
@@ -43,6 +46,34 @@ doc_to_text: "{{question}}"
 doc_to_choice: ["Paris", "a long answer in words"]
 doc_to_target: !function labels.label
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+ALONE = """from pathlib import Path
+
+from lm_eval.api.task import ConfigurableTask
+
+DATA = Path(__file__).with_name("capitals.json")
+
+
+def named(doc, results):
+    return {"named": float(doc["answer"] in results[0])}
+
+
+class Task(ConfigurableTask):
+    def __init__(self):
+        super().__init__(config={
+            "task": "alone",
+            "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(DATA)}},
+            "test_split": "test",
+            "output_type": "generate_until",
+            "generation_kwargs": {"until": ["\\n"], "max_gen_toks": 8},
+            "doc_to_text": "{{question}}",
+            "doc_to_target": "{{answer}}",
+            "process_results": named,
+            "metric_list": [{"metric": "named", "aggregation": "mean", "higher_is_better": True}],
+        })
 """
 
 
@@ -79,7 +110,7 @@ def tasks(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Iterator[KeptAnswers]:
-    with KeptAnswers(tmp_path / "answers") as kept:
+    with KeptAnswers(tmp_path / "answers", MOST) as kept:
         yield kept
 
 
@@ -113,7 +144,7 @@ def test_lm_eval_runs_tasks_of_ones_own_against_the_engine(
 ) -> None:
     engine.tokens = ("Paris",)
     (results := tmp_path / "results").mkdir()
-    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), tasks)
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), [tasks])
     scores = evaluate_benchmark.scores(found)
     # The shorter continuation is the likelier one: each of its tokens is as likely as any other.
     assert (scores["capitals/exact_match"], scores["choices/acc"]) == (0.5, 0.5)
@@ -136,7 +167,7 @@ def test_a_limit_is_of_the_examples_of_each_task(
     context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door
 ) -> None:
     engine.tokens = ("Paris",)
-    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), tasks)
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), [tasks])
     assert evaluate_benchmark.scores(found)["capitals/exact_match"] == 1
     assert len(engine.asked) == 1
 
@@ -146,9 +177,35 @@ def test_an_unknown_task_is_refused_with_those_that_are_there(
     context: Context, tasks: Path, door: engine_door.Door
 ) -> None:
     with pytest.raises(BadInput, match="no task 'capitols'") as caught:
-        evaluate_benchmark.run(door, context.models.get("small"), request("capitols"), tasks)
+        evaluate_benchmark.run(door, context.models.get("small"), request("capitols"), [tasks])
     assert caught.value.message.endswith("of those in the stack's own folder tasks: capitals, choices")
     assert str(tasks.parent) not in caught.value.message
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_task_is_added_with_one_python_file(
+    context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, tmp_path: Path
+) -> None:
+    engine.tokens = ("Paris",)
+    (tasks / "alone.py").write_text(ALONE)
+    for _ in range(2):  # another attempt finds what the first has made
+        made = evaluate_benchmark.python_tasks(["alone", "capitals", "labels", "arc_easy"], tasks, tmp_path / "made")
+    assert {file.name for file in made.iterdir()} == {"alone.py", "alone.yaml"}, "labels.py has functions of a task"
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("alone", "capitals"), [tasks, made])
+    scores = evaluate_benchmark.scores(found)
+    assert (scores["alone/named"], scores["capitals/exact_match"]) == (0.5, 0.5)
+    (results := tmp_path / "results").mkdir()
+    evaluate_benchmark._write(results, found)
+    assert len((results / "samples_alone.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_python_file_that_is_none_is_refused(tasks: Path, tmp_path: Path) -> None:
+    (tasks / "alone.py").write_text("class Task(:")
+    with pytest.raises(
+        BadInput, match=r"the task 'alone' cannot be read: alone\.py is no Python: invalid syntax"
+    ) as caught:
+        evaluate_benchmark.python_tasks(["alone"], tasks, tmp_path / "made")
+    assert str(tasks) not in caught.value.message
 
 
 def beginnings(engine: ScriptedEngine) -> set[tuple[int, ...]]:
@@ -162,7 +219,7 @@ def test_a_prompt_begins_as_the_tokenizer_has_it(
     context: Context, engine: ScriptedEngine, tasks: Path, door: engine_door.Door, begins: bool, first: tuple[int, int]
 ) -> None:
     save_tokenizer(tasks.parent / "models" / "small", begins)
-    evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), tasks)
+    evaluate_benchmark.run(door, context.models.get("small"), request("capitals", "choices"), [tasks])
     assert beginnings(engine) == {first}
 
 
@@ -174,7 +231,7 @@ def test_a_chat_begins_once_whether_its_template_writes_that_or_not(
     template = written + "{% for message in messages %}{{ message['content'] }} {% endfor %}"
     save_tokenizer(tasks.parent / "models" / "small", begins=True, template=template)
     wanted = request("capitals", apply_chat_template=True)
-    evaluate_benchmark.run(door, context.models.get("small"), wanted, tasks)
+    evaluate_benchmark.run(door, context.models.get("small"), wanted, [tasks])
     assert beginnings(engine) == {(BOS, 3)}
 
 
@@ -185,7 +242,7 @@ def test_a_benchmark_outlasts_a_model_that_is_away_for_a_while(
     engine.tokens = ("Paris",)
     faults: list[StackError] = [Unavailable("it starts", retry_after=30), TooManyRequests("full", retry_after=1)]
     engine.fail_for = lambda _: faults.pop() if faults else None
-    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), tasks)
+    found = evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), [tasks])
     assert evaluate_benchmark.scores(found)["capitals/exact_match"] == 0.5
     assert sorted(pauses) == [1, 30]
 
@@ -204,7 +261,7 @@ def test_a_model_that_stays_away_loses_the_attempt_and_a_wrong_question_fails_th
 ) -> None:
     engine.fail_for = lambda _: fault
     with pytest.raises(kind, match="the model is gone"):
-        evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), tasks)
+        evaluate_benchmark.run(door, context.models.get("small"), request("capitals", limit=1), [tasks])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -225,11 +282,15 @@ def test_another_attempt_at_a_benchmark_asks_nothing_that_was_answered(
     assert len(engine.asked) == 2 * 2
     assert all(one.body.get("echo") for one in engine.asked)
     assert {"report.html", "results.json", "table.md"} < {one["name"] for one in result["files"]}
+    report = (Path(result["path"].removeprefix("file://")) / "report.html").read_text()
+    for name, wrong in (("capitals/exact_match", "1"), ("choices/acc", "1")):
+        worst = report.split(f"Worst examples by {name}")[1]
+        assert f"<tr><td>{wrong}</td><td>0</td><td>What is the capital of England ?</td>" in worst
 
 
 def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
     file = tmp_path / "answers"
-    with KeptAnswers(file) as kept:
+    with KeptAnswers(file, MOST) as kept:
         kept.add(["chat", {"a": 1, "b": 2}], b'{"answer": "\xc3\xa9"}')
         kept.add(["chat", {"a": 2}], b"x" * 100_000)
         assert kept.find(["chat", {"b": 2, "a": 1}]) == b'{"answer": "\xc3\xa9"}'
@@ -238,22 +299,102 @@ def test_answers_are_kept_by_what_was_asked(tmp_path: Path) -> None:
     assert whole < 2_000
     with file.open("ab") as lines:
         lines.write(b"0" * 64 + b" half of a li")  # of a driver that was killed
-    with KeptAnswers(file) as kept:
+    with KeptAnswers(file, MOST) as kept:
         assert (len(kept), file.stat().st_size) == (3, whole)
         assert kept.find(["chat", {"a": 2}]) == b"x" * 100_000
         assert kept.find(["completions", {"a": 2}]) == b""
         assert kept.find(["completions", {"a": 3}]) is None
 
 
+def test_answers_are_kept_as_far_as_there_is_room(tmp_path: Path) -> None:
+    with KeptAnswers(tmp_path / "answers", 200) as kept:
+        kept.add(["chat", {"a": 1}], b"first")
+        with pytest.raises(StorageFull, match=r"1 answers take .* allowed: 200 bytes; ask for fewer tasks") as caught:
+            kept.add(["chat", {"a": 2}], bytes(range(256)))
+        assert (len(kept), kept.find(["chat", {"a": 2}])) == (1, None)
+        kept.add(["chat", {"a": 3}], b"third")
+    assert "set a lower limit" in caught.value.message
+    with KeptAnswers(tmp_path / "answers", 200) as kept:
+        assert kept.find(["chat", {"a": 3}]) == b"third"
+        with pytest.raises(StorageFull):
+            kept.add(["chat", {"a": 4}], b"fourth")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_that_has_more_answers_than_there_is_room_for_ends_by_that(
+    context: Context, tasks: Path, tmp_path: Path
+) -> None:
+    with KeptAnswers(tmp_path / "few", 100) as kept, engine_door.opened(context, kept) as door:
+        with pytest.raises(StorageFull, match="0 answers take 0 bytes, and there are more; allowed: 100 bytes"):
+            evaluate_benchmark.run(door, context.models.get("small"), request("capitals"), [tasks])
+        assert isinstance(door.errors[0], StorageFull)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_benchmark_tells_how_many_of_its_questions_are_answered_and_keeps_what_there_is_room_for(
+    context: Context, engine: ScriptedEngine, tasks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_benchmark.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(evaluate_benchmark, "NOTE_EVERY", 1)
+    engine.tokens = ("Paris",)
+    wanted = request("capitals", "choices")
+    job = evaluations.benchmark(context, wanted)
+    noted: list[tuple[int, int, str]] = []
+    with work_of(context, job) as work:
+        monkeypatch.setattr(
+            work.reporter.metrics, "progress", lambda done, total, unit, _=None: noted.append((done, total, unit))
+        )
+        limited = replace(context, config=context.config.model_copy(update={"max_tenant_bytes": 100}))
+        with pytest.raises(StorageFull, match="allowed: 100"):
+            evaluate_benchmark.benchmark(replace(work, context=limited), wanted)
+    assert [done for done, *_ in noted] == [1, 2, 3, 4, 5, 6, 6]
+    # First those that are to be answered or those that are to be compared, then the others.
+    assert {total for _, total, _ in noted} <= {2, 4, 6}
+    assert noted[-1] == (6, 6, "answers")
+    assert not context.artifacts.exists(evaluations.results_name("default", "benchmark-1"))
+
+
 def test_the_report_has_each_score_with_its_interval(tmp_path: Path) -> None:
     figures = {"sums/acc": 0.5, "sums/acc_stderr": 0.1, "sums/<b>": 12.0, "sums/em,strict": 0.25}
-    benchmark_report.write(tmp_path / "report.html", "small", figures | {"sums/em_stderr,strict": 0.05})
+    benchmark_report.write(tmp_path / "report.html", "small", figures | {"sums/em_stderr,strict": 0.05}, {})
     page = (tmp_path / "report.html").read_text()
     for name, *cells in (("acc", "0.5", "0.304", "0.696"), ("em,strict", "0.25", "0.152", "0.348")):
         assert f"<tr><td>sums/{name}</td>" + "".join(f"<td class=number>{one}</td>" for one in cells) in page
     assert "<tr><td>sums/&lt;b&gt;</td><td class=number>12</td><td class=number>–</td>" in page
     assert "stderr" not in page
     assert page.count("<svg") == 1
+
+
+def sample(number: int, value: float, **changes: Any) -> dict[str, Any]:
+    """A sample as lm-eval tells it."""
+    told = {"doc_id": number, "arguments": [(f"{'before ' * 100}<b>{number}", {})], "target": "Paris"}
+    return told | {"filtered_resps": ["Lyon"], "filter": "none", "metrics": ["em"], "em": value} | changes
+
+
+def test_the_report_shows_how_the_examples_spread_and_the_worst_of_each_task(tmp_path: Path) -> None:
+    capitals = [sample(number, float(number % 2)) for number in range(30)]
+    words = [
+        sample(number, 0.0, metrics=["all", "wrong"], all=(1, 2), wrong=number, filter="strict") for number in range(3)
+    ]
+    found = {"samples": {"capitals": capitals, "words": words}, "higher_is_better": {"words": {"wrong": False}}}
+    benchmark_report.write(tmp_path / "report.html", "small", {"capitals/em": 0.5}, found)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    for name in ("capitals/em", "words/wrong,strict"):
+        assert f"<!-- {name} -->" in page, "a histogram is drawn of it"
+    worst, others = page.split("Worst examples by capitals/em")[1].split("Worst examples by words/wrong,strict")
+    assert re.findall(r"<tr><td>(\d+)</td><td>(\d)</td>", worst) == [(str(2 * n), "0") for n in range(10)]
+    assert re.findall(r"<tr><td>(\d+)</td><td>(\d)</td>", others) == [("2", "2"), ("1", "1"), ("0", "0")]
+    assert "before &lt;b&gt;18</td><td>Paris</td><td>Lyon</td>" in worst
+    assert "are shown" not in page
+
+
+def test_the_report_says_what_it_leaves_out(tmp_path: Path) -> None:
+    found = {"samples": {f"task-{number}": [sample(0, 1.0)] for number in range(31)}}
+    benchmark_report.write(tmp_path / "report.html", "small", {}, found)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("Worst examples") == 30
+    assert ("Of 31 scores the first 30 are shown" in page, "Of 31 tasks the first 30 are shown" in page) == (True, True)
 
 
 def test_the_door_opens_to_nobody_without_its_key(door: engine_door.Door, engine: ScriptedEngine) -> None:
@@ -297,6 +438,7 @@ def test_a_benchmark_needs_room_for_its_answers_too(context: Context, monkeypatc
 def test_a_benchmark_asks_no_more_than_lm_eval_can_hold() -> None:
     with pytest.raises(ValidationError, match="less than or equal to 100000"):
         request("capitals", limit=100_001)
+    assert request("capitals").limit == 20_000, "what no limit is set for has one"
 
 
 @pytest.mark.parametrize("task", ["", "../a", "a b", "/etc/passwd", "a,b"])

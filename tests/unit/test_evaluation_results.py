@@ -56,12 +56,12 @@ def text_generation() -> EvaluateTextGenerationRequest:
 
 
 def summary_of(file: Path) -> Summary:
-    return evaluation_results.summarize(text_generation(), file, f"small:{SCRIPT}", "0" * 64)
+    return evaluation_results.summarize(text_generation(), file, f"small:{SCRIPT}", "0" * 64, seconds=4.5)
 
 
 def test_failed_examples_count_in_no_score_and_are_told(file: Path) -> None:
     request = EvaluateQuestionAnsweringRequest.model_validate(evaluation("test", metrics=["em", "f1"]))
-    summary = evaluation_results.summarize(request, file, "small", "0" * 64)
+    summary = evaluation_results.summarize(request, file, "small", "0" * 64, seconds=4.5)
     assert summary.estimates["em"].value == 1 / 4
     assert summary.estimates["em"].examples == 4
     figures = summary.figures()
@@ -80,11 +80,17 @@ def test_a_summary_has_all_scores_of_its_metrics(file: Path) -> None:
     assert summary.kept()["scores"] == list(summary.estimates)
 
 
+def test_the_scores_are_the_same_however_many_are_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = summary_of(file)
+    monkeypatch.setattr(evaluation_results, "BATCH_ROWS", 2)
+    assert summary_of(file) == whole
+
+
 def test_where_all_examples_failed_there_is_no_score(tmp_path: Path) -> None:
     file = written(tmp_path, [example(1, error="away", answer="")])
     summary = summary_of(file)
     assert summary.estimates == {}
-    assert (summary.figures()["failed"], summary.figures()["seconds"]) == (1, 0)
+    assert summary.figures()["failed"] == 1
     evaluation_report.write(tmp_path / "report.html", file, summary)
     assert "No example has a score" in (tmp_path / "report.html").read_text()
 
@@ -130,6 +136,7 @@ def test_the_report_has_scores_with_intervals_histograms_and_the_signature(docum
         assert f"<!-- {name} -->" in document
     assert summary.bleu_signature in document
     assert "<tr><td>prompt tokens</td><td class=number>28</td></tr>" in document
+    assert "<tr><td>time</td><td class=number>4.5 s</td></tr>" in document
 
 
 def test_the_report_shows_the_worst_examples_first_and_those_that_failed(document: str) -> None:
@@ -148,6 +155,6 @@ def test_texts_in_the_report_are_escaped(document: str) -> None:
 def test_of_perplexity_the_highest_is_the_worst(file: Path) -> None:
     request = EvaluateTextGenerationRequest.model_validate(evaluation("test", metrics=["perplexity"]))
     report = file.with_name("report.html")
-    evaluation_report.write(report, file, evaluation_results.summarize(request, file, "small", "0" * 64))
+    evaluation_report.write(report, file, evaluation_results.summarize(request, file, "small", "0" * 64, 4.5))
     worst = report.read_text().split("Worst examples by perplexity")[1].split("Failed")[0]
     assert re.findall(r"<td>(q\d)</td>", worst) == ["q5", "q4", "q2", "q1"]

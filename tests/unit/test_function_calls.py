@@ -1,5 +1,6 @@
 """Calls of functions beside the expected ones, as BFCL compares them."""
 
+import json
 from typing import Any
 
 import pytest
@@ -117,6 +118,13 @@ def test_a_row_of_bfcl_is_a_case() -> None:
         ({"ground_truth": [{"f": {}, "g": {}}]}, "at most 1"),
         ({"function": [function(a="String")], "ground_truth": []}, "'a' has the type 'String'; allowed"),
         ({"function": [function(a={"type": "array"})], "ground_truth": []}, "'array of None'"),
+        (
+            {"function": [function(a="dict")], "ground_truth": [{"f": {"a": [{"b": 5}]}}]},
+            "{\"b\": 5} for the parameter 'a'",
+        ),
+        ({"function": [function(a="dict")], "ground_truth": [{"f": {"a": ["", {"b": "x"}]}}]}, "allowed: objects with"),
+        ({"function": [function(a=OBJECTS)], "ground_truth": [{"f": {"a": [[5]]}}]}, "5 for the parameter 'a'"),
+        ({"function": [function(a=OBJECTS)], "ground_truth": [{"f": {"a": [[{"b": 5}]]}}]}, "a list of values"),
     ],
 )
 def test_a_row_that_is_none_is_refused_by_its_number(changes: dict[str, Any], words: str) -> None:
@@ -124,6 +132,20 @@ def test_a_row_that_is_none_is_refused_by_its_number(changes: dict[str, Any], wo
         function_calls.read(3, row(**changes))
     assert caught.value.message.startswith("row 3: ")
     assert words in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "allowed", "value"),
+    [
+        ("dict", ["", {"b": [5, ""]}, "variable"], {"b": 5}),
+        (OBJECTS, ["", [{"b": [5]}], "variable"], [{"b": 5}]),
+    ],
+)
+def test_what_a_row_may_hold_is_compared_whatever_the_model_calls(kind: Any, allowed: list[Any], value: Any) -> None:
+    case = function_calls.read(1, row(function=[function(a=kind)], ground_truth=[{"f": {"a": allowed}}]))
+    assert match(case.functions, [("f", {"a": value})], case.expected)
+    for other in (5, "x", {}, {"b": [5]}, {"c": 5}, [], [5], [{}], [{"b": [5]}], [{"c": 5}], [[5]], None):
+        assert not match(case.functions, [("f", {"a": other})], case.expected) or other in ({}, [])
 
 
 def test_functions_are_tools_with_json_schemas() -> None:
@@ -137,8 +159,10 @@ def test_functions_are_tools_with_json_schemas() -> None:
     assert parameters["properties"]["c"] == {"type": "object", "properties": {"type": {"type": "string"}}}
 
 
-def test_calls_are_written_and_read_and_other_answers_have_none() -> None:
+def test_calls_are_those_of_the_message_whatever_its_text_is() -> None:
     calls = [{"function": {"name": "f", "arguments": '{"a": 1}'}}]
-    assert function_calls.calls_in(function_calls.written(calls)) == [("f", {"a": 1})]
-    for text in ("Paris", "", "5", "[1]", '{"name": "f"}', '[{"name": "f"}]'):
-        assert function_calls.calls_in(text) == []
+    found = function_calls.calls_of({"content": None, "tool_calls": calls})
+    assert found == [("f", {"a": 1})]
+    assert json.loads(function_calls.written(found)) == [{"name": "f", "arguments": {"a": 1}}]
+    assert function_calls.calls_of({"content": function_calls.written(found)}) == []
+    assert function_calls.calls_of({"content": "Paris", "tool_calls": None}) == []

@@ -11,14 +11,24 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from stack import datasets, made_datasets, post_training, synthetic_data_generation
+from stack import datasets, jobs, made_datasets, post_training, synthetic_data_generation
 from stack.api.datasets import CreateDatasetRequest
 from stack.api.post_training import PostTrainingRLHFRequest, PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
 from stack.api.wire import describe
+from stack.batch_inference import RESULT_BYTES, TOKEN_BYTES
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
+from stack.errors import (
+    BadInput,
+    Conflict,
+    EngineFailed,
+    NotFound,
+    StackError,
+    StorageFull,
+    TooManyRequests,
+    Unavailable,
+)
 from stack.prompt_formats import template_messages
 from tests import samples
 from tests.conftest import CONFIG
@@ -293,7 +303,11 @@ def test_prompts_that_were_grown_before_an_attempt_was_lost_are_not_grown_again(
         run(context, grown(num_prompts=4))
     asked = [one for one in engine.asked if "Come up with" in one.body["messages"][-1]["content"]]
     engine.away_after = None
+    seconds = jobs.work_folder("default", "grow-1") / "rows.seconds"
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("1000.5")
     run(context, grown(num_prompts=4))
+    assert synthetic_data_generation.job_status(context, "grow-1").metrics["seconds"] > 1_000.5
     again = [one for one in engine.asked if "Come up with" in one.body["messages"][-1]["content"]]
     assert len(again) == len(asked)
     assert len(rows_of(context)) == 4
@@ -302,6 +316,44 @@ def test_prompts_that_were_grown_before_an_attempt_was_lost_are_not_grown_again(
 def test_a_model_that_proposes_nothing_of_use_fails_the_job(context: Context, engine: VariedEngine, here: None) -> None:
     engine.say = lambda _: "No idea"
     with pytest.raises(BadInput, match="the model 'small' has proposed no prompt of use"):
+        run(context, grown())
+
+
+def test_a_question_that_fails_costs_no_prompt_that_was_grown(
+    context: Context, engine: VariedEngine, here: None
+) -> None:
+    asked: list[str] = []
+
+    def say(body: dict[str, Any]) -> str:
+        question = body["messages"][-1]["content"]
+        if "Come up with" in question:
+            asked.append(question)
+            if len(asked) == 2:
+                raise BadInput("the prompt has 300 tokens")
+        return proposal(body)
+
+    engine.say = say
+    run(context, grown(num_prompts=20))
+    assert len(asked) > 16, "there is another round"
+    assert len(rows_of(context)) == 20
+
+
+@pytest.mark.parametrize("error", [BadInput("the prompt has 300 tokens"), EngineFailed("it ran out of memory")])
+def test_where_no_prompt_is_grown_the_last_error_is_told(
+    context: Context, engine: VariedEngine, here: None, error: StackError
+) -> None:
+    engine.refusals["Come up with"] = error
+    with pytest.raises(BadInput, match=f"no prompt of use.*; the last question that failed: {error.message}"):
+        run(context, grown())
+
+
+@pytest.mark.parametrize("error", [Unavailable("it starts"), TooManyRequests("its queue is full")])
+def test_a_model_that_is_away_while_prompts_are_grown_loses_the_attempt(
+    context: Context, engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch, error: StackError
+) -> None:
+    monkeypatch.setattr("stack.batch_inference.PATIENCE_S", 0)
+    engine.refusals["Come up with"] = error
+    with pytest.raises(Unavailable, match=error.message):
         run(context, grown())
 
 
@@ -394,6 +446,33 @@ def test_rows_that_no_data_set_can_hold_are_rejected(
     assert len(rows_of(context)) == 5
 
 
+@pytest.mark.parametrize(
+    ("changes", "of_each"),
+    [
+        ({"output": "sft"}, 1),
+        ({"output": "preferences"}, 2),
+        ({"output": "scored"}, 6),
+        ({"output": "scored", "filtering_function": "top_k", "filter_k": 2}, 2),
+    ],
+    ids=str,
+)
+def test_each_generation_of_a_row_that_no_data_set_can_hold_is_counted(
+    context: Context,
+    data: dict[str, Any],
+    here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    of_each: int,
+) -> None:
+    monkeypatch.setattr(driver, "MAX_ROW_BYTES", 10)
+    run(context, request(data, **changes))
+    metrics = synthetic_data_generation.job_status(context, "grow-1").metrics
+    rejected = {name: value for name, value in metrics.items() if name.startswith("rejected_")}
+    assert metrics["rows"] == 0
+    assert rejected["rejected_too_large"] == 6 * of_each
+    assert sum(rejected.values()) == metrics["generated"] == 36
+
+
 def test_what_cannot_be_registered_is_kept_as_an_artifact_and_the_job_has_failed(
     context: Context, data: dict[str, Any], here: None
 ) -> None:
@@ -410,6 +489,23 @@ def test_what_cannot_be_registered_is_kept_as_an_artifact_and_the_job_has_failed
     assert failed.error == f"{problem}; what was made is kept as the artifact 'generations/grow-1'"
     told = synthetic_data_generation.job_artifacts(context, "grow-1")
     assert "sft.jsonl" in {file.name for file in told.files}
+
+
+def test_more_failed_rows_than_allowed_fail_the_job_and_what_was_generated_is_kept(
+    context: Context, data: dict[str, Any], engine: VariedEngine, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.row_log.WRITE_ROWS", 4)
+    for number in (2, 3):
+        engine.refusals[f"question {number}"] = BadInput("the prompt is too long")
+    job = synthetic_data_generation.submit(context, request(data, max_failed_rows=1))
+    with work_of(context, job) as work:
+        outcome = driver.generate(work, SyntheticDataJobRequest.model_validate(job.request))
+    assert outcome.problem is not None
+    assert "allowed: max_failed_rows, 1; the first of them: row 3: the prompt is too long" in outcome.problem
+    assert outcome.result["datasets"] == {}
+    assert [row["id"] for row in lines(file_of(outcome.result, "sft.jsonl"))] == ["row-0", "row-1"]
+    reasons = {one["id"]: one["reason"] for one in lines(file_of(outcome.result, "rejected.jsonl"))}
+    assert (reasons["row-2"], reasons["row-3"]) == ("error", "error")
 
 
 # What is accepted
@@ -509,7 +605,7 @@ def test_room_is_needed_for_what_is_kept_alone(
     )
     synthetic_data_generation.submit(context, request(data, **changes))
     ((kept, temporary),) = needed
-    generation = 512 * synthetic_data_generation.TOKEN_BYTES + synthetic_data_generation.RESULT_BYTES
+    generation = 512 * TOKEN_BYTES + RESULT_BYTES
     assert of_each * 6 * generation <= kept < (of_each * 6 + 1) * generation
     assert temporary >= kept + 36 * generation
 

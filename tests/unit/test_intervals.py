@@ -68,6 +68,37 @@ def test_a_difference_of_perplexities_is_of_those_of_the_sets() -> None:
     assert not aggregate("perplexity").higher_is_better
 
 
+def test_examples_that_come_a_few_at_a_time_count_once_and_few_of_them_are_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(intervals, "GROUPS", 50)
+    values = column(np.where(DRAW.random(1_000) < 0.1, np.nan, DRAW.random(1_000)))
+    sums, numbers = intervals.Sums(MEAN), DRAW.permutation(1_000)
+    for start in range(0, 1_000, 30):
+        some = numbers[start : start + 30]
+        sums.add(some, values[some])
+        assert len(sums._rows) <= 50
+    found, whole = sums.estimate(), intervals.estimate(MEAN, values)
+    assert found is not None
+    assert whole is not None
+    assert found.examples == np.count_nonzero(~np.isnan(values))
+    assert found.value == pytest.approx(np.nanmean(values))
+    # Which group an example is in does not depend on when it came.
+    assert (found.low, found.high) == pytest.approx((whole.low, whole.high))
+
+
+def test_the_groups_are_as_random_as_drawn_ones() -> None:
+    """Also of rows in which easy and hard ones take turns, or lie apart."""
+    sizes = np.bincount(intervals._group_of(np.arange(1_000_000)), minlength=intervals.GROUPS)
+    assert len(sizes) == intervals.GROUPS
+    assert sizes.std() == pytest.approx(10, rel=0.05), "of a Poisson distribution with the mean 100"
+    for values in (np.arange(100_000) % 2, np.arange(100_000) < 50_000):
+        found = intervals.estimate(MEAN, column(values))
+        assert found is not None
+        wide = 1.96 * 0.5 / np.sqrt(100_000)
+        assert found.high - found.low == pytest.approx(2 * wide, rel=0.2)
+
+
 def test_no_more_is_drawn_at_once_than_memory_is_meant_for(monkeypatch: pytest.MonkeyPatch) -> None:
     values = column(DRAW.random(50))
     whole = intervals.estimate(MEAN, values)

@@ -5,39 +5,51 @@ import datetime as dt
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
+from pydantic import Field
 
 from stack import jobs
 from stack.api.jobs import JobProgress, JobState
+from stack.api.wire import Request
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, TooManyRequests
 from stack.store import Artifact, Job, now
 from tests import samples
 
-REQUEST = {"lr": 0.001, "columns": {"a": "text", "b": "json"}, "names": ["x", None]}
+REQUEST = {"lr": 0.001, "columns": {"a": "text", "b": "json"}, "names": ["x", None], "more": 0}
+
+
+class Wanted(Request):
+    """What a job is asked for. `more` is a field that an earlier release did not have."""
+
+    lr: Annotated[float, Field(lt=1)]
+    columns: dict[str, str]
+    names: list[str | None]
+    more: int = 0
 
 
 def submit(context: Context, kind: str = jobs.EVALUATE, uuid: str = "job-1", **changes: Any) -> str:
-    return jobs.submit(context, kind, uuid, REQUEST | changes).status
+    return jobs.submit(context, kind, uuid, Wanted.model_validate(REQUEST | changes)).status
 
 
 def test_a_submitted_job_is_scheduled_and_waits_for_the_supervisor(context: Context) -> None:
-    job = jobs.submit(context, jobs.EVALUATE, "job-1", REQUEST)
+    job = jobs.submit(context, jobs.EVALUATE, "job-1", Wanted.model_validate(REQUEST))
     assert (job.uuid, job.kind, job.request, job.status) == ("job-1", jobs.EVALUATE, REQUEST, "scheduled")
     assert [one.uuid for one in context.store.jobs.waiting()] == ["job-1"]
 
 
 def test_a_job_that_ray_runs_already_keeps_its_submission(context: Context) -> None:
-    job = jobs.submit(context, jobs.EVALUATE, "job-1", REQUEST, submission_id="raysubmit_1")
+    wanted = Wanted.model_validate(REQUEST)
+    job = jobs.submit(context, jobs.EVALUATE, "job-1", wanted, submission_id="raysubmit_1")
     assert [one.submission_id for one in context.store.jobs.attempts(job.id)] == ["raysubmit_1"]
 
 
 def test_the_same_request_again_is_the_same_job(context: Context) -> None:
     submit(context)
     samples.start(context.store, "job-1")
-    reordered = dict(reversed(REQUEST.items()))
+    reordered = Wanted.model_validate(dict(reversed(REQUEST.items())))
     again = jobs.submit(context, jobs.EVALUATE, "job-1", reordered, submission_id="raysubmit_2")
     assert again.status == "running"
     assert len(context.store.jobs.page("default", [jobs.EVALUATE])) == 1
@@ -52,6 +64,24 @@ def test_another_request_with_the_same_uuid_is_a_conflict(context: Context, chan
     job = context.store.jobs.get("default", "job-1")
     assert job is not None
     assert job.request == REQUEST
+
+
+def test_a_request_that_an_earlier_release_has_accepted_is_the_same_with_the_defaults_of_its_new_fields(
+    context: Context,
+) -> None:
+    accepted = {name: value for name, value in REQUEST.items() if name != "more"}
+    job = samples.add_job(context.store, "job-1", jobs.EVALUATE, **accepted)
+    assert jobs.submit(context, jobs.EVALUATE, "job-1", Wanted.model_validate(accepted)) == job
+    assert submit(context, more=0) == "scheduled"
+    with pytest.raises(Conflict, match="'job-1' stands for another job"):
+        submit(context, more=1)
+
+
+@pytest.mark.parametrize("accepted", [{"lr": 2.0}, {"fewer": 5}, {"names": "x"}], ids=str)
+def test_a_request_is_not_the_same_as_one_that_is_right_no_more(context: Context, accepted: dict[str, Any]) -> None:
+    samples.add_job(context.store, "job-1", jobs.EVALUATE, **(REQUEST | accepted))
+    with pytest.raises(Conflict, match="'job-1' stands for another job"):
+        submit(context)
 
 
 def test_the_same_request_of_another_kind_is_a_conflict(context: Context) -> None:

@@ -1,10 +1,11 @@
 """An engine of a job's own: what it is asked, what goes to the deployments that serve, how it starts and fails."""
 
 import asyncio
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray and vLLM warn of as they are imported
     from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-    from jobs.asking import Asker
-    from jobs.own_engine import OwnEngine
+    from jobs.asking import Asker, patiently
+    from jobs.own_engine import EngineDied, OwnEngine
     from serve_apps import llm
+    from tests.asked_here import answered
 
 OWN = LanguageModel(id="small", path="models/small", request_timeout_s=60)
 BODY: dict[str, Any] = {"model": "small", "messages": [], "stream": False}
@@ -35,7 +37,7 @@ class Server:
 
     def __init__(self) -> None:
         self.answers: Answer = lambda body: b"mine"
-        self.starts = 0
+        self.starts = self.closed = 0
         self.loaded: list[str] = []
         self.fails_to_start: BaseException | None = None
         self.let_go = asyncio.Event()
@@ -48,6 +50,9 @@ class Server:
         if self.fails_to_start is not None:
             raise self.fails_to_start
         return self
+
+    def close(self) -> None:
+        self.closed += 1
 
     async def load_adapter(self, id: str) -> None:
         await asyncio.sleep(0)
@@ -132,8 +137,7 @@ async def test_each_adapter_of_its_model_is_loaded_once(engine: OwnEngine, serve
         (Failure(429, "full"), TooManyRequests, "full"),
         (Failure(500, "it failed"), EngineFailed, "it failed"),
         (EngineGenerateError("one generation failed"), EngineFailed, "one generation failed"),
-        # The attempt is lost by this (jobs/driver.py), and another one has another engine.
-        (EngineDeadError(), Unavailable, "own engine of the model 'small' has died"),
+        (EngineDeadError(), EngineDied, "own engine of the model 'small' has died"),
     ],
     ids=str,
 )
@@ -143,6 +147,94 @@ async def test_what_fails_is_told_as_by_the_model_that_serves(
     server.answers = lambda body: answer
     with pytest.raises(kind, match=words):
         await ask(engine)
+
+
+async def test_an_engine_that_has_died_is_followed_by_one_other(engine: OwnEngine, server: Server) -> None:
+    async def dies() -> bytes:
+        await asyncio.sleep(0)
+        raise EngineDeadError
+
+    await ask(engine, adapter("tune-1"))
+    server.answers = lambda body: dies()
+    found = await asyncio.gather(*(ask(engine) for _ in range(5)), return_exceptions=True)
+    assert [type(one) for one in found] == [EngineDied] * 5
+    assert (server.starts, server.closed) == (1, 1), "it is not started before somebody asks"
+    server.answers = lambda body: b"another's"
+    assert await asyncio.gather(*(ask(engine, adapter("tune-1")) for _ in range(5))) == [b"another's"] * 5
+    assert (server.starts, server.closed) == (2, 1)
+    assert server.loaded == ["small:tune-1"] * 2, "each has its adapters"
+
+
+async def test_whoever_learns_late_of_a_death_does_not_bury_the_next_engine(engine: OwnEngine, server: Server) -> None:
+    late = asyncio.Event()
+
+    async def dies_late() -> bytes:
+        await late.wait()
+        raise EngineDeadError
+
+    def answers(body: dict[str, Any]) -> Any:
+        if "late" in body:
+            return dies_late()
+        return EngineDeadError() if server.starts == 1 else b"another's"
+
+    server.answers = answers
+    last = asyncio.create_task(ask(engine, late=True))
+    with pytest.raises(EngineDied):
+        await ask(engine)
+    assert await ask(engine) == b"another's"
+    late.set()
+    with pytest.raises(EngineDied):
+        await last
+    assert await ask(engine) == b"another's"
+    assert server.starts == 2
+
+
+class Chat(Asker):
+    """Asks for the answer to each row's text."""
+
+    harmless: ClassVar[dict[str, Any]] = {"text": "Hello"}
+
+    async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
+        body = BODY | {"messages": [{"role": "user", "content": value["text"]}]}
+        return {"result": (await patiently(lambda: self._context.models.answer("chat", body))).decode()}
+
+
+def test_a_row_that_kills_its_own_engine_is_the_only_one_that_fails(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each engine dies of it with all that is asked beside it."""
+    starts = []
+
+    class Fragile:
+        def __init__(self) -> None:
+            self.is_dead = False
+
+        def close(self) -> None:
+            """It has nothing to close."""
+
+        async def answer(self, endpoint: Endpoint, body: dict[str, Any]) -> bytes:
+            self.is_dead = self.is_dead or body["messages"][-1]["content"] == "poison"
+            await asyncio.sleep(0.01)
+            if self.is_dead:
+                raise EngineDeadError
+            return b"answer"
+
+    async def start(model: LanguageModel, artifacts: str) -> Fragile:
+        starts.append(model.id)
+        return Fragile()
+
+    monkeypatch.setattr(llm.LLM, "here", start)
+    (own,) = Config.parse(CONFIG, "the tests' config").models
+    worker = Chat(CONFIG, "default", own)
+    try:
+        rows = [{"row": n, "value": json.dumps({"text": text})} for n, text in enumerate(("a", "poison", "b", "c"), 1)]
+        found = list(answered(rows, worker))
+    finally:
+        worker._context.close()
+    assert [one["result"] for one in found] == ["answer", "", "answer", "answer"]
+    assert [one["away"] for one in found] == [""] * 4
+    assert "has died" in json.loads(found[1]["error"])["message"]
+    assert len(starts) == 4, "it has died in a batch, again, and alone"
 
 
 async def test_it_has_the_time_of_a_request_and_no_more(

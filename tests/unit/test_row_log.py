@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stack.context import Context
-from stack.errors import BadInput, TooLarge, Unavailable
+from stack.errors import TooLarge, TooManyFailed, Unavailable
 from tests import samples
 
 with warnings.catch_warnings():
@@ -103,8 +103,7 @@ def metrics(context: Context) -> Metrics:
 
 def test_what_comes_is_written_and_how_far_it_is(context: Context, metrics: Metrics, tmp_path: Path) -> None:
     log = RowLog(tmp_path / "rows.jsonl")
-    rows = ({"row": number, "value": '{"id": "a"}', "result": "{}", "error": ""} for number in range(1, 101))
-    fill(log, rows, 100, metrics, BOUNDS)
+    fill(log, (row_of(number) for number in range(1, 101)), 100, metrics, BOUNDS)
     assert [one["row"] for one in log] == [*range(1, 101)]
     metrics.flush()
     job = context.store.jobs.get("default", "job-1")
@@ -117,7 +116,7 @@ def test_what_came_before_a_failure_is_kept(metrics: Metrics, tmp_path: Path, mo
 
     def rows() -> Any:
         for number in range(1, 26):
-            yield {"row": number, "value": "{}", "result": "{}", "error": ""}
+            yield row_of(number)
         raise ValueError("the worker died")
 
     with pytest.raises(ValueError, match="the worker died"):
@@ -125,9 +124,46 @@ def test_what_came_before_a_failure_is_kept(metrics: Metrics, tmp_path: Path, mo
     assert len(RowLog(tmp_path / "rows.jsonl").rows) == 25
 
 
+def test_what_was_worked_counts_in_all_attempts_and_the_time_between_them_does_not(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("jobs.row_log.time.monotonic", lambda: clock[0])
+
+    def rows(numbers: range, seconds: float) -> Generator[dict[str, Any]]:
+        for number in numbers:
+            clock[0] += seconds
+            yield row_of(number)
+        raise ValueError("the worker died")
+
+    for numbers, seconds in ((range(1, 5), 2.0), (range(5, 8), 10.0)):
+        log = RowLog(tmp_path / "rows.jsonl")
+        with pytest.raises(ValueError, match="the worker died"):
+            fill(log, rows(numbers, seconds), 100, metrics, BOUNDS)
+        clock[0] += 1_000  # until the next attempt begins
+    assert RowLog(tmp_path / "rows.jsonl").seconds == 4 * 2.0 + 3 * 10.0
+
+
+def test_what_a_killed_attempt_has_worked_counts_as_far_as_it_was_noted(
+    metrics: Metrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("jobs.row_log.time.monotonic", lambda: clock[0])
+    found: list[float] = []
+
+    def rows() -> Generator[dict[str, Any]]:
+        for number in (1, 2):
+            clock[0] += 5
+            yield row_of(number)
+        found.append(float((tmp_path / "rows.seconds").read_text()))
+
+    fill(RowLog(tmp_path / "rows.jsonl"), rows(), 2, metrics, BOUNDS)
+    assert found == [10.0]
+
+
 def row_of(number: int, message: str = "") -> dict[str, Any]:
     error = json.dumps({"code": "bad_input", "message": message}) if message else ""
-    return {"row": number, "value": "{}", "result": "" if message else "{}", "error": error}
+    return {"row": number, "value": "{}", "result": "" if message else "{}", "error": error, "away": ""}
 
 
 def test_more_failed_rows_than_allowed_end_the_job_with_the_first_error_whoever_has_asked_them(
@@ -137,13 +173,13 @@ def test_more_failed_rows_than_allowed_end_the_job_with_the_first_error_whoever_
     fill(log, iter([row_of(1), row_of(2, "it is too long")]), 4, metrics, Bounds(failed=1, bytes=1_000_000))
     again = RowLog(tmp_path / "rows.jsonl")  # as the next attempt finds it
     words = r"^2 rows have failed; allowed: max_failed_rows, 1; the first of them: row 2: it is too long$"
-    with pytest.raises(BadInput, match=words):
+    with pytest.raises(TooManyFailed, match=words):
         fill(again, iter([row_of(3, "it is empty")]), 4, metrics, Bounds(failed=1, bytes=1_000_000))
     assert len(RowLog(tmp_path / "rows.jsonl").rows) == 3
 
 
 def test_where_no_row_may_fail_the_first_error_ends_the_job(metrics: Metrics, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"^row 7: it is too long$"):
+    with pytest.raises(TooManyFailed, match=r"^row 7: it is too long$"):
         fill(RowLog(tmp_path / "a.jsonl"), iter([row_of(7, "it is too long")]), 9, metrics, Bounds(0, 1_000_000))
 
 
@@ -157,6 +193,18 @@ def test_rows_are_asked_no_further_than_what_a_data_set_can_hold(
         fill(log, rows, 1_000, metrics, Bounds(failed=0, bytes=150))
     assert next(rows)["row"] == 21
     assert RowLog(tmp_path / "rows.jsonl", size=lambda line: 10).bytes == 200
+
+
+def test_rows_for_which_a_model_was_away_are_left_to_another_attempt_and_all_others_are_kept(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    away = {"row": 2, "value": "{}", "result": "", "error": "", "away": "it is being started"}
+    rows = [row_of(1), away, row_of(3), away | {"row": 4}, row_of(5, "it is too long")]
+    log = RowLog(tmp_path / "rows.jsonl")
+    with pytest.raises(Unavailable, match=r"^row 2: it is being started$"):
+        fill(log, iter(rows), 5, metrics, BOUNDS)
+    again = RowLog(tmp_path / "rows.jsonl")
+    assert ([one["row"] for one in again], again.failed) == ([1, 3, 5], 1)
 
 
 def test_only_a_log_without_gaps_is_complete(metrics: Metrics, tmp_path: Path) -> None:
@@ -183,7 +231,7 @@ def test_who_answers_rows_stops_when_the_job_does(metrics: Metrics, tmp_path: Pa
         finally:
             stopped.append(True)
 
-    with pytest.raises(BadInput):
+    with pytest.raises(TooManyFailed):
         complete(RowLog(tmp_path / "rows.jsonl"), rows, 1_000, metrics, Bounds(failed=0))
     assert stopped == [True]
 

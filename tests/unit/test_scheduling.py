@@ -24,6 +24,7 @@ def waiting(id: int, tenant: str = "a", priority: int = 0, **changes: Any) -> Wa
         trace=None,
         attempts=0,
         begun=0,
+        stalled=0,
         last_ended_at=None,
     )
     return Waiting(id=id, tenant=tenant, priority=priority, **(given | changes))
@@ -120,11 +121,13 @@ def test_a_lost_job_is_tried_again_later_and_later() -> None:
     assert is_due(ended(3, attempts=1))
     assert not is_due(ended(3, attempts=2))
     assert is_due(ended(61, attempts=20))
+    assert is_due(ended(61, attempts=5_000))
 
 
 def test_a_job_gets_so_many_attempts_and_more_if_they_do_not_begin() -> None:
-    assert not is_tried_enough(waiting(1, attempts=3, begun=3), max_retries=3)
-    assert is_tried_enough(waiting(1, attempts=4, begun=4), max_retries=3)
+    assert not is_tried_enough(waiting(1, attempts=3, begun=3, stalled=3), max_retries=3)
+    assert is_tried_enough(waiting(1, attempts=4, begun=4, stalled=4), max_retries=3)
+    assert not is_tried_enough(waiting(1, attempts=50, begun=50, stalled=3), max_retries=3), "it gets further"
     assert not is_tried_enough(waiting(1, attempts=MAX_UNBEGUN + 2, begun=3), max_retries=3)
     assert is_tried_enough(waiting(1, attempts=MAX_UNBEGUN, begun=0), max_retries=3)
 

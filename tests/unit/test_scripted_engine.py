@@ -57,6 +57,16 @@ async def test_without_a_limit_it_says_its_script_once_and_no_usage_that_was_not
     assert end["choices"][0]["finish_reason"] == "stop"
 
 
+async def test_it_says_what_it_is_told_to_and_no_word_that_only_looks_like_that() -> None:
+    text = 'Call it, please. say:{"name": "f",\n"parameters": {}}'
+    token, end, _ = await events(engine().chat(saying(text, stream=True, max_tokens=2)))
+    assert token["choices"][0]["delta"]["content"] == '{"name": "f",\n"parameters": {}}'
+    assert end["choices"][0]["finish_reason"] == "stop"
+    for other in ("essay:no", "Say:no", "say:"):
+        first, *_ = await events(engine().chat(saying(other, stream=True)))
+        assert first["choices"][0]["delta"]["content"] == "Paris"
+
+
 async def test_a_whole_answer_is_one_response() -> None:
     (response,) = [item async for item in engine().chat(saying("Where?", max_completion_tokens=2))]
     assert response.choices[0].message.content == "Paris is"

@@ -426,6 +426,31 @@ def test_a_job_fails_whose_model_an_administrator_adds_another_of_as_it_is_compl
     assert {row.id: row.private for row in store.models.list()} == is_trained, "both saw the same one"
 
 
+def test_losses_count_since_a_job_last_got_further(store: Store) -> None:
+    job = running(store)
+
+    def lose(number: int, *progress: tuple[int, str]) -> tuple[int, int]:
+        """Begins an attempt if need be, and loses it after its progress: how many have begun, and got no further."""
+        if number > 1:
+            running(store, number=number)
+        for done, unit in progress:
+            assert store.jobs.record(job.id, number, progress={"done": done, "total": 100, "unit": unit})
+        assert store.jobs.lose_attempt(job.id, number, "the node died")
+        (waiting,) = store.jobs.waiting()
+        return waiting.begun, waiting.stalled
+
+    assert lose(1) == (1, 1)
+    assert lose(2, (0, "prompts")) == (2, 2), "it has done nothing"
+    assert lose(3, (5, "prompts"), (9, "prompts")) == (3, 1), "it has got further, and was lost"
+    assert lose(4, (7, "prompts"), (9, "prompts")) == (4, 2), "it has done the same again"
+    assert lose(5, (3, "rows")) == (5, 1), "it has begun with something else"
+    assert lose(6, (3, "rows")) == (6, 2)
+    assert lose(7) == (7, 3)
+    found = get(store)
+    assert found.furthest == {"unit": "rows", "done": 3, "attempt": 5}
+    assert found.progress == {"done": 3, "total": 100, "unit": "rows"}
+
+
 def test_what_a_lost_attempt_records_is_not_kept(store: Store) -> None:
     for job, lost, recorded in rounds_of(
         store,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from stack import jobs, tracing
+from stack.api.wire import Request
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput
@@ -77,7 +78,7 @@ def test_a_trace_goes_on_from_another_processs(traces: Receiver) -> None:
 def test_a_job_goes_on_with_the_trace_of_its_request(context: Context, traces: Receiver, end: str) -> None:
     tracing.start("gateway", traces.address)
     with tracing.span("POST /evaluate", parent=PARENT):
-        job = jobs.submit(context, jobs.EVALUATE, "job-1", {})
+        job = jobs.submit(context, jobs.EVALUATE, "job-1", Request())
     tracing.stop()
     assert job.trace is not None
     row = context.store.jobs.get("default", "job-1")
