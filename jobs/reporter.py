@@ -177,7 +177,9 @@ class Reporter:
             try:
                 # The heartbeat first: lines can wait.
                 if not (self._beat() and self._write_lines()):
-                    self._lost(GIVEN_UP)
+                    # A beat that was on its way when `finish` set the end found the attempt ended, not given up.
+                    if not self._ended.is_set():
+                        self._lost(GIVEN_UP)
                     return
             except SQLAlchemyError as error:  # all of it is tried again, as long as `_watch` lets it
                 self._problem = faults.reason(error)

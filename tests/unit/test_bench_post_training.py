@@ -158,7 +158,7 @@ def test_what_a_job_has_recorded_is_what_was_measured(context: Context) -> None:
         for step, *of_step in steps
         for name, value in zip(("loss", "tokens", "seconds"), of_step, strict=True)
     ]
-    samples.report(context.store, "run-1", {}, [*values, ("memory_gb", 1, 2.0), ("seconds", 2, 9.0)])
+    samples.report(context.store, "run-1", {"done": 2, "unit": "steps"}, [*values, ("memory_gb", 1, 2.0), ("seconds", 2, 9.0)])
     found = bench.training_of(context, "run-1", submitted)
     assert (found.loss, found.tokens, found.seconds) == ([4, 3], [100, 250], [2.5, 5])
     assert found.tokens_per_second() == 60
@@ -170,7 +170,7 @@ def test_what_a_job_has_recorded_is_what_was_measured(context: Context) -> None:
 def test_a_job_without_its_steps_is_not_measured(context: Context, recorded: list[tuple[str, int, float]]) -> None:
     samples.add_job(context.store, "run-1", "supervised_fine_tune")
     samples.start(context.store, "run-1")
-    samples.report(context.store, "run-1", {}, recorded)
+    samples.report(context.store, "run-1", {"done": 2, "unit": "steps"}, recorded)
     for job_uuid in ("run-1", "nobody"):
         with pytest.raises(BenchFailed, match=f"the job '{job_uuid}' has not recorded its loss, tokens and seconds"):
             bench.training_of(context, job_uuid, 0.0)
