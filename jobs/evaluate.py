@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from jobs import dataset_source, driver, evaluation_report, evaluation_results, scores
+from jobs import dataset_source, driver, evaluation_report, evaluation_results, made_data, scores
 from jobs.asking import Asker, asked, patiently
 from jobs.evaluation_results import EXAMPLES_FILE
 from jobs.row_log import Bounds, RowLog, complete, write_rows
@@ -50,10 +50,12 @@ def evaluate(work: driver.Work, request: AnyEvaluationRequest) -> driver.Outcome
     body = dict(sampling_body(request.sampling_params), model=model.id, stream=False)
     told = (context.config.model_dump(mode="json"), context.tenant, body, wanted)
     own, bounds = evaluations.own_model(context, request), Bounds(request.max_failed_rows)
-    complete(log, lambda: asked(rows, Ask, *told, own=own), checked.rows, work.reporter.metrics, bounds)
+    problem = made_data.problem_of(
+        lambda: complete(log, lambda: asked(rows, Ask, *told, own=own), checked.rows, work.reporter.metrics, bounds)
+    )
     if log.failed == checked.rows:
-        raise BadInput(f"all {checked.rows} rows have failed; the first of them: {log.first_error}")
-    return _outcome(work, request, model, wanted, checked, log)
+        problem = f"all {checked.rows} rows have failed; the first of them: {log.first_error}"
+    return _outcome(work, request, model, wanted, checked, log, problem)
 
 
 @dataclass(frozen=True)
@@ -205,21 +207,31 @@ def _wanted(context: Context, request: AnyEvaluationRequest) -> Wanted:
 
 
 def _outcome(
-    work: driver.Work, request: AnyEvaluationRequest, model: Model, wanted: Wanted, checked: Checked, log: RowLog
+    work: driver.Work,
+    request: AnyEvaluationRequest,
+    model: Model,
+    wanted: Wanted,
+    checked: Checked,
+    log: RowLog,
+    problem: str | None,
 ) -> driver.Outcome:
-    results = work.folder / "results"
-    results.mkdir(exist_ok=True)
+    """Publishes the examples and what they come to. Where there is a problem, they are a part of all or none of them
+    has scores: they are published alone."""
+    results = made_data.results_folder(work)
     file, scorers = results / EXAMPLES_FILE, scores.scorers(request.metrics)
     write_rows(file, (scored(line, scorers) for line in log))
-    summary = evaluation_results.summarize(request, file, model.id, checked.sha256, log.seconds, wanted.opponent)
     evaluation_results.write_parquet(file, request.metrics)
-    evaluation_report.write(results / "report.html", file, summary)
-    work.reporter.metrics.log(0, summary.figures().items())
+    found: dict[str, Any] = {}
+    about: dict[str, Any] = {"model": model.id}
+    if problem is None:
+        summary = evaluation_results.summarize(request, file, model.id, checked.sha256, log.seconds, wanted.opponent)
+        evaluation_report.write(results / "report.html", file, summary)
+        work.reporter.metrics.log(0, summary.figures().items())
+        found, about = summary.kept(), about | summary.figures()
     name = evaluations.results_name(work.job.tenant, work.job.uuid)
     files = driver.publish(work, name, results)
-    kept = {"path": work.context.artifacts.url(name), "files": [asdict(one) for one in files], **summary.kept()}
-    about = {"model": model.id, **summary.figures()}
-    return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, about))
+    kept = {"path": work.context.artifacts.url(name), "files": [asdict(one) for one in files], **found}
+    return driver.Outcome(kept, driver.artifact_row(work, name, "metric", files, about), problem=problem)
 
 
 # What the results say of a row beside its question and its scores, and what of one that failed.

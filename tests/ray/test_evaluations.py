@@ -102,6 +102,8 @@ def test_a_row_that_fails_is_told_and_ends_nothing_until_they_are_too_many(stack
     status = ended(client, "evaluate", "too-many")
     assert status["status"] == "failed"
     assert status["error"].startswith("row 8: ")
+    kept = (results(client, "too-many") / "examples.jsonl").read_text().splitlines()
+    assert [one["id"] for one in map(json.loads, kept) if one["error"]] == ["7"]
 
 
 def test_two_lengths_of_answers_are_compared(client: httpx.Client, capitals: dict[str, Any]) -> None:

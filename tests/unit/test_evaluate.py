@@ -26,6 +26,7 @@ with warnings.catch_warnings():
     from jobs.evaluate import Ask, Wanted
     from jobs.row_log import line_of
     from tests.asked_here import answered, lines, work_here, work_of
+    from tests.ray_errors import in_a_ray_task
 
 SHIELDED: dict[str, Any] = {
     "classifiers": [{"id": "classifier", "path": "models/classifier"}],
@@ -342,12 +343,21 @@ def cities(home: Path, count: int = 10) -> dict[str, Any]:
 
 def run(context: Context, data: dict[str, Any], **changes: Any) -> list[dict[str, Any]]:
     """The examples that an attempt at an evaluation publishes."""
+    rows, problem = run_to_its_end(context, data, **changes)
+    assert problem is None
+    return rows
+
+
+def run_to_its_end(context: Context, data: dict[str, Any], **changes: Any) -> tuple[list[dict[str, Any]], str | None]:
+    """The examples that an attempt at an evaluation publishes, and the problem by which it has failed."""
     wanted = EvaluateQuestionAnsweringRequest.model_validate(evaluation(data, **changes))
     job = evaluations.question_answering(context, wanted)
     with work_of(context, job) as work:
         outcome = evaluate.evaluate(work, EvaluateQuestionAnsweringRequest.model_validate(job.request))
         work.reporter.metrics.flush()
-    return lines(Path(outcome.result["path"].removeprefix("file://")) / "examples.jsonl")
+    folder = Path(outcome.result["path"].removeprefix("file://"))
+    assert (folder / "report.html").exists() == (outcome.problem is None), "a part of an evaluation has no report"
+    return lines(folder / "examples.jsonl"), outcome.problem
 
 
 def test_an_evaluation_that_was_lost_goes_on_with_the_rows_that_it_has_not(
@@ -382,20 +392,41 @@ def test_a_row_that_failed_by_itself_is_not_asked_again_by_the_next_attempt(
     assert (failed["row"], failed["error"], "em" in failed) == (2, "it is too long", False)
 
 
-def test_more_failed_rows_than_allowed_end_the_evaluation_by_the_first(
+def test_more_failed_rows_than_allowed_end_the_evaluation_by_the_first_and_what_was_answered_is_kept(
     context: Context, home: Path, driven: VariedEngine
 ) -> None:
-    driven.refusals["City"] = BadInput("it is too long")
-    with pytest.raises(BadInput, match="allowed: max_failed_rows, 2; the first of them: row 1: it is too long"):
-        run(context, cities(home), max_failed_rows=2)
+    driven.refusals = {f"City {number}?": BadInput("it is too long") for number in (1, 2, 5)}
+    rows, problem = run_to_its_end(context, cities(home), max_failed_rows=2)
+    assert problem is not None
+    assert "allowed: max_failed_rows, 2; the first of them: row 2: it is too long" in problem
+    assert [row["row"] for row in rows if row["error"]] == [2, 3, 6]
+    assert all(row["em"] == 1 for row in rows if not row["error"])
+    assert evaluations.job_status(context, "evaluation-1").metrics == {}
 
 
 def test_an_evaluation_of_which_every_row_has_failed_has_failed(
     context: Context, home: Path, driven: VariedEngine
 ) -> None:
     driven.refusals["City"] = BadInput("it is too long")
-    with pytest.raises(BadInput, match="all 10 rows have failed; the first of them: row 1: it is too long"):
-        run(context, cities(home))
+    rows, problem = run_to_its_end(context, cities(home))
+    assert problem == "all 10 rows have failed; the first of them: row 1: it is too long"
+    assert [row["error"] for row in rows] == ["it is too long"] * 10
+
+
+def test_a_mistake_of_ours_keeps_what_was_answered_before_it(
+    context: Context, home: Path, driven: VariedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = evaluate.asked
+
+    def broken(*told: Any, own: Any) -> Iterator[dict[str, Any]]:
+        yield from list(really(*told))[:4]
+        raise in_a_ray_task(TypeError("'int' object is not iterable"))
+
+    monkeypatch.setattr(evaluate, "asked", broken)
+    rows, problem = run_to_its_end(context, cities(home))
+    assert problem is not None
+    assert "'int' object is not iterable" in problem
+    assert len(rows) == 4
 
 
 def test_an_evaluation_that_lacks_rows_is_not_completed(
