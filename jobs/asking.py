@@ -29,8 +29,9 @@ from stack.errors import BadInput, EngineFailed, StackError, TooManyRequests, Un
 BATCH_SIZE = 32
 BLOCKS_AT_ONCE = 4
 ROWS_AT_ONCE = 128
-# How much comes together before a worker hands it on. A job that is lost has lost no more than that.
-BLOCK_BYTES = 2**16
+# How much comes together before a worker hands it on: about a batch of short rows. A job that is lost has lost no more
+# than that, and its progress is seen as often.
+BLOCK_BYTES = 2**13
 # How often a row is asked while a model cannot answer for the moment, and while it fails.
 TRIES = 6
 TRIES_OF_FAILED = 3

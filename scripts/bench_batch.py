@@ -140,7 +140,9 @@ def offline(folder: Path, model: LanguageModel, rows: int) -> tuple[Batch, Batch
 
 def engine_of(model: LanguageModel) -> dict[str, Any]:
     """The arguments of vLLM's engine that the served model has, too."""
-    return dict(model.engine, model=str(model.folder), dtype=model.dtype, max_model_len=model.context)
+    same = dict(model=str(model.folder), dtype=model.dtype, max_model_len=model.context)
+    # Prompts are read whole, as serve_apps/llm.py has it on CPU.
+    return dict(enable_chunked_prefill=False) | model.engine | same
 
 
 # Memory

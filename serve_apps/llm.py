@@ -93,6 +93,10 @@ def _engine_arguments(model: LanguageModel) -> dict[str, Any]:
         structured_outputs_config=dict(backend="xgrammar", disable_any_whitespace=True)
         | model.engine.get("structured_outputs_config", {}),
     )
+    if not model.gpus:
+        # Where a prompt with a `seed` is read in parts, vLLM sets back its random numbers, of which the engine dies on
+        # CPU: torch's generator has no offset there (vllm/v1/worker/gpu_model_runner.py, `_bookkeeping_sync`).
+        arguments.setdefault("enable_chunked_prefill", False)
     if model.quantization:
         arguments["quantization"] = model.quantization
     if model.adapters:

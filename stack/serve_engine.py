@@ -10,6 +10,9 @@ from stack.config import EmbeddingModel, SequenceClassifier, ServedModel
 from stack.errors import EngineFailed, StackError, TooManyRequests, Unavailable
 from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Failure, Model, Scores
 
+# vLLM's error of a request to an engine whose process is gone; the gateway does not import vLLM.
+_DEAD = "EngineDeadError"
+
 
 class ServeEngine:
     """Implements stack.models.Engine."""
@@ -81,6 +84,8 @@ class ServeEngine:
         except (
             RayTaskError
         ) as error:  # before TimeoutError and others, which it may be too, where the replica raised it
+            if type(error.cause).__name__ == _DEAD:
+                raise Unavailable(f"the engine of the model {id!r} has died and is replaced", retry_after=30) from error
             raise EngineFailed(f"the model {id!r} failed: {_first_line(error.cause)}") from error
         except TimeoutError as error:
             raise await self._too_late(id, served) from error

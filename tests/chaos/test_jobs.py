@@ -133,7 +133,7 @@ def done_of(client: httpx.Client, api: str, uuid: str) -> int:
 
 
 def test_a_batch_survives_its_engine(stack: Stack, client: httpx.Client) -> None:
-    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(200)]
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(400)]
     file = samples.write_rows(stack.home / "data" / "engine.jsonl", rows)
     data = samples.dataset(file, id="text", prompt="text")
     body = samples.batch(data, job_uuid="batch-engine", model=MODEL, sampling_params={"max_tokens": 32})
@@ -142,17 +142,17 @@ def test_a_batch_survives_its_engine(stack: Stack, client: httpx.Client) -> None
     stack.kill_9("VLLM::EngineCore")
     status = ended(client, "batch_inference", "batch-engine", seconds=600)
     assert status["status"] == "completed", status
-    assert status["metrics"]["rows"] == 200
+    assert status["metrics"]["rows"] == 400
     answers, errors = (f"batch-engine.{what}" for what in ("answers", "errors"))
     made = client.get("/datasets/get", params={"dataset_uuid": answers}).json()["rows"]
     failed = status["metrics"]["failed"]
-    assert made + failed == 200
+    assert made + failed == 400
     if failed:
         assert client.get("/datasets/get", params={"dataset_uuid": errors}).json()["rows"] == failed
 
 
 def test_a_generation_survives_its_engine(stack: Stack, client: httpx.Client) -> None:
-    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(120)]
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}, please."} for number in range(300)]
     file = samples.write_rows(stack.home / "data" / "engine-prompts.jsonl", rows)
     body = samples.generation(
         samples.dataset(file, id="text", prompt="text"), job_uuid="grow-engine", model=MODEL,
@@ -162,13 +162,13 @@ def test_a_generation_survives_its_engine(stack: Stack, client: httpx.Client) ->
     assert client.post("/synthetic_data_generation/jobs", json=body).status_code == 200
     wait_for(lambda: done_of(client, "synthetic_data_generation", "grow-engine") >= 16, 240)
     stack.kill_9("VLLM::EngineCore")
-    assert done_of(client, "synthetic_data_generation", "grow-engine") < 120, "it was asking when the engine died"
+    assert done_of(client, "synthetic_data_generation", "grow-engine") < 300, "it was asking when the engine died"
     status = ended(client, "synthetic_data_generation", "grow-engine", seconds=900)
     assert status["status"] == "completed", status
     metrics = status["metrics"]
-    answered = 120 - metrics["failed"]
-    assert answered >= 60, "what is asked once the engine is there again has its answers"
-    assert (metrics["prompts"], metrics["rows"], metrics["generated"]) == (120, answered, 2 * answered)
+    answered = 300 - metrics["failed"]
+    assert answered >= 150, "what is asked once the engine is there again has its answers"
+    assert (metrics["prompts"], metrics["rows"], metrics["generated"]) == (300, answered, 2 * answered)
     made = client.get("/datasets/get", params={"dataset_uuid": "grow-engine"}).json()
     assert made["rows"] == answered
 
@@ -215,7 +215,7 @@ def test_a_row_that_kills_its_model_is_the_only_one_that_fails(stack: Stack, cli
 def test_a_generation_accounts_for_every_passage_once_when_its_driver_and_its_worker_are_killed(
     stack: Stack, client: httpx.Client
 ) -> None:
-    text = "".join(f"The river {number} rises in the mountains and is {number} km long. " for number in range(200))
+    text = "".join(f"The river {number} rises in the mountains and is {number} km long. " for number in range(600))
     file = samples.write_rows(stack.home / "data" / "rivers-of-chaos.jsonl", [{"id": "rivers", "text": text}])
     body = samples.generation(
         samples.dataset(file, id="text", text="text"), job_uuid="grow-killed", model=MODEL, source="documents",
@@ -278,7 +278,7 @@ def answers(client: httpx.Client) -> bool:
 
 
 def test_jobs_survive_all_of_ray(stack: Stack, data: dict[str, Any]) -> None:
-    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}."} for number in range(200)]
+    rows = [{"id": f"row-{number}", "prompt": f"Count on from {number}."} for number in range(300)]
     counts = samples.dataset(
         samples.write_rows(stack.home / "data" / "all-counts.jsonl", rows), id="text", prompt="text"
     )
@@ -296,6 +296,6 @@ def test_jobs_survive_all_of_ray(stack: Stack, data: dict[str, Any]) -> None:
         assert ended(client, "post_training", "tune-all-waiting")["status"] == "completed"
         status = ended(client, "batch_inference", "batch-all-killed")
         assert (status["status"], len(status["attempts"])) == ("completed", 2), status
-        assert (status["metrics"]["rows"], status["metrics"]["failed"]) == (200, 0)
+        assert (status["metrics"]["rows"], status["metrics"]["failed"]) == (300, 0)
         made = client.get("/datasets/get", params={"dataset_uuid": "batch-all-killed.answers"}).json()
-        assert made["rows"] == 200
+        assert made["rows"] == 300

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -67,6 +68,18 @@ def test_a_prompt_over_the_context_is_refused_with_both_lengths(client: httpx.Cl
     reply = client.post("/v1/chat/completions", json={"model": MODEL, "messages": [message]})
     assert reply.status_code == 400
     assert "2048" in reply.json()["error"]["message"]
+
+
+def test_long_prompts_with_a_seed_that_come_together_are_answered(client: httpx.Client) -> None:
+    """vLLM's engine died of it on CPU where it read a prompt in parts."""
+
+    def ask(number: int) -> httpx.Response:
+        body = {"model": MODEL, "prompt": f"{number}. " + "word " * 1_500, "seed": number, "temperature": 1.0}
+        return client.post("/v1/completions", json=body | {"max_tokens": 2})
+
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(ask, range(8)))
+    assert [reply.status_code for reply in replies] == [200] * 8, replies[0].text
 
 
 @pytest.mark.parametrize(

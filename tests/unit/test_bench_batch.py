@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray and vLLM themselves warn of as they are imported
     from jobs import asking
     from scripts import plain_vllm
+    from serve_apps.llm import engine_config
 
 
 def test_the_start_of_a_job_does_not_count() -> None:
@@ -88,6 +89,9 @@ def test_both_engines_have_the_same_settings() -> None:
     assert (told["dtype"], told["max_model_len"]) == (model.dtype, model.context)
     assert told.items() >= model.engine.items()
     assert json.loads(json.dumps(told)) == told
+    served = engine_config(model).engine_kwargs
+    assert {"enable_chunked_prefill", "max_model_len", "dtype"} <= told.keys() & served.keys()
+    assert all(told[name] == served[name] for name in told.keys() & served.keys())
 
 
 def test_the_scripted_stack_answers_as_fast_as_it_is_told(tmp_path: Path) -> None:

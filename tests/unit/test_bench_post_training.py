@@ -158,7 +158,9 @@ def test_what_a_job_has_recorded_is_what_was_measured(context: Context) -> None:
         for step, *of_step in steps
         for name, value in zip(("loss", "tokens", "seconds"), of_step, strict=True)
     ]
-    samples.report(context.store, "run-1", {"done": 2, "unit": "steps"}, [*values, ("memory_gb", 1, 2.0), ("seconds", 2, 9.0)])
+    samples.report(
+        context.store, "run-1", {"done": 2, "unit": "steps"}, [*values, ("memory_gb", 1, 2.0), ("seconds", 2, 9.0)]
+    )
     found = bench.training_of(context, "run-1", submitted)
     assert (found.loss, found.tokens, found.seconds) == ([4, 3], [100, 250], [2.5, 5])
     assert found.tokens_per_second() == 60

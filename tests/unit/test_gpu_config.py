@@ -134,6 +134,12 @@ def test_a_pipeline_may_lie_on_several_nodes() -> None:
     assert engine_of(deployment)["pipeline_parallel_size"] == 2
 
 
+def test_prompts_are_read_whole_on_cpu_and_in_parts_where_vllm_likes_on_gpus() -> None:
+    assert engine_of(built_of())["enable_chunked_prefill"] is False
+    assert engine_of(built_of(engine={"enable_chunked_prefill": True}))["enable_chunked_prefill"] is True
+    assert "enable_chunked_prefill" not in engine_of(built_of(gpus=1))
+
+
 def test_a_fixed_number_of_replicas_does_not_follow_the_load() -> None:
     deployment = built_of(min_replicas=3)
     assert deployment.num_replicas == 3

@@ -167,6 +167,17 @@ async def test_a_fault_of_the_call_ends_the_stream(
         await everything(asked(engine, Handle(stream=streaming(sender, then=fault)), STREAMED))
 
 
+async def test_a_dead_engine_is_away_until_another_one_has_followed(engine: ServeEngine) -> None:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    async def die(*_: object) -> None:
+        raise RayTaskError("answer", "Traceback", EngineDeadError())
+
+    with pytest.raises(Unavailable, match="'small' has died") as caught:
+        await everything(asked(engine, Handle(answer=die), {}))
+    assert caught.value.retry_after == 30
+
+
 async def test_a_client_that_leaves_cancels_the_call(engine: ServeEngine, sender: Sender) -> None:
     handle = Handle(stream=streaming(sender, b"one", then=asyncio.Event().wait()))
     items = asked(engine, handle, STREAMED)
