@@ -60,7 +60,9 @@ def chunks(text: ReadText, size: int, overlap: int, count: Count) -> tuple[Chunk
     if size < 1:
         raise BadInput(f"chunk size is {size}; allowed: at least 1", param="chunk_size_in_tokens")
     if not 0 <= overlap <= size // 2:
-        raise BadInput(f"overlap is {overlap}; allowed: 0 to {size // 2}, half of a chunk", param="overlap_size_in_tokens")
+        raise BadInput(
+            f"overlap is {overlap}; allowed: 0 to {size // 2}, half of a chunk", param="overlap_size_in_tokens"
+        )
     whole = text_of(text)
     headings, starts = _structure(whole) if text.format != "text" else ([], [])
     splitter = TextSplitter if text.format == "text" else MarkdownSplitter
@@ -163,13 +165,14 @@ def _structure(text: str) -> tuple[list[_Heading], list[int]]:
     tokens = _BLOCKS.parse(text[matter.end() if matter else 0 :])
     headings: list[_Heading] = []
     starts: list[int] = []
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+    for index, token in enumerate(tokens):
         if token.level or token.map is None:
             continue
         start, end = (places[skipped + line] for line in token.map)
         starts.append(start)
-        if token.type == "heading_open" and following is not None:
-            headings.append(_Heading(start, end, int(token.tag[1:]), following.content.strip()[:MAX_HEADING]))
+        if token.type == "heading_open":
+            title = tokens[index + 1].content.strip()[:MAX_HEADING]
+            headings.append(_Heading(start, end, int(token.tag[1:]), title))
     return headings, starts
 
 
