@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import Literal
 
-from html_to_markdown import ConversionOptions, convert
+from html_to_markdown import ConversionOptions, WarningKind, convert
 from html_to_markdown.exceptions import ConversionError
 
 from stack.errors import BadInput, TooLarge
@@ -30,7 +30,8 @@ _ALIASES = {
 }
 # By Python's names. What decodes by running rules of its own (idna, unicode_escape) is none of them.
 _ENCODINGS = (
-    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "ascii", *(f"iso8859-{part}" for part in (*range(1, 12), 13, 14, 15, 16)),
+    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "ascii",
+    *(f"iso8859-{part}" for part in (*range(1, 12), *range(13, 17))),
     *(f"cp{page}" for page in (1250, 1251, 1252, 1253, 1254, 1255, 1256, 1257, 1258, 874, 932, 949)),
     "koi8-r", "koi8-u", "shift_jis", "euc_jp", "iso2022_jp", "gbk", "gb2312", "gb18030", "big5", "euc_kr",
 )  # fmt: skip

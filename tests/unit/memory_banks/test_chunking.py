@@ -1,6 +1,7 @@
 """Documents cut into chunks."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from time import process_time
 
@@ -45,8 +46,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 pieces = st.sampled_from(
-    ["# One\n", "## Two\n\n", "Three\n===\n", "- item\n", "```\ncode\n\nmore\n```\n", "| a | b |\n|---|---|\n| 1 | 2 |\n",
-     "> said\n", "\n\n", "\n", "   ", "\t", "\u00a0", "日本語のテキスト。", "e\u0301", "👩‍👩‍👧", SENTENCE, "x" * 200, "[", "***", "<b>", "---\n"]
+    ["# One\n", "## Two\n\n", "Three\n===\n", "- item\n", "```\ncode\n\nmore\n```\n",
+     "| a | b |\n|---|---|\n| 1 | 2 |\n",
+     "> said\n", "    indented\n", "\n\n", "\n", "   ", "\t", "\u00a0", "日本語のテキスト。", "e\u0301", "👩‍👩‍👧",
+     SENTENCE,
+     "x" * 200, "[", "***", "<b>", "---\n"]
 )  # fmt: skip
 documents = st.lists(st.one_of(pieces, st.text(max_size=20).filter(lambda text: text.isprintable())), max_size=40)
 
@@ -76,9 +80,9 @@ def test_an_overlap_repeats_the_end_of_the_chunk_before() -> None:
     text = ReadText((Page(None, " ".join(f"word{number}" for number in range(200))),), "text")
     found = words(text, 20, 5)
     assert len(found) > 10
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         assert 0 < len(text_of(text)[after.start : before.end].split()) <= 5
-    assert all(after.start >= before.end for before, after in zip(words(text, 20), words(text, 20)[1:], strict=False))
+    assert all(after.start >= before.end for before, after in pairwise(words(text, 20)))
 
 
 @pytest.mark.parametrize(
@@ -183,5 +187,5 @@ def test_a_size_or_an_overlap_that_cannot_be_is_refused(size: int, overlap: int)
 
 
 def test_a_model_without_a_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="tokenizer.json"):
+    with pytest.raises(BadInput, match=r"tokenizer\.json"):
         token_counter(tmp_path)

@@ -37,9 +37,9 @@ def test_text_is_utf8_or_what_its_mark_or_its_charset_says() -> None:
 
 def test_html_becomes_markdown_without_what_nobody_reads() -> None:
     html = (
-        '<html><head><meta charset="iso-8859-1"><title>T</title><style>p {}</style><script>alert(1)</script></head><body>'
-        '<h1>Größe</h1><p>Some <b>text</b>.</p><img alt="a sail" src="data:image/png;base64,AAAA">'
-        "<pre><code>def f():\n    return 1</code></pre><table><tr><th>a</th></tr><tr><td>1</td></tr></table></body></html>"
+        '<html><head><meta charset="iso-8859-1"><title>T</title><style>p {}</style><script>alert(1)</script></head>'
+        '<body><h1>Größe</h1><p>Some <b>text</b>.</p><img alt="a sail" src="data:image/png;base64,AAAA">'
+        "<pre><code>def f():\n    return 1</code></pre><table><tr><th>a</th></tr><tr><td>1</td></tr></table></html>"
     )
     found = read(html.encode("latin-1"), "text/html", "content")
     text = found.pages[0].text
