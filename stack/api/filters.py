@@ -19,20 +19,28 @@ Key = Annotated[str, Field(min_length=1, max_length=MAX_KEY_LENGTH), AfterValida
 
 
 def _comparable(value: Any) -> Any:
-    """Refuses what has no order: all but texts and numbers."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise ValueError(f"is {value!r:.80}; allowed: a text or a number")
-    if isinstance(value, str) and len(value) > MAX_VALUE_LENGTH:
-        raise ValueError(f"has {len(value)} characters; allowed: at most {MAX_VALUE_LENGTH}")
+    """A text or a number: what has an order."""
     if isinstance(value, str):
-        return without_nul(value)
+        return _text(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"is {value!r:.80}; allowed: a text or a number")
     if not abs(value) <= sys.float_info.max:
         raise ValueError(f"is {value!r:.80}; allowed: a number that a float of 64 bits can be")
     return value
 
 
 def _scalar(value: Any) -> Any:
-    return value if isinstance(value, bool) else _comparable(value)
+    if isinstance(value, bool | str | int | float):
+        return value if isinstance(value, bool) else _comparable(value)
+    raise ValueError(f"is {value!r:.80}; allowed: a text, a number, true or false")
+
+
+def _text(value: str) -> str:
+    if len(value) > MAX_VALUE_LENGTH:
+        raise ValueError(f"has {len(value)} characters; allowed: at most {MAX_VALUE_LENGTH}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds half of a character")
+    return without_nul(value)
 
 
 Comparable = Annotated[float | str, PlainValidator(_comparable, json_schema_input_type=float | str)]
