@@ -1,7 +1,7 @@
 """What answers a query of a bank.
 
-By vector, by the words of a text (BM25), or by both. A vector's score is its cosine similarity to the query's (-1 to 1);
-a text's is BM25 as LanceDB computes it (from 0, without a bound); that of both is by reciprocal rank fusion (Cormack,
+By vector, by the words of a text, or by both. A vector's score is its cosine similarity to the query's (-1 to 1); a
+text's is BM25 as LanceDB computes it (from 0, without a bound); that of both is by reciprocal rank fusion (Cormack,
 Clarke and Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009):
 the sum of 1 / (60 + rank) over the two lists.
 
@@ -75,7 +75,7 @@ async def search(table: BankTable, query: Query) -> list[Hit]:
 
 
 def fuse(lists: Sequence[Sequence[Found]]) -> list[Found]:
-    """One list of several by reciprocal rank fusion. Of a document of two writings, only the later one's chunks stay."""
+    """One list of several by reciprocal rank fusion, of a document of two writings only with the later one's chunks."""
     latest: dict[str, int] = {}
     for one in (one for ranked in lists for one in ranked):
         document_id = one.hit.document_id
@@ -169,8 +169,10 @@ def _around(one: Found, count: int) -> Expr:
 
 
 def _vector(table: BankTable, query: Query) -> NDArray[np.float32]:
+    if table.dimensions is None:
+        raise BadInput("the bank has no vectors; allowed: a search by keyword", param="params.mode")
     shape = None if query.vector is None else query.vector.shape
-    if table.dimensions is None or query.vector is None or shape != (table.dimensions,):
+    if query.vector is None or shape != (table.dimensions,):
         raise BadInput(
             f"the query's vector has the shape {shape}; allowed: the bank's, ({table.dimensions},)", param="query"
         )

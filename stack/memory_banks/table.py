@@ -5,11 +5,11 @@ each of its chunks (positions from 0). Only a chunk's row has a text and a vecto
 no search finds them. LanceDB writes each commit as a new version, and a query reads one version from its begin to its
 end: it sees all of a commit or nothing. What a commit has returned from is on disk.
 
-There is one writer at a time, which the caller sees to. Readers are many, in any process: with a consistency interval of
-zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
+There is one writer at a time, which the caller sees to. Readers are many, in any process: with a consistency interval
+of zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
 
-All is async, by LanceDB's own async API, whose work runs in threads of its own. Its sync API sends each call to one event
-loop in the background, which costs each query a change of threads.
+All is async, by LanceDB's own async API, whose work runs in threads of its own. Its sync API sends each call to one
+event loop in the background, which costs each query a change of threads.
 """
 
 from collections import Counter
@@ -210,7 +210,7 @@ class BankTable:
             )
 
     async def _index_vectors(self) -> None:
-        """Builds the approximate index of vectors, where there are enough of them, or many more than it was built for."""
+        """Builds the approximate index of vectors where there are enough, or many more than it was built for."""
         if self.dimensions is None:
             return
         chunks = (await self.counts()).chunks
