@@ -13,9 +13,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
-from itertools import accumulate
-from operator import or_
+from itertools import accumulate, chain, repeat
 from typing import Literal
 
 import numpy as np
@@ -66,29 +64,28 @@ async def search(table: BankTable, query: Query) -> list[Hit]:
     condition = None if query.filter is None else filters.expression(query.filter, await table.columns())
     found = await _ranked(table, query, condition)
     if query.score_threshold is not None:
-        found = [one for one in found if one.hit.score >= query.score_threshold]
+        found = [one for one in found if one.score >= query.score_threshold]
     found = found[: query.max_chunks]
     if query.neighbours and found:
         found = await _with_neighbours(table, found, query.neighbours)
-    hits = [one.hit for one in found]
+    hits = [one.hit() for one in found]
     return hits if query.max_tokens is None else _within(hits, query.max_tokens)
 
 
 def fuse(lists: Sequence[Sequence[Found]]) -> list[Found]:
     """One list of several by reciprocal rank fusion, of a document of two writings only with the later one's chunks."""
     latest: dict[str, int] = {}
-    for one in (one for ranked in lists for one in ranked):
-        document_id = one.hit.document_id
-        latest[document_id] = max(one.written, latest.get(document_id, one.written))
+    for one in chain.from_iterable(lists):
+        latest[one.document_id] = max(one.written, latest.get(one.document_id, one.written))
     scores: dict[tuple[str, int], float] = {}
     chunks: dict[tuple[str, int], Found] = {}
     for ranked in lists:
         for rank, one in enumerate(ranked, start=1):
-            if one.written == latest[one.hit.document_id]:
+            if one.written == latest[one.document_id]:
                 scores[one.key] = scores.get(one.key, 0.0) + 1 / (FUSION_K + rank)
                 chunks[one.key] = one
     order = sorted(scores, key=lambda key: -scores[key])
-    return [replace(chunks[key], hit=replace(chunks[key].hit, score=scores[key])) for key in order]
+    return [replace(chunks[key], score=scores[key]) for key in order]
 
 
 async def _ranked(table: BankTable, query: Query, condition: Expr | None) -> list[Found]:
@@ -112,7 +109,7 @@ async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, 
         return query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINED)
 
     found = await _unexpired(nearest, "_distance", limit, condition)
-    return [replace(one, hit=replace(one.hit, score=1.0 - one.hit.score)) for one in found]
+    return [replace(one, score=1.0 - one.score) for one in found]
 
 
 async def _by_words(table: BankTable, text: str, limit: int, condition: Expr | None) -> list[Found]:
@@ -131,7 +128,7 @@ async def _unexpired(
     one of the rows found turns out to have expired.
     """
     found = await _read(query(), score, limit, condition)
-    now = datetime.now(UTC)
+    now = arrow.microseconds(datetime.now(UTC))
     if all(one.expires_at > now for one in found):
         return found
     fresh = unexpired()
@@ -141,14 +138,14 @@ async def _unexpired(
 async def _read(query: AsyncVectorQuery | AsyncFTSQuery, score: str, limit: int, condition: Expr | None) -> list[Found]:
     query = query.select([*CHUNK_COLUMNS, score]).limit(limit)
     table = await (query if condition is None else query.where(condition)).to_arrow()
-    return arrow.found(table, table[score].to_numpy())
+    return arrow.found(table, table[score].to_pylist())
 
 
 async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) -> list[Found]:
     """The hits, each among the chunks around it, which have its score; no chunk comes twice."""
-    around = reduce(or_, (_around(one, count) for one in hits))
+    around = filters.any_of([_around(one, count) for one in hits])
     read = await table.rows.query().where(around).select(list(CHUNK_COLUMNS)).to_arrow()
-    chunks = {(one.key, one.written): one for one in arrow.found(read, np.zeros(read.num_rows))}
+    chunks = {(one.key, one.written): one for one in arrow.found(read, repeat(0.0, read.num_rows))}
     shown: dict[tuple[str, int], Found] = {one.key: one for one in hits}
     placed: set[tuple[str, int]] = set()
     result: list[Found] = []
@@ -158,7 +155,7 @@ async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) 
             chunk = shown.get(key) or chunks.get((key, one.written))
             if chunk is not None and key not in placed:
                 placed.add(key)
-                result.append(chunk if key in shown else replace(chunk, hit=replace(chunk.hit, score=one.hit.score)))
+                result.append(chunk if key in shown else replace(chunk, score=one.score))
     return result
 
 

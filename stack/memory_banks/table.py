@@ -145,8 +145,7 @@ class BankTable:
 
     async def delete_expired(self) -> int:
         """Deletes the documents that have expired, in one commit. Returns how many there were."""
-        now = lit(datetime.now(UTC))
-        expired = col("expires_at") <= now
+        expired = col("expires_at") <= lit(arrow.microseconds(datetime.now(UTC)))
         found = (
             await self.rows.query().where(expired & (col("position") == lit(DOCUMENT))).select(["position"]).to_arrow()
         )
@@ -247,7 +246,7 @@ def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace
 
 def unexpired() -> Expr:
     """Rows that have not expired by now."""
-    return col("expires_at") > lit(datetime.now(UTC))
+    return col("expires_at") > lit(arrow.microseconds(datetime.now(UTC)))
 
 
 def _any_of(document_ids: Sequence[str]) -> Expr:

@@ -10,7 +10,7 @@ from stack.api.filters import Filter
 from stack.errors import BadInput
 from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
-from stack.memory_banks.rows import Chunk, Hit
+from stack.memory_banks.rows import Hit
 from stack.memory_banks.search import Query, fuse, search
 from stack.memory_banks.table import BankTable, Words
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
@@ -179,10 +179,10 @@ def test_after_a_prefix_comes_the_next_text_that_is_one() -> None:
 
 def test_fused_ranks_are_summed_and_the_later_writing_stays() -> None:
     def one(id_: str, position: int = 0, written: int = 1) -> Found:
-        return Found(Hit(id_, Chunk(id_, position, 0, 1, 1, None, ()), {}, 9.0), written, NEVER)
+        return Found(id_, position, written, NEVER, "{}", "text", "{}", 9.0)
 
     fused = fuse([[one("a"), one("b"), one("c")], [one("c"), one("d")]])
-    assert [(found.hit.document_id, found.hit.score) for found in fused] == [
+    assert [(found.document_id, found.score) for found in fused] == [
         ("c", pytest.approx(1 / 63 + 1 / 61)),
         ("a", pytest.approx(1 / 61)),
         ("b", pytest.approx(1 / 62)),

@@ -19,6 +19,7 @@ from stack.memory_banks.search import Query, search
 from stack.memory_banks.table import BankTable, Counts, Words, to_write
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
+REPOSITORY = Path(__file__).parents[3]
 ODD_IDS = ["日本 'x\" `\\ \n é/🙂", "' OR 1=1 --", "a%_*", "../../etc", "\u202e", "a" * 500, "e\u0301", "é"]
 
 
@@ -319,7 +320,9 @@ def test_what_a_killed_writer_has_acknowledged_is_there_once(tmp_path: Path) -> 
     address = str(tmp_path / "bank")
     acknowledged = 0
     for acknowledging in (7, 12, 20):
-        with subprocess.Popen([sys.executable, "-c", writer, address], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", writer, address], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        ) as process:
             assert process.stdout is not None
             for _line in range(acknowledging):
                 acknowledged = max(acknowledged, int(process.stdout.readline()))
