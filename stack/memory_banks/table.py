@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Self
+from typing import Literal, Self
 
 import lancedb
 import numpy as np
@@ -41,6 +41,12 @@ KEEP_VERSIONS = timedelta(minutes=10)
 _VECTOR_INDEX = "vectors_of_"
 
 
+Language = Literal[
+    "Arabic", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek", "Hungarian", "Italian",
+    "Norwegian", "Portuguese", "Romanian", "Russian", "Spanish", "Swedish", "Tamil", "Turkish",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
     """How texts are cut into the words that a keyword search looks for.
@@ -48,7 +54,7 @@ class Words:
     With `stem`, words of the language are found in all their forms, and its stop words are not looked for.
     """
 
-    language: str = "English"
+    language: Language = "English"
     stem: bool = True
 
 
@@ -268,7 +274,8 @@ async def _connect(address: str, storage_options: Mapping[str, str] | None) -> l
 
 
 def _words_index(words: Words) -> FTS:
-    return FTS(language=words.language, stem=words.stem, remove_stop_words=words.stem)
+    # ICU finds the words of Chinese, Japanese and Thai too, which have no spaces between them.
+    return FTS(base_tokenizer="icu/split", language=words.language, stem=words.stem, remove_stop_words=words.stem)
 
 
 def _vector_index() -> HnswSq:

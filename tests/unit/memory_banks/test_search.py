@@ -1,6 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
 from stack.memory_banks.rows import Hit
 from stack.memory_banks.search import Query, fuse, search
-from stack.memory_banks.table import BankTable, Words
+from stack.memory_banks.table import BankTable, Language, Words
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
 TEXTS = {
@@ -77,6 +77,21 @@ async def test_languages_have_their_own_forms_and_stop_words(tmp_path: Path) -> 
     await exact.write([document("a", "the houses. a house", dimensions=None)], replace=False)
     assert shown(await search(exact, Query("keyword", "houses"))) == ["the houses"]
     assert shown(await search(exact, Query("keyword", "the"))) == ["the houses"]
+
+
+@pytest.mark.parametrize("language", get_args(Language))
+async def test_words_are_found_in_texts_of_each_language(tmp_path: Path, language: Language) -> None:
+    bank = await BankTable.create(str(tmp_path), None, Words(language))
+    texts = {
+        "zh": "我们喜欢喝茶",
+        "th": "เขาดื่มน้ำชา",
+        "ru": "горячий чай",
+        "fr": "un café crème",
+        "id": "max_token_length",
+    }
+    await bank.write([document(id_, text, dimensions=None) for id_, text in texts.items()], replace=False)
+    for word, id_ in {"喝茶": "zh", "น้ำชา": "th", "чай": "ru", "CAFE": "fr", "token": "id"}.items():
+        assert [hit.document_id for hit in await search(bank, Query("keyword", word))] == [id_], word
 
 
 async def test_what_is_not_in_the_index_of_words_yet_is_found_as_well(bank: BankTable) -> None:
