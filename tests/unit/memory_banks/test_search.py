@@ -57,7 +57,7 @@ async def test_by_vector_the_nearest_by_cosine_come_first(bank: BankTable) -> No
 async def test_by_words_all_forms_of_a_word_are_found_and_rare_ones_count_more(bank: BankTable) -> None:
     assert shown(await search(bank, Query("keyword", "RUNS"))) == ["she was running home"]
     assert shown(await search(bank, Query("keyword", "walk sailing")))[:2] == ["he walks", "ships sail on it"]
-    assert shown(await search(bank, Query("keyword", "hot"))) == ["the tea is hot"]
+    assert shown(await search(bank, Query("keyword", "hôt"))) == ["the tea is hot"]
     # Stop words are in every text and find none.
     assert await search(bank, Query("keyword", "the is")) == []
 
@@ -86,11 +86,10 @@ async def test_words_are_found_in_texts_of_each_language(tmp_path: Path, languag
         "zh": "我们喜欢喝茶",
         "th": "เขาดื่มน้ำชา",
         "ru": "горячий чай",
-        "fr": "un café crème",
         "id": "max_token_length",
     }
     await bank.write([document(id_, text, dimensions=None) for id_, text in texts.items()], replace=False)
-    for word, id_ in {"喝茶": "zh", "น้ำชา": "th", "чай": "ru", "CAFE": "fr", "token": "id"}.items():
+    for word, id_ in {"喝茶": "zh", "น้ำชา": "th", "чай": "ru", "token": "id"}.items():
         assert [hit.document_id for hit in await search(bank, Query("keyword", word))] == [id_], word
 
 
