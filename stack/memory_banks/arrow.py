@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -126,14 +127,14 @@ def _rows_of(document: Document, written: int) -> list[dict[str, Any]]:
 def _vectors(documents: Sequence[Document], type_: pa.DataType) -> pa.Array:
     """The vectors of the rows: none for a document's own."""
     none = np.zeros((1, type_.list_size), np.float32)
-    parts = [part for document in documents for part in (none, document.vectors)]
-    of_document = np.concatenate([_first_of(1 + len(document.chunks)) for document in documents])
+    parts: list[NDArray[np.float32]] = []
+    of_documents: list[bool] = []
+    for document in documents:
+        assert document.vectors is not None
+        parts += (none, document.vectors)
+        of_documents += [True, *repeat(False, len(document.chunks))]
     values = np.concatenate(parts, dtype=np.float32).reshape(-1)
-    return pa.FixedSizeListArray.from_arrays(pa.array(values), type=type_, mask=pa.array(of_document))
-
-
-def _first_of(count: int) -> NDArray[np.bool_]:
-    return np.arange(count) == 0
+    return pa.FixedSizeListArray.from_arrays(pa.array(values), type=type_, mask=pa.array(of_documents))
 
 
 def _place(chunk: Chunk) -> str:

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 from lancedb.expr import Expr, col, lit
-from lancedb.query import AsyncFTSQuery, AsyncVectorQuery, MatchQuery
+from lancedb.query import AsyncFTSQuery, AsyncVectorQuery
 from numpy.typing import NDArray
 
 from stack.api.filters import AnyFilter
@@ -30,10 +30,8 @@ from stack.memory_banks.table import BankTable, unexpired
 
 Mode = Literal["vector", "keyword", "hybrid"]
 FUSION_K = 60
-# Of the approximate index: how many of its parts are looked at, at least, and how many times as many vectors as are
-# asked for are compared as they are, not in their short form.
+# How many parts of the approximate index are looked at; where a condition leaves too few rows in them, all are.
 PROBES = 20
-REFINED = 4
 # How deep the lists are that a hybrid search fuses, at least.
 FUSED = 50
 
@@ -106,7 +104,7 @@ async def _ranked(table: BankTable, query: Query, condition: Expr | None) -> lis
 async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, condition: Expr | None) -> list[Found]:
     def nearest() -> AsyncVectorQuery:
         query = table.rows.query().nearest_to(vector).distance_type("cosine")
-        return query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINED)
+        return query.minimum_nprobes(PROBES).maximum_nprobes(0)
 
     found = await _unexpired(nearest, "_distance", limit, condition)
     return [replace(one, score=1.0 - one.score) for one in found]
@@ -114,7 +112,7 @@ async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, 
 
 async def _by_words(table: BankTable, text: str, limit: int, condition: Expr | None) -> list[Found]:
     def matching() -> AsyncFTSQuery:
-        return table.rows.query().nearest_to_text(MatchQuery(text, "text"))
+        return table.rows.query().nearest_to_text(text, columns=["text"])
 
     return await _unexpired(matching, "_score", limit, condition)
 
