@@ -37,7 +37,7 @@ TABLE = "bank"
 MAX_KEYS = 500
 # Chunks from which on an approximate index is worth building. Exact search takes 0.7 ms for each 1,000 vectors of 384
 # dimensions on two cores; HNSW with scalar quantization takes 3 ms among 100,000 and finds 98% of the ten nearest.
-# IVF-PQ takes 11 ms and finds 84%, or 13 ms and all when it looks at 50 exactly.
+# IVF-PQ takes 11 ms and finds 84%, or 13 ms and all of them when it compares 50 as they are.
 INDEX_FROM = 10_000
 # An index whose table has grown so many times is built anew: its parts have become too large.
 REBUILD_AT = 4
