@@ -13,14 +13,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
-from itertools import accumulate
-from operator import or_
+from itertools import accumulate, chain, repeat
 from typing import Literal
 
 import numpy as np
 from lancedb.expr import Expr, col, lit
-from lancedb.query import AsyncFTSQuery, AsyncVectorQuery, MatchQuery
+from lancedb.query import AsyncFTSQuery, AsyncVectorQuery
 from numpy.typing import NDArray
 
 from stack.api.filters import AnyFilter
@@ -32,10 +30,8 @@ from stack.memory_banks.table import BankTable, unexpired
 
 Mode = Literal["vector", "keyword", "hybrid"]
 FUSION_K = 60
-# Of the approximate index: how many of its parts are looked at, at least, and how many times as many vectors as are
-# asked for are compared as they are, not in their short form.
+# How many parts of the approximate index are looked at, at least: where a condition leaves too few rows in them, more.
 PROBES = 20
-REFINED = 4
 # How deep the lists are that a hybrid search fuses, at least.
 FUSED = 50
 
@@ -66,29 +62,28 @@ async def search(table: BankTable, query: Query) -> list[Hit]:
     condition = None if query.filter is None else filters.expression(query.filter, await table.columns())
     found = await _ranked(table, query, condition)
     if query.score_threshold is not None:
-        found = [one for one in found if one.hit.score >= query.score_threshold]
+        found = [one for one in found if one.score >= query.score_threshold]
     found = found[: query.max_chunks]
     if query.neighbours and found:
         found = await _with_neighbours(table, found, query.neighbours)
-    hits = [one.hit for one in found]
+    hits = [one.hit() for one in found]
     return hits if query.max_tokens is None else _within(hits, query.max_tokens)
 
 
 def fuse(lists: Sequence[Sequence[Found]]) -> list[Found]:
     """One list of several by reciprocal rank fusion, of a document of two writings only with the later one's chunks."""
     latest: dict[str, int] = {}
-    for one in (one for ranked in lists for one in ranked):
-        document_id = one.hit.document_id
-        latest[document_id] = max(one.written, latest.get(document_id, one.written))
+    for one in chain.from_iterable(lists):
+        latest[one.document_id] = max(one.written, latest.get(one.document_id, one.written))
     scores: dict[tuple[str, int], float] = {}
     chunks: dict[tuple[str, int], Found] = {}
     for ranked in lists:
         for rank, one in enumerate(ranked, start=1):
-            if one.written == latest[one.hit.document_id]:
+            if one.written == latest[one.document_id]:
                 scores[one.key] = scores.get(one.key, 0.0) + 1 / (FUSION_K + rank)
                 chunks[one.key] = one
     order = sorted(scores, key=lambda key: -scores[key])
-    return [replace(chunks[key], hit=replace(chunks[key].hit, score=scores[key])) for key in order]
+    return [replace(chunks[key], score=scores[key]) for key in order]
 
 
 async def _ranked(table: BankTable, query: Query, condition: Expr | None) -> list[Found]:
@@ -109,15 +104,15 @@ async def _ranked(table: BankTable, query: Query, condition: Expr | None) -> lis
 async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, condition: Expr | None) -> list[Found]:
     def nearest() -> AsyncVectorQuery:
         query = table.rows.query().nearest_to(vector).distance_type("cosine")
-        return query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINED)
+        return query.minimum_nprobes(PROBES).maximum_nprobes(0)
 
     found = await _unexpired(nearest, "_distance", limit, condition)
-    return [replace(one, hit=replace(one.hit, score=1.0 - one.hit.score)) for one in found]
+    return [replace(one, score=1.0 - one.score) for one in found]
 
 
 async def _by_words(table: BankTable, text: str, limit: int, condition: Expr | None) -> list[Found]:
     def matching() -> AsyncFTSQuery:
-        return table.rows.query().nearest_to_text(MatchQuery(text, "text"))
+        return table.rows.query().nearest_to_text(text, columns=["text"])
 
     return await _unexpired(matching, "_score", limit, condition)
 
@@ -131,7 +126,7 @@ async def _unexpired(
     one of the rows found turns out to have expired.
     """
     found = await _read(query(), score, limit, condition)
-    now = datetime.now(UTC)
+    now = arrow.microseconds(datetime.now(UTC))
     if all(one.expires_at > now for one in found):
         return found
     fresh = unexpired()
@@ -141,14 +136,16 @@ async def _unexpired(
 async def _read(query: AsyncVectorQuery | AsyncFTSQuery, score: str, limit: int, condition: Expr | None) -> list[Found]:
     query = query.select([*CHUNK_COLUMNS, score]).limit(limit)
     table = await (query if condition is None else query.where(condition)).to_arrow()
-    return arrow.found(table, table[score].to_numpy())
+    return arrow.found(table, table[score].to_pylist())
 
 
 async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) -> list[Found]:
     """The hits, each among the chunks around it, which have its score; no chunk comes twice."""
-    around = reduce(or_, (_around(one, count) for one in hits))
+    # The list of ids is what LanceDB looks up in the index of ids, which it does not do with the ids of `any_of`.
+    documents = col("document_id").isin([lit(one.document_id) for one in hits])
+    around = documents & filters.any_of([_around(one, count) for one in hits])
     read = await table.rows.query().where(around).select(list(CHUNK_COLUMNS)).to_arrow()
-    chunks = {(one.key, one.written): one for one in arrow.found(read, np.zeros(read.num_rows))}
+    chunks = {(one.key, one.written): one for one in arrow.found(read, repeat(0.0, read.num_rows))}
     shown: dict[tuple[str, int], Found] = {one.key: one for one in hits}
     placed: set[tuple[str, int]] = set()
     result: list[Found] = []
@@ -158,7 +155,7 @@ async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) 
             chunk = shown.get(key) or chunks.get((key, one.written))
             if chunk is not None and key not in placed:
                 placed.add(key)
-                result.append(chunk if key in shown else replace(chunk, hit=replace(chunk.hit, score=one.hit.score)))
+                result.append(chunk if key in shown else replace(chunk, score=one.score))
     return result
 
 

@@ -9,14 +9,17 @@ There is one writer at a time, which the caller sees to. Readers are many, in an
 of zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
 
 All is async, by LanceDB's own async API, whose work runs in threads of its own. Its sync API sends each call to one
-event loop in the background, which costs each query a change of threads.
+event loop in the background: 32 readers get half as many answers from it.
+
+A query takes about 0.15 ms for each commit that has not been put together with others, so `maintain` is to be called
+after some twenty of them.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Self
+from typing import Literal, Self
 
 import lancedb
 import numpy as np
@@ -32,13 +35,22 @@ from stack.memory_banks.rows import Document, StoredDocument
 TABLE = "bank"
 # Each key of metadata is a column of the table.
 MAX_KEYS = 500
-# Chunks from which on an approximate index is worth building; with fewer, exact search is as fast.
-INDEX_FROM = 20_000
+# Chunks from which on an approximate index is worth building. Exact search takes 0.7 ms for each 1,000 vectors of 384
+# dimensions on two cores; HNSW with scalar quantization takes 3 ms among 100,000 and finds 98% of the ten nearest.
+# IVF-PQ takes 11 ms and finds 84%, or 13 ms and all of them when it compares 50 as they are.
+INDEX_FROM = 10_000
 # An index whose table has grown so many times is built anew: its parts have become too large.
 REBUILD_AT = 4
-# How long a version stays after a newer one has come: longer than any query takes that still reads it.
+# How long a version stays after a newer one has come: longer than any query takes that still reads it, which would
+# fail without its files.
 KEEP_VERSIONS = timedelta(minutes=10)
 _VECTOR_INDEX = "vectors_of_"
+
+
+Language = Literal[
+    "Arabic", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek", "Hungarian", "Italian",
+    "Norwegian", "Portuguese", "Romanian", "Russian", "Spanish", "Swedish", "Tamil", "Turkish",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,7 @@ class Words:
     With `stem`, words of the language are found in all their forms, and its stop words are not looked for.
     """
 
-    language: str = "English"
+    language: Language = "English"
     stem: bool = True
 
 
@@ -145,8 +157,7 @@ class BankTable:
 
     async def delete_expired(self) -> int:
         """Deletes the documents that have expired, in one commit. Returns how many there were."""
-        now = lit(datetime.now(UTC))
-        expired = col("expires_at") <= now
+        expired = col("expires_at") <= lit(arrow.microseconds(datetime.now(UTC)))
         found = (
             await self.rows.query().where(expired & (col("position") == lit(DOCUMENT))).select(["position"]).to_arrow()
         )
@@ -197,7 +208,7 @@ class BankTable:
             return
         expected = (len(document.chunks), self.dimensions)
         shape = None if document.vectors is None else document.vectors.shape
-        if shape != expected:
+        if document.vectors is None or shape != expected:
             raise BadInput(
                 f"the vectors of document {document.document_id!r} have the shape {shape}; "
                 f"allowed: {expected}, as the bank's have {self.dimensions} dimensions",
@@ -247,7 +258,7 @@ def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace
 
 def unexpired() -> Expr:
     """Rows that have not expired by now."""
-    return col("expires_at") > lit(datetime.now(UTC))
+    return col("expires_at") > lit(arrow.microseconds(datetime.now(UTC)))
 
 
 def _any_of(document_ids: Sequence[str]) -> Expr:
@@ -269,7 +280,8 @@ async def _connect(address: str, storage_options: Mapping[str, str] | None) -> l
 
 
 def _words_index(words: Words) -> FTS:
-    return FTS(language=words.language, stem=words.stem, remove_stop_words=words.stem)
+    # ICU finds the words of Chinese, Japanese and Thai too, which have no spaces between them.
+    return FTS(base_tokenizer="icu/split", language=words.language, stem=words.stem, remove_stop_words=words.stem)
 
 
 def _vector_index() -> HnswSq:

@@ -1,6 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,9 +10,9 @@ from stack.api.filters import Filter
 from stack.errors import BadInput
 from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
-from stack.memory_banks.rows import Chunk, Hit
+from stack.memory_banks.rows import Hit
 from stack.memory_banks.search import Query, fuse, search
-from stack.memory_banks.table import BankTable, Words
+from stack.memory_banks.table import BankTable, Language, Words
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
 TEXTS = {
@@ -57,7 +57,7 @@ async def test_by_vector_the_nearest_by_cosine_come_first(bank: BankTable) -> No
 async def test_by_words_all_forms_of_a_word_are_found_and_rare_ones_count_more(bank: BankTable) -> None:
     assert shown(await search(bank, Query("keyword", "RUNS"))) == ["she was running home"]
     assert shown(await search(bank, Query("keyword", "walk sailing")))[:2] == ["he walks", "ships sail on it"]
-    assert shown(await search(bank, Query("keyword", "hot"))) == ["the tea is hot"]
+    assert shown(await search(bank, Query("keyword", "hôt"))) == ["the tea is hot"]
     # Stop words are in every text and find none.
     assert await search(bank, Query("keyword", "the is")) == []
 
@@ -77,6 +77,20 @@ async def test_languages_have_their_own_forms_and_stop_words(tmp_path: Path) -> 
     await exact.write([document("a", "the houses. a house", dimensions=None)], replace=False)
     assert shown(await search(exact, Query("keyword", "houses"))) == ["the houses"]
     assert shown(await search(exact, Query("keyword", "the"))) == ["the houses"]
+
+
+@pytest.mark.parametrize("language", get_args(Language))
+async def test_words_are_found_in_texts_of_each_language(tmp_path: Path, language: Language) -> None:
+    bank = await BankTable.create(str(tmp_path), None, Words(language))
+    texts = {
+        "zh": "我们喜欢喝茶",
+        "th": "เขาดื่มน้ำชา",
+        "ru": "горячий чай",
+        "id": "max_token_length",
+    }
+    await bank.write([document(id_, text, dimensions=None) for id_, text in texts.items()], replace=False)
+    for word, id_ in {"喝茶": "zh", "น้ำชา": "th", "чай": "ru", "token": "id"}.items():
+        assert [hit.document_id for hit in await search(bank, Query("keyword", word))] == [id_], word
 
 
 async def test_what_is_not_in_the_index_of_words_yet_is_found_as_well(bank: BankTable) -> None:
@@ -179,10 +193,10 @@ def test_after_a_prefix_comes_the_next_text_that_is_one() -> None:
 
 def test_fused_ranks_are_summed_and_the_later_writing_stays() -> None:
     def one(id_: str, position: int = 0, written: int = 1) -> Found:
-        return Found(Hit(id_, Chunk(id_, position, 0, 1, 1, None, ()), {}, 9.0), written, NEVER)
+        return Found(id_, position, "text", {"written": written, "expires_at": NEVER}, 9.0)
 
     fused = fuse([[one("a"), one("b"), one("c")], [one("c"), one("d")]])
-    assert [(found.hit.document_id, found.hit.score) for found in fused] == [
+    assert [(found.document_id, found.score) for found in fused] == [
         ("c", pytest.approx(1 / 63 + 1 / 61)),
         ("a", pytest.approx(1 / 61)),
         ("b", pytest.approx(1 / 62)),

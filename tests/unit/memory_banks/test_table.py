@@ -19,6 +19,7 @@ from stack.memory_banks.search import Query, search
 from stack.memory_banks.table import BankTable, Counts, Words, to_write
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
+REPOSITORY = Path(__file__).parents[3]
 ODD_IDS = ["日本 'x\" `\\ \n é/🙂", "' OR 1=1 --", "a%_*", "../../etc", "\u202e", "a" * 500, "e\u0301", "é"]
 
 
@@ -257,9 +258,9 @@ async def test_maintenance_changes_nothing_that_is_read(bank: BankTable) -> None
         Query("keyword", "changed"),
     ]
     before = [{(hit.document_id, hit.chunk) for hit in await search(bank, query)} for query in queries]
-    files = (await bank.rows.stats()).fragment_stats.num_fragments
+    files = (await bank.rows.stats())["fragment_stats"]["num_fragments"]
     await bank.maintain()
-    assert (await bank.rows.stats()).fragment_stats.num_fragments < files
+    assert (await bank.rows.stats())["fragment_stats"]["num_fragments"] < files
     assert [{(hit.document_id, hit.chunk) for hit in await search(bank, query)} for query in queries] == before
     assert (await bank.rows.index_stats("words")).num_unindexed_rows == 0
     await bank.maintain()
@@ -319,7 +320,9 @@ def test_what_a_killed_writer_has_acknowledged_is_there_once(tmp_path: Path) -> 
     address = str(tmp_path / "bank")
     acknowledged = 0
     for acknowledging in (7, 12, 20):
-        with subprocess.Popen([sys.executable, "-c", writer, address], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", writer, address], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY
+        ) as process:
             assert process.stdout is not None
             for _line in range(acknowledging):
                 acknowledged = max(acknowledged, int(process.stdout.readline()))
