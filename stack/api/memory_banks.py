@@ -233,8 +233,7 @@ class QueryDocumentsRequest(Request):
 
     bank_id: BankId
     query: Annotated[
-        Annotated[QueryText, Tag("(text)")]
-        | Annotated[Annotated[list[QueryText], at_most(MAX_PARTS)], Tag("(parts)")],
+        Annotated[QueryText, Tag("(text)")] | Annotated[Annotated[list[QueryText], at_most(MAX_PARTS)], Tag("(parts)")],
         Discriminator(
             lambda value: "(text)" if isinstance(value, str) else "(parts)" if isinstance(value, list) else None,
             "text",
