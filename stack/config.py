@@ -316,8 +316,8 @@ class Config(Wire):
     further than it has been.
 
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
-    `max_tenant_bytes` all that a tenant keeps (artifacts, uploads and memory banks), `max_body_bytes` the bodies of other requests. A
-    gateway answers `max_requests` at once.
+    `max_tenant_bytes` all that a tenant keeps (artifacts, uploads and memory banks), `max_body_bytes` the
+    bodies of other requests. A gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one.
 
     What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id, or by

@@ -1,4 +1,6 @@
-"""Files that users send for their data sets, and documents for memory banks. They lie among the artifacts, and count as what the tenant keeps.
+"""Files that users send for their data sets, and documents for memory banks.
+
+They lie among the artifacts, and count as what the tenant keeps.
 
 An upload is deleted with the last data set that stands on it, or by itself while none does.
 """

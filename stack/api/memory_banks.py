@@ -155,8 +155,7 @@ def _few_enough(value: Any) -> Any:
     """Refuses more documents before any of them is looked at."""
     if isinstance(value, list) and len(value) > MAX_DOCUMENTS:
         raise TooLarge(
-            f"there are {len(value)} documents; allowed in one call: {MAX_DOCUMENTS}. The job {INGEST} takes more, from "
-            "a data set",
+            f"there are {len(value)} documents; allowed in one call: {MAX_DOCUMENTS}. The job {INGEST} takes more",
             param="documents",
         )
     return value

@@ -178,7 +178,7 @@ async def _begin(
     """The bank, and those of the documents that it has already, by id."""
     ids = [document.document_id for document in documents]
     if len(set(ids)) < len(ids):
-        twice = next(id for number, id in enumerate(ids) if id in ids[:number])
+        twice = next(one for number, one in enumerate(ids) if one in ids[:number])
         raise BadInput(f"the document {twice!r} is there twice; allowed: each id once in a call", param="documents")
     bank = await asyncio.to_thread(_known, context, bank_id)
     return bank, await _read(_stored, memory, bank, ids)
@@ -213,6 +213,12 @@ async def _dimensions(context: Context, config: VectorBankConfig) -> int:
     return int((await context.models.embed(model.id, ["How long is a vector?"])).vectors.shape[1])
 
 
+def _described(bank: MemoryBank) -> api.MemoryBank:
+    return api.MemoryBank.model_validate(
+        {"bank_id": bank.id, "name": bank.name, "config": bank.config, "url": bank.url, "created_at": bank.created_at}
+    )
+
+
 def _known(context: Context, bank_id: str, field: str = "bank_id") -> MemoryBank:
     bank = context.store.memory_banks.get(context.tenant, bank_id)
     if bank is None:
@@ -227,9 +233,9 @@ def _stored(memory: Memory, bank: MemoryBank, ids: Sequence[str]) -> dict[str, S
 
 
 def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, StoredDocument], field: str) -> None:
-    missing = [id for id in ids if id not in known]
+    missing = [one for one in ids if one not in known]
     if missing:
-        shown = ", ".join(repr(id) for id in missing[:10]) + (", …" if len(missing) > 10 else "")
+        shown = ", ".join(repr(one) for one in missing[:10]) + (", …" if len(missing) > 10 else "")
         raise NotFound(f"the memory bank {bank.id!r} has no document {shown}", param=field)
 
 
@@ -240,7 +246,7 @@ def _get_documents(
     ids = list(dict.fromkeys(request.document_ids))
     known = _stored(memory, bank, ids)
     _require_known(bank, ids, known, "document_ids")
-    return [_given(known[id]) for id in ids]
+    return [_given(known[one]) for one in ids]
 
 
 def _given(stored: StoredDocument) -> MemoryBankDocument:

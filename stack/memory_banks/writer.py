@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from stack.config import Config
 from stack.errors import NotFound, StackError
@@ -74,7 +74,22 @@ class _Lane:
 
     def __init__(self) -> None:
         self.waiting: deque[_Item] = deque()
-        self.is_taken = False
+        self._alone = 0  # how many of the first are done one by one
+
+    def take(self) -> list[_Item]:
+        """What is to be done next, together."""
+        items = [self.waiting.popleft()]
+        if self._alone:
+            self._alone -= 1
+            return items
+        while self.waiting and _fits(self.waiting[0], items):
+            items.append(self.waiting.popleft())
+        return items
+
+    def put_back(self, items: list[_Item]) -> None:
+        """Takes back what cannot be done together."""
+        self.waiting.extendleft(reversed(items))
+        self._alone += len(items)
 
 
 class BankWriter:
@@ -113,12 +128,12 @@ class BankWriter:
 
     def sweep(self) -> list[str]:
         """Removes the tables of banks that are no more, which a drop that broke off has left. Tells their ids."""
-        found = {id: tenant for tenant, id in self._tables.folders()}
+        found = {bank_id: tenant for tenant, bank_id in self._tables.folders()}
         ids = list(found)
         known = set[str]()
         for start in range(0, len(ids), 500):
             known |= self._store.memory_banks.known(ids[start : start + 500])
-        left = [_gone(id, tenant) for id, tenant in found.items() if id not in known]
+        left = [_gone(bank_id, tenant) for bank_id, tenant in found.items() if bank_id not in known]
         for bank in left:
             self._put(bank, _Call(lambda bank=bank: self._tables.remove(bank))).result()  # type: ignore[misc]
         return sorted(bank.id for bank in left)
@@ -129,44 +144,47 @@ class BankWriter:
 
     def _put(self, bank: MemoryBank, item: _Item) -> Future[Any]:
         with self._lock:
-            lane = self._lanes.setdefault(bank.id, _Lane())
+            lane = self._lanes.get(bank.id)
+            is_idle = lane is None
+            lane = self._lanes.setdefault(bank.id, lane or _Lane())
             lane.waiting.append(item)
-            if not lane.is_taken:
-                lane.is_taken = True
-                self._threads.submit(self._work, bank, lane)
+        if is_idle:
+            self._start(bank, lane)
         return item.done
 
-    def _work(self, bank: MemoryBank, lane: _Lane) -> None:
-        """Does what is next in a lane. Then it is another bank's turn."""
+    def _start(self, bank: MemoryBank, lane: _Lane) -> None:
+        """Has a thread do what is next in a lane."""
         with self._lock:
-            items: list[_Item] = [lane.waiting.popleft()]
-            while lane.waiting and _fits(lane.waiting[0], items):
-                items.append(lane.waiting.popleft())
+            items = lane.take()
         # Who has left meanwhile waits for nothing.
-        items = [item for item in items if item.done.set_running_or_notify_cancel()]
-        if items:
-            self._do(bank, items)
-        with self._lock:
-            if lane.waiting:
-                self._threads.submit(self._work, bank, lane)
-            else:
-                del self._lanes[bank.id]
+        items = [item for item in items if item.done.running() or item.done.set_running_or_notify_cancel()]
+        work = self._threads.submit(self._do, bank, items)
+        work.add_done_callback(lambda done: self._finish(bank, lane, items, done))
 
-    def _do(self, bank: MemoryBank, items: list[_Item]) -> None:
-        """Does it in one commit, or where that is refused, each by itself, and tells those who wait."""
-        try:
-            first = items[0]
-            result = first.work() if isinstance(first, _Call) else self._write(bank, cast(list[_Write], items))
-        except BaseException as error:  # nothing is swallowed: whoever waits gets it
+    def _do(self, bank: MemoryBank, items: list[_Item]) -> Any:
+        """Does a call, or writes in one commit."""
+        if items and isinstance(items[0], _Call):
+            return items[0].work()
+        writes = [item for item in items if isinstance(item, _Write)]
+        return self._write(bank, writes) if writes else None
+
+    def _finish(self, bank: MemoryBank, lane: _Lane, items: list[_Item], work: Future[Any]) -> None:
+        """Tells those who wait what came of it. Of several writes that are refused together, each is tried alone."""
+        error = work.exception()
+        with self._lock:
             if isinstance(error, StackError) and len(items) > 1:
-                for item in items:
-                    self._do(bank, [item])
-                return
-            for item in items:
+                lane.put_back(items)
+                items = []
+            is_idle = not lane.waiting
+            if is_idle:
+                del self._lanes[bank.id]
+        for item in items:
+            if error is None:
+                item.done.set_result(work.result())
+            else:
                 item.done.set_exception(error)
-        else:
-            for item in items:
-                item.done.set_result(result)
+        if not is_idle:
+            self._start(bank, lane)
 
     def _write(self, bank: MemoryBank, writes: list[_Write]) -> None:
         documents = [document for write in writes for document in write.documents]
@@ -219,6 +237,6 @@ def _no_bank(bank: MemoryBank) -> NotFound:
     return NotFound(f"the memory bank {bank.id!r} was dropped", param="bank_id")
 
 
-def _gone(id: str, tenant: str) -> MemoryBank:
+def _gone(bank_id: str, tenant: str) -> MemoryBank:
     """A bank of which there is nothing left but its folder."""
-    return MemoryBank(id, tenant, "", None, {}, None, 0, "", written_at="")
+    return MemoryBank(bank_id, tenant, "", None, {}, None, 0, "", written_at="")
