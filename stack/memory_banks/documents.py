@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,14 @@ from stack.config import EmbeddingModel
 from stack.context import Context
 from stack.errors import BadInput, Conflict, StackError, TooLarge
 from stack.memory_banks import contents
-from stack.memory_banks.chunking import chunks
+from stack.memory_banks.chunking import chunks, count_words, text_of, token_counter
 from stack.memory_banks.reading import ReadText, read
 from stack.memory_banks.rows import Chunk, Document
 from stack.store import MemoryBank
 
 # Of one call, together.
 MAX_CHUNKS = 5_000
-# How many chunks of a keyword bank's documents have, at most.
+# How many words a chunk of a keyword bank has, at most.
 KEYWORD_CHUNK_WORDS = 200
 # How many texts the embedding model is asked for at once, and how often at the same time, so that it never waits.
 EMBED_TEXTS = 64
@@ -104,8 +103,9 @@ async def embed(context: Context, bank: MemoryBank, texts: Sequence[str]) -> NDA
 
 def require_chunk_size(model: EmbeddingModel, config: VectorBankConfig) -> None:
     """Raises BadInput for chunks that are longer than what an embedding model takes."""
-    tokenizer = tokenizer_of(model)
-    most = _max_tokens(model.folder) - tokenizer.num_special_tokens_to_add(is_pair=False)
+    token_counter(model.folder)
+    special = Tokenizer.from_file(str(model.folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False)
+    most = _max_tokens(model.folder) - special
     if config.chunk_size_in_tokens > most:
         raise BadInput(
             f"chunk_size_in_tokens is {config.chunk_size_in_tokens}; allowed: 8 to {most}, as the embedding model "
@@ -114,20 +114,6 @@ def require_chunk_size(model: EmbeddingModel, config: VectorBankConfig) -> None:
         )
 
 
-def tokenizer_of(model: EmbeddingModel) -> Tokenizer:
-    """The tokenizer of an embedding model, which neither cuts nor pads."""
-    return _tokenizer(model.folder)
-
-
-@lru_cache(maxsize=16)
-def _tokenizer(folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-@lru_cache(maxsize=16)
 def _max_tokens(folder: Path) -> int:
     """How many tokens a model takes, special ones among them, as sentence-transformers finds it."""
     for name, key in (
@@ -145,22 +131,18 @@ def _cut(context: Context, bank: MemoryBank, document: MemoryBankDocument, conte
     match bank.config["type"]:
         case "vector":
             config = VectorBankConfig.model_validate(bank.config)
-            tokenizer = tokenizer_of(context.models.get_embedding_model(config.embedding_model))
-            return chunks(text, config.chunk_size_in_tokens, config.overlap, tokenizer)
+            model = context.models.get_embedding_model(config.embedding_model)
+            return chunks(text, config.chunk_size_in_tokens, config.overlap, token_counter(model.folder))
         case "keyword":
-            return chunks(text, KEYWORD_CHUNK_WORDS, 0, words)
+            return chunks(text, KEYWORD_CHUNK_WORDS, 0, count_words)
         case _:
             return (_whole(text),)
 
 
-def words(texts: Sequence[str]) -> list[int]:
-    return [len(text.split()) for text in texts]
-
-
 def _whole(text: ReadText) -> Chunk:
     """A document as one chunk."""
-    whole = "\n\n".join(page.text for page in text.pages)
-    return Chunk(whole, 0, 0, len(whole), words([whole])[0], None, ())
+    whole = text_of(text)
+    return Chunk(whole, 0, 0, len(whole), count_words([whole])[0], None, ())
 
 
 async def _embedded(context: Context, bank: MemoryBank, cut: Sequence[tuple[Chunk, ...]]) -> list[NDArray[np.float32]]:

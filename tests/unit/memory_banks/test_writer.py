@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stack.memory_banks.table import BankTable
 
 from stack.context import Context
 from stack.errors import Conflict, NotFound
 from stack.memory_banks.rows import Chunk, Document
-from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, now
