@@ -5,9 +5,9 @@ chunk's row is in few columns, as each is read on its own: `place` is the whole 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ from stack.memory_banks.rows import Chunk, Document, Hit, StoredDocument
 # The position of a document's own row.
 DOCUMENT = -1
 # When what never expires does: expressions of LanceDB cannot ask for NULL.
-NEVER = datetime(9999, 12, 31, tzinfo=UTC)
+NEVER = 2**63 - 1
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
 # What a query reads of chunks, and what is read of documents. The content of documents is in no query's way.
 CHUNK_COLUMNS = ("document_id", "position", "written", "expires_at", "metadata", "text", "place")
 DOCUMENT_COLUMNS = ("document_id", "content", "mime_type", "metadata", "hash", "expires_at")
@@ -29,15 +31,33 @@ DOCUMENT_COLUMNS = ("document_id", "content", "mime_type", "metadata", "hash", "
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A hit, with what tells whether it may be shown: which commit wrote it, and when it expires."""
+    """A chunk's row as it was read, in the order of CHUNK_COLUMNS, with its score. What is not shown is not parsed."""
 
-    hit: Hit
+    document_id: str
+    position: int
     written: int
-    expires_at: datetime
+    expires_at: int
+    metadata: str
+    text: str
+    place: str
+    score: float
 
     @property
     def key(self) -> tuple[str, int]:
-        return self.hit.document_id, self.hit.chunk.position
+        return self.document_id, self.position
+
+    def hit(self) -> Hit:
+        place = json.loads(self.place)
+        chunk = Chunk(
+            text=self.text,
+            position=self.position,
+            start=place["start"],
+            end=place["end"],
+            tokens=place["tokens"],
+            page=place["page"],
+            headings=tuple(place["headings"]),
+        )
+        return Hit(self.document_id, chunk, json.loads(self.metadata), self.score)
 
 
 def schema(dimensions: int | None) -> pa.Schema:
@@ -46,7 +66,7 @@ def schema(dimensions: int | None) -> pa.Schema:
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("position", pa.int32(), nullable=False),
         pa.field("written", pa.int64(), nullable=False),  # the version of the table that its commit began from
-        pa.field("expires_at", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("expires_at", pa.int64(), nullable=False),  # as `microseconds`
         pa.field("metadata", pa.string(), nullable=False),  # as JSON
         pa.field("text", pa.string()),  # of chunks
         pa.field("place", pa.string()),  # of chunks, as JSON
@@ -72,9 +92,10 @@ def rows(documents: Sequence[Document], columns: pa.Schema, written: int) -> pa.
     return pa.table([table[name] for name in columns.names], schema=columns)
 
 
-def found(table: pa.Table, scores: NDArray[np.floating[Any]]) -> list[Found]:
-    """The chunks of a table with CHUNK_COLUMNS, with a score each."""
-    return [_found(row, float(score)) for row, score in zip(table.to_pylist(), scores, strict=True)]
+def found(table: pa.Table, scores: Iterable[float]) -> list[Found]:
+    """The chunks of a table that has CHUNK_COLUMNS, with a score each."""
+    columns = [table[name].to_pylist() for name in CHUNK_COLUMNS]
+    return [Found(*row) for row in zip(*columns, scores, strict=True)]
 
 
 def stored(table: pa.Table) -> list[StoredDocument]:
@@ -82,11 +103,16 @@ def stored(table: pa.Table) -> list[StoredDocument]:
     return [_stored(row) for row in table.to_pylist()]
 
 
+def microseconds(time: datetime) -> int:
+    """A time as a number of microseconds since 1970, which is read many times faster than Arrow's times are."""
+    return (time - _EPOCH) // _MICROSECOND
+
+
 def _rows_of(document: Document, written: int) -> list[dict[str, Any]]:
     common = {
         "document_id": document.document_id,
         "written": written,
-        "expires_at": document.expires_at or NEVER,
+        "expires_at": NEVER if document.expires_at is None else microseconds(document.expires_at),
         "metadata": json.dumps(document.metadata, ensure_ascii=False),
         **filters.values(document.metadata),
     }
@@ -115,20 +141,6 @@ def _place(chunk: Chunk) -> str:
     return json.dumps({**place, "headings": chunk.headings}, ensure_ascii=False)
 
 
-def _found(row: Mapping[str, Any], score: float) -> Found:
-    place = json.loads(row["place"])
-    chunk = Chunk(
-        text=row["text"],
-        position=row["position"],
-        start=place["start"],
-        end=place["end"],
-        tokens=place["tokens"],
-        page=place["page"],
-        headings=tuple(place["headings"]),
-    )
-    return Found(Hit(row["document_id"], chunk, json.loads(row["metadata"]), score), row["written"], row["expires_at"])
-
-
 def _stored(row: Mapping[str, Any]) -> StoredDocument:
     metadata: dict[str, JsonValue] = json.loads(row["metadata"])
     expires_at = row["expires_at"]
@@ -138,5 +150,5 @@ def _stored(row: Mapping[str, Any]) -> StoredDocument:
         mime_type=row["mime_type"],
         metadata=metadata,
         hash=row["hash"],
-        expires_at=None if expires_at >= NEVER else expires_at,
+        expires_at=None if expires_at == NEVER else _EPOCH + expires_at * _MICROSECOND,
     )

@@ -13,8 +13,7 @@ takes NULL for an empty text.)
 import hashlib
 import math
 import struct
-from collections.abc import Callable, Collection, Mapping
-from functools import reduce
+from collections.abc import Callable, Collection, Mapping, Sequence
 from operator import and_, or_
 
 from lancedb.expr import Expr, col, func, lit
@@ -38,7 +37,8 @@ def expression(asked: AnyFilter, columns: Collection[str]) -> Expr:
     """The filter as an expression over a table with these columns. A key without a column is missing everywhere."""
     match asked:
         case Combination():
-            return reduce(and_ if asked.type == "and" else or_, (expression(part, columns) for part in asked.filters))
+            parts = [expression(part, columns) for part in asked.filters]
+            return _joined(and_ if asked.type == "and" else or_, parts)
         case Negation():
             return ~expression(asked.filter, columns)
     name = column(asked.key)
@@ -54,6 +54,11 @@ def expression(asked: AnyFilter, columns: Collection[str]) -> Expr:
             return _ORDERS[asked.type](value, lit(bound)) & _of_type(value, bound[0])
         case Existence():
             return value != lit(_MISSING)
+
+
+def any_of(parts: Sequence[Expr]) -> Expr:
+    """One of the parts, of which there is at least one, holds."""
+    return _joined(or_, parts)
 
 
 def column(key: str) -> str:
@@ -82,6 +87,14 @@ def encoded(value: JsonValue) -> str:
             return f"s{value}"
         case _:
             return _OTHER
+
+
+def _joined(join: Callable[[Expr, Expr], Expr], parts: Sequence[Expr]) -> Expr:
+    """A tree that is as flat as can be: LanceDB walks it by recursion."""
+    if len(parts) == 1:
+        return parts[0]
+    half = len(parts) // 2
+    return join(_joined(join, parts[:half]), _joined(join, parts[half:]))
 
 
 def _float(value: float) -> float:

@@ -10,13 +10,12 @@ that belongs to it.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import batched
-from typing import Any, Self
+from itertools import islice, repeat
+from typing import Any, Self, TypeVar
 
 import lancedb
-import numpy as np
 import pyarrow as pa
 from lancedb.expr import Expr, col, lit
 from lancedb.index import BTree
@@ -39,6 +38,7 @@ MAX_LITERALS = 1_000
 MAX_PLACES = 50
 PIN_TRIES = 5
 
+T = TypeVar("T")
 _Place = tuple[str, int]  # a document's id, and the position of a chunk in it
 _ORIGIN = [
     pa.field("document_id", pa.string(), nullable=False),
@@ -104,7 +104,7 @@ class BankGraph:
         gone = set[str]()
         for table in self._tables.values():
             stale = await _stale(table, bank)
-            for some in batched(stale, MAX_LITERALS):
+            for some in _batches(stale, MAX_LITERALS):
                 await table.delete(_any_of("writing", some))
             await table.optimize(cleanup_older_than=KEEP_VERSIONS)
             gone |= stale
@@ -144,16 +144,11 @@ class Snapshot:
 
     async def chunks(self, places: Iterable[_Place]) -> dict[_Place, Found]:
         found: dict[_Place, Found] = {}
-        for some in batched(places, MAX_PLACES):
-            positions: dict[str, list[int]] = {}
-            for document_id, position in some:
-                positions.setdefault(document_id, []).append(position)
-            asked = lit(False)
-            for document_id, of_document in positions.items():
-                of_these = col("position").isin([lit(one) for one in of_document])
-                asked |= (col("document_id") == lit(document_id)) & of_these
-            read = await self.bank.rows.query().where(asked).select(list(CHUNK_COLUMNS)).to_arrow()
-            found |= {one.key: one for one in arrow.found(read, np.zeros(read.num_rows))}
+        for some in _batches(places, MAX_PLACES):
+            at = [(col("document_id") == lit(id_)) & (col("position") == lit(position)) for id_, position in some]
+            query = self.bank.rows.query().where(filters.any_of(at)).select(list(CHUNK_COLUMNS))
+            read = await query.to_arrow()
+            found |= {one.key: one for one in arrow.found(read, repeat(0.0, read.num_rows))}
         return found
 
     async def _read(
@@ -161,10 +156,8 @@ class Snapshot:
     ) -> list[dict[str, Any]]:
         """The rows that have one of the keys in one of the columns, of documents that are there."""
         rows: list[dict[str, Any]] = []
-        for some in batched(keys, MAX_LITERALS):
-            asked = lit(False)
-            for column in columns:
-                asked |= _any_of(column, some)
+        for some in _batches(keys, MAX_LITERALS):
+            asked = filters.any_of([_any_of(column, some) for column in columns])
             names = [*_TEXTS[NODES if table is self._nodes else EDGES], "document_id", "hash", "position"]
             query = table.query().where(asked).select(names).limit(MAX_ROWS - len(rows))
             rows += (await query.to_arrow()).to_pylist()
@@ -174,7 +167,7 @@ class Snapshot:
         return [row for row in rows if self._hashes[row["document_id"]] == row["hash"]]
 
     async def _look_up(self, document_ids: Collection[str], condition: Expr | None) -> None:
-        for some in batched(document_ids, MAX_LITERALS):
+        for some in _batches(document_ids, MAX_LITERALS):
             asked = _any_of("document_id", some) & (col("position") == lit(DOCUMENT)) & unexpired()
             query = self.bank.rows.query().where(asked if condition is None else asked & condition)
             read = await query.select(["document_id", "hash"]).to_arrow()
@@ -198,7 +191,7 @@ async def find(graph: BankGraph, query: GraphQuery) -> list[Hit]:
     scores = await _scored(held, dict.fromkeys(names), query.hops, condition)
     best = sorted(scores, key=lambda place: (-scores[place], place))
     chunks = await held.chunks(best[: query.max_chunks])
-    found = [_with_score(chunks[place], scores[place]) for place in best[: query.max_chunks]]
+    found = [replace(chunks[place], score=scores[place]) for place in best[: query.max_chunks]]
     return await shown(held.bank, found, query)
 
 
@@ -231,7 +224,7 @@ async def _stale(table: Any, bank: BankTable) -> set[str]:
         for row in batch.to_pylist():
             writings[row["writing"]] = (row["document_id"], row["hash"])
     there: dict[str, str] = {}
-    for some in batched({document_id for document_id, _ in writings.values()}, MAX_LITERALS):
+    for some in _batches({document_id for document_id, _ in writings.values()}, MAX_LITERALS):
         there |= await bank.hashes(some)
     return {writing for writing, (document_id, hash_) in writings.items() if there.get(document_id) != hash_}
 
@@ -257,9 +250,11 @@ def _place(row: Mapping[str, Any]) -> _Place:
     return row["document_id"], row["position"]
 
 
-def _with_score(found: Found, score: float) -> Found:
-    return replace(found, hit=replace(found.hit, score=score))
-
-
 def _any_of(column: str, values: Iterable[str]) -> Expr:
     return col(column).isin([lit(value) for value in values])
+
+
+def _batches(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    left = iter(values)
+    while some := list(islice(left, size)):
+        yield some

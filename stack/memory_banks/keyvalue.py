@@ -1,8 +1,8 @@
 """What is read of a bank by keys, which are the ids of its documents: exactly these, or all that begin alike."""
 
 from collections.abc import Sequence
+from itertools import repeat
 
-import numpy as np
 from lancedb.expr import Expr, col, lit
 from lancedb.query import ColumnOrdering
 
@@ -48,4 +48,4 @@ async def _read(table: BankTable, keys: Expr, max_chunks: int, condition: AnyFil
     order = [ColumnOrdering(column_name=name) for name in ("document_id", "position")]
     query = table.rows.query().where(asked).select(list(CHUNK_COLUMNS)).order_by(order).limit(max_chunks)
     read = await query.to_arrow()
-    return [one.hit for one in arrow.found(read, np.ones(read.num_rows))]
+    return [one.hit() for one in arrow.found(read, repeat(1.0, read.num_rows))]

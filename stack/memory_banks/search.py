@@ -1,7 +1,7 @@
 """What answers a query of a bank.
 
-By vector, by the words of a text (BM25), or by both. A vector's score is its cosine similarity to the query's (-1 to 1);
-a text's is BM25 as LanceDB computes it (from 0, without a bound); that of both is by reciprocal rank fusion (Cormack,
+By vector, by the words of a text, or by both. A vector's score is its cosine similarity to the query's (-1 to 1); a
+text's is BM25 as LanceDB computes it (from 0, without a bound); that of both is by reciprocal rank fusion (Cormack,
 Clarke and Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning Methods", SIGIR 2009):
 the sum of 1 / (60 + rank) over the two lists.
 
@@ -13,9 +13,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import reduce
-from itertools import accumulate
-from operator import or_
+from itertools import accumulate, chain, repeat
 from typing import Literal
 
 import numpy as np
@@ -76,29 +74,28 @@ async def search(table: BankTable, query: Query) -> list[Hit]:
 async def shown(table: BankTable, found: Sequence[Found], bounds: Bounds) -> list[Hit]:
     """What is answered of what was found, which is in its order, best first."""
     if bounds.score_threshold is not None:
-        found = [one for one in found if one.hit.score >= bounds.score_threshold]
+        found = [one for one in found if one.score >= bounds.score_threshold]
     found = found[: bounds.max_chunks]
     if bounds.neighbours and found:
         found = await _with_neighbours(table, found, bounds.neighbours)
-    hits = [one.hit for one in found]
+    hits = [one.hit() for one in found]
     return hits if bounds.max_tokens is None else _within(hits, bounds.max_tokens)
 
 
 def fuse(lists: Sequence[Sequence[Found]]) -> list[Found]:
-    """One list of several by reciprocal rank fusion. Of a document of two writings, only the later one's chunks stay."""
+    """One list of several by reciprocal rank fusion, of a document of two writings only with the later one's chunks."""
     latest: dict[str, int] = {}
-    for one in (one for ranked in lists for one in ranked):
-        document_id = one.hit.document_id
-        latest[document_id] = max(one.written, latest.get(document_id, one.written))
+    for one in chain.from_iterable(lists):
+        latest[one.document_id] = max(one.written, latest.get(one.document_id, one.written))
     scores: dict[tuple[str, int], float] = {}
     chunks: dict[tuple[str, int], Found] = {}
     for ranked in lists:
         for rank, one in enumerate(ranked, start=1):
-            if one.written == latest[one.hit.document_id]:
+            if one.written == latest[one.document_id]:
                 scores[one.key] = scores.get(one.key, 0.0) + 1 / (FUSION_K + rank)
                 chunks[one.key] = one
     order = sorted(scores, key=lambda key: -scores[key])
-    return [replace(chunks[key], hit=replace(chunks[key].hit, score=scores[key])) for key in order]
+    return [replace(chunks[key], score=scores[key]) for key in order]
 
 
 async def _ranked(table: BankTable, query: Query, condition: Expr | None) -> list[Found]:
@@ -122,7 +119,7 @@ async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, 
         return query.minimum_nprobes(PROBES).maximum_nprobes(0).refine_factor(REFINED)
 
     found = await _unexpired(nearest, "_distance", limit, condition)
-    return [replace(one, hit=replace(one.hit, score=1.0 - one.hit.score)) for one in found]
+    return [replace(one, score=1.0 - one.score) for one in found]
 
 
 async def _by_words(table: BankTable, text: str, limit: int, condition: Expr | None) -> list[Found]:
@@ -141,7 +138,7 @@ async def _unexpired(
     one of the rows found turns out to have expired.
     """
     found = await _read(query(), score, limit, condition)
-    now = datetime.now(UTC)
+    now = arrow.microseconds(datetime.now(UTC))
     if all(one.expires_at > now for one in found):
         return found
     fresh = unexpired()
@@ -151,14 +148,14 @@ async def _unexpired(
 async def _read(query: AsyncVectorQuery | AsyncFTSQuery, score: str, limit: int, condition: Expr | None) -> list[Found]:
     query = query.select([*CHUNK_COLUMNS, score]).limit(limit)
     table = await (query if condition is None else query.where(condition)).to_arrow()
-    return arrow.found(table, table[score].to_numpy())
+    return arrow.found(table, table[score].to_pylist())
 
 
 async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) -> list[Found]:
     """The hits, each among the chunks around it, which have its score; no chunk comes twice."""
-    around = reduce(or_, (_around(one, count) for one in hits))
+    around = filters.any_of([_around(one, count) for one in hits])
     read = await table.rows.query().where(around).select(list(CHUNK_COLUMNS)).to_arrow()
-    chunks = {(one.key, one.written): one for one in arrow.found(read, np.zeros(read.num_rows))}
+    chunks = {(one.key, one.written): one for one in arrow.found(read, repeat(0.0, read.num_rows))}
     shown: dict[tuple[str, int], Found] = {one.key: one for one in hits}
     placed: set[tuple[str, int]] = set()
     result: list[Found] = []
@@ -168,7 +165,7 @@ async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) 
             chunk = shown.get(key) or chunks.get((key, one.written))
             if chunk is not None and key not in placed:
                 placed.add(key)
-                result.append(chunk if key in shown else replace(chunk, hit=replace(chunk.hit, score=one.hit.score)))
+                result.append(chunk if key in shown else replace(chunk, score=one.score))
     return result
 
 
@@ -179,8 +176,10 @@ def _around(one: Found, count: int) -> Expr:
 
 
 def _vector(table: BankTable, query: Query) -> NDArray[np.float32]:
+    if table.dimensions is None:
+        raise BadInput("the bank has no vectors; allowed: a search by keyword", param="params.mode")
     shape = None if query.vector is None else query.vector.shape
-    if table.dimensions is None or query.vector is None or shape != (table.dimensions,):
+    if query.vector is None or shape != (table.dimensions,):
         raise BadInput(
             f"the query's vector has the shape {shape}; allowed: the bank's, ({table.dimensions},)", param="query"
         )

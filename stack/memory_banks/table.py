@@ -5,18 +5,18 @@ each of its chunks (positions from 0). Only a chunk's row has a text and a vecto
 no search finds them. LanceDB writes each commit as a new version, and a query reads one version from its begin to its
 end: it sees all of a commit or nothing. What a commit has returned from is on disk.
 
-There is one writer at a time, which the caller sees to. Readers are many, in any process: with a consistency interval of
-zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
+There is one writer at a time, which the caller sees to. Readers are many, in any process: with a consistency interval
+of zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
 
-All is async, by LanceDB's own async API, whose work runs in threads of its own. Its sync API sends each call to one event
-loop in the background, which costs each query a change of threads.
+All is async, by LanceDB's own async API, whose work runs in threads of its own. Its sync API sends each call to one
+event loop in the background, which costs each query a change of threads.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Self
+from typing import Literal, Self
 
 import lancedb
 import numpy as np
@@ -41,6 +41,12 @@ KEEP_VERSIONS = timedelta(minutes=10)
 _VECTOR_INDEX = "vectors_of_"
 
 
+Language = Literal[
+    "Arabic", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek", "Hungarian", "Italian",
+    "Norwegian", "Portuguese", "Romanian", "Russian", "Spanish", "Swedish", "Tamil", "Turkish",
+]  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Words:
     """How texts are cut into the words that a keyword search looks for.
@@ -48,7 +54,7 @@ class Words:
     With `stem`, words of the language are found in all their forms, and its stop words are not looked for.
     """
 
-    language: str = "English"
+    language: Language = "English"
     stem: bool = True
 
 
@@ -145,8 +151,7 @@ class BankTable:
 
     async def delete_expired(self) -> int:
         """Deletes the documents that have expired, in one commit. Returns how many there were."""
-        now = lit(datetime.now(UTC))
-        expired = col("expires_at") <= now
+        expired = col("expires_at") <= lit(arrow.microseconds(datetime.now(UTC)))
         found = (
             await self.rows.query().where(expired & (col("position") == lit(DOCUMENT))).select(["position"]).to_arrow()
         )
@@ -210,7 +215,7 @@ class BankTable:
             )
 
     async def _index_vectors(self) -> None:
-        """Builds the approximate index of vectors, where there are enough of them, or many more than it was built for."""
+        """Builds the approximate index of vectors where there are enough, or many more than it was built for."""
         if self.dimensions is None:
             return
         chunks = (await self.counts()).chunks
@@ -247,7 +252,7 @@ def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace
 
 def unexpired() -> Expr:
     """Rows that have not expired by now."""
-    return col("expires_at") > lit(datetime.now(UTC))
+    return col("expires_at") > lit(arrow.microseconds(datetime.now(UTC)))
 
 
 def _any_of(document_ids: Sequence[str]) -> Expr:
@@ -269,7 +274,8 @@ async def connect(address: str, storage_options: Mapping[str, str] | None) -> la
 
 
 def _words_index(words: Words) -> FTS:
-    return FTS(language=words.language, stem=words.stem, remove_stop_words=words.stem)
+    # ICU finds the words of Chinese, Japanese and Thai too, which have no spaces between them.
+    return FTS(base_tokenizer="icu/split", language=words.language, stem=words.stem, remove_stop_words=words.stem)
 
 
 def _vector_index() -> HnswSq:
