@@ -1,4 +1,4 @@
-"""The graph of a bank: entities, where they are mentioned, and their relations, in two tables beside that of its chunks.
+"""The graph of a bank: entities, where they are mentioned, and their relations, in two tables beside the bank's own.
 
 Rows of the graph name the writing of a document that they were extracted from, by its id and its hash, and count only
 as long as the bank's table has just that. They are written before the document is, so a document is there with its
