@@ -64,14 +64,16 @@ def test_an_entry_of_another_shape_is_dropped(other: Any) -> None:
 def test_a_relation_to_what_is_no_entity_is_dropped() -> None:
     relations = [relation("C++", "is", "party"), relation("C++", "is", "C++"), relation("C++", "", "1999")]
     found = read_answer(answer([entity("C++"), entity("1999")], relations), CHUNK, is_cut=False)
-    assert found is not None and found[1] == []
+    assert found is not None
+    assert found[1] == []
 
 
 def test_there_are_so_many_entities_at_most() -> None:
     text = " ".join(f"n{number}" for number in range(100))
     chunk = Chunk(text, 0, 0, len(text), 100, None, ())
     found = read_answer(answer([entity(name) for name in text.split()]), chunk, is_cut=False)
-    assert found is not None and len(found[0]) == MAX_ENTITIES
+    assert found is not None
+    assert len(found[0]) == MAX_ENTITIES
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from stack.api.filters import Equality
 from stack.memory_banks.entities import key_of
 from stack.memory_banks.graph import BankGraph, GraphQuery, find
