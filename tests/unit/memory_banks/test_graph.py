@@ -123,7 +123,7 @@ async def test_maintenance_removes_what_is_of_no_document(tmp_path: Path) -> Non
     assert await bank.graph.maintain(bank.table) == 2
     assert {row["document_id"] for row in await bank.rows("nodes")} == {"a", "c"}
     assert [(row["source"], row["target"]) for row in await bank.rows("edges")] == [("same", "other"), ("bob", "cafe")]
-    assert await bank.find("same") == [("a", 0, 2.5)]
+    assert await bank.find("same") == [("a", 0, 2.0)]
     assert await bank.graph.maintain(bank.table) == 0
 
 
