@@ -16,11 +16,20 @@ MAX_QUERY = 20_000
 MAX_ADDRESS = 4_096
 MAX_TTL_S = 100 * 366 * 24 * 3_600
 MAX_CHUNK_TOKENS = 8_192
+MAX_ENTITIES = 100
+MAX_ENTITY_NAME = 200
 INGEST = "/memory_banks/ingest"
 
 BankId = Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
 DocumentId = Annotated[str, Field(min_length=1, max_length=300), AfterValidator(without_nul)]
 Part = Annotated[str, Field(max_length=MAX_CONTENT), AfterValidator(without_nul)]
+
+
+def _require_small_overlap(overlap: int, size: int) -> None:
+    if overlap > size // 2:
+        raise ValueError(
+            f"overlap_size_in_tokens is {overlap}; allowed: at most half of chunk_size_in_tokens, {size // 2}"
+        )
 
 
 class VectorBankConfig(Wire):
@@ -36,11 +45,7 @@ class VectorBankConfig(Wire):
 
     @model_validator(mode="after")
     def _overlap_is_smaller(self) -> Self:
-        if self.overlap > self.chunk_size_in_tokens // 2:
-            raise ValueError(
-                f"overlap_size_in_tokens is {self.overlap}; allowed: at most half of chunk_size_in_tokens, "
-                f"{self.chunk_size_in_tokens // 2}"
-            )
+        _require_small_overlap(self.overlap, self.chunk_size_in_tokens)
         return self
 
     @property
@@ -86,9 +91,25 @@ class KeywordBankConfig(Wire):
 
 
 class GraphBankConfig(Wire):
-    """Chunks are found by the entities that they speak of, and by how these are related."""
+    """Chunks are found by the entities that they speak of, and by how these are related.
+
+    A language model reads them when documents are written: `model`, or where none is named, the first one that is
+    served when the bank is made. Sizes are in tokens of its tokenizer.
+    """
 
     type: Literal["graph"]
+    model: ModelId | None = None
+    chunk_size_in_tokens: Annotated[int, Field(ge=8, le=MAX_CHUNK_TOKENS)] = 256
+    overlap_size_in_tokens: Annotated[int, Field(ge=0, le=MAX_CHUNK_TOKENS)] | None = None
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> Self:
+        _require_small_overlap(self.overlap, self.chunk_size_in_tokens)
+        return self
+
+    @property
+    def overlap(self) -> int:
+        return self.overlap_size_in_tokens or 0
 
 
 BankConfig = Annotated[
@@ -195,11 +216,15 @@ class QueryMode(StrEnum):
     hybrid = "hybrid"
 
 
+EntityName = Annotated[str, Field(min_length=1, max_length=MAX_ENTITY_NAME), AfterValidator(without_nul)]
+
+
 class QueryParams(Wire):
     """How a bank is asked, all of it optional.
 
     `mode` is of vector banks: by meaning, by words, or by both, whose ranks are fused (hybrid). `prefix` is of keyvalue
-    banks: the query is how ids begin, not a whole one.
+    banks: the query is how ids begin, not a whole one. `entities` and `hops` are of graph banks: the entities to begin
+    from, else those that the query names, and how many relations away from them others may be.
 
     There are at most `max_chunks`, of at most `max_tokens` together, none of them scored below `score_threshold`, all
     of documents whose metadata pass the `filter`. With `neighbours` each comes with so many of the chunks before it and
@@ -213,6 +238,8 @@ class QueryParams(Wire):
     filter: Info | None = None
     neighbours: Annotated[int, Field(ge=0, le=10)] = 0
     prefix: bool = False
+    entities: Annotated[list[EntityName], at_most(MAX_ENTITIES)] = []
+    hops: Annotated[int, Field(ge=1, le=3)] | None = None
 
 
 QueryText = Annotated[str, Field(max_length=MAX_QUERY), AfterValidator(without_nul)]

@@ -40,6 +40,7 @@ from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import search
 from stack.memory_banks.documents import embed_query, hash_of, prepare, require_chunk_size
+from stack.memory_banks.extraction import set_up
 from stack.memory_banks.rows import Hit, StoredDocument
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import Writer, bytes_in
@@ -75,7 +76,7 @@ async def create(context: Context, request: CreateMemoryBankRequest) -> api.Memo
     config = request.config
     dimensions = None
     if isinstance(config, GraphBankConfig):
-        raise BadInput("banks of the type 'graph' are not served; allowed: vector, keyvalue, keyword", param="config")
+        config = await set_up(context, config)
     if isinstance(config, VectorBankConfig):
         dimensions = await _dimensions(context, config)
     bank = MemoryBank(
@@ -263,6 +264,11 @@ def _query(bank: MemoryBank, request: QueryDocumentsRequest) -> search.Query:
     params, kind = request.params, bank.config["type"]
     if kind != "vector" and params.mode is not None:
         raise BadInput(f"the bank {bank.id!r} is a {kind} bank, which has no modes", param="params.mode")
+    if kind != "graph" and (params.entities or params.hops is not None):
+        field = "entities" if params.entities else "hops"
+        raise BadInput(
+            f"the bank {bank.id!r} is a {kind} bank; {field} is allowed for graph banks alone", param=f"params.{field}"
+        )
     if kind != "keyvalue" and params.prefix:
         raise BadInput(
             f"the bank {bank.id!r} is a {kind} bank; prefix is allowed for keyvalue banks alone", param="params.prefix"

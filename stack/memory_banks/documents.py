@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from stack.api.memory_banks import INGEST, MemoryBankDocument, VectorBankConfig
+from stack.api.memory_banks import INGEST, GraphBankConfig, MemoryBankDocument, VectorBankConfig
 from stack.config import EmbeddingModel
 from stack.context import Context
 from stack.errors import BadInput, Conflict, StackError, TooLarge
 from stack.memory_banks import contents
 from stack.memory_banks.chunking import chunks, count_words, text_of, token_counter
+from stack.memory_banks.extraction import extract
 from stack.memory_banks.reading import ReadText, read
-from stack.memory_banks.rows import Chunk, Document
+from stack.memory_banks.rows import Chunk, Document, Graph
 from stack.store import MemoryBank
 
 # Of one call, together.
@@ -67,12 +68,18 @@ async def prepare(
     vectors: Sequence[NDArray[np.float32] | None] = [None] * len(cut)
     if bank.config["type"] == "vector":
         vectors = await _embedded(context, bank, cut)
+    graphs: Sequence[Graph | None] = [None] * len(cut)
+    if bank.config["type"] == "graph":
+        config = GraphBankConfig.model_validate(bank.config)
+        graphs = await extract(context, config, [document.document_id for document in documents], cut)
     return [
         Document(
             document.document_id, contents.as_json(document), document.mime_type, document.metadata,
-            hash_of(document), expires_at, of_document, its_vectors,
+            hash_of(document), expires_at, of_document, its_vectors, graph,
         )
-        for document, expires_at, of_document, its_vectors in zip(documents, expiries, cut, vectors, strict=True)
+        for document, expires_at, of_document, its_vectors, graph in zip(
+            documents, expiries, cut, vectors, graphs, strict=True
+        )
     ]  # fmt: skip
 
 
@@ -135,6 +142,11 @@ def _cut(context: Context, bank: MemoryBank, document: MemoryBankDocument, conte
             return chunks(text, config.chunk_size_in_tokens, config.overlap, token_counter(model.folder))
         case "keyword":
             return chunks(text, KEYWORD_CHUNK_WORDS, 0, count_words)
+        case "graph":
+            graph = GraphBankConfig.model_validate(bank.config)
+            assert graph.model is not None
+            folder = context.models.get(graph.model).base.folder
+            return chunks(text, graph.chunk_size_in_tokens, graph.overlap, token_counter(folder))
         case _:
             return (_whole(text),)
 

@@ -22,6 +22,34 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Mention:
+    """An entity that a chunk speaks of, by its name; `key` is the same for each spelling of it."""
+
+    key: str
+    name: str
+    kind: str
+    position: int  # of the chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """How a chunk relates two entities, by their keys."""
+
+    source: str
+    target: str
+    label: str
+    position: int  # of the chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """What was extracted from a document."""
+
+    mentions: tuple[Mention, ...]
+    relations: tuple[Relation, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A document ready to be written: read, cut and embedded."""
 
@@ -33,6 +61,7 @@ class Document:
     expires_at: datetime | None
     chunks: tuple[Chunk, ...]
     vectors: NDArray[np.float32] | None  # (chunks, dimensions); vector banks only
+    graph: Graph | None = None  # graph banks only
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,22 +36,28 @@ PROBES = 20
 FUSED = 50
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
-    """A query: of `text` for keyword and hybrid, of its `vector` (dimensions,) for vector and hybrid.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What is answered of all that a query finds, of any kind of bank.
 
-    `max_tokens` and `max_chunks` bound what is answered; `neighbours` is how many chunks before and after each hit, of
-    its document, come with it, beyond `max_chunks` but within `max_tokens`.
+    `max_tokens` and `max_chunks` bound it; `neighbours` is how many chunks before and after each hit, of its document,
+    come with it, beyond `max_chunks` but within `max_tokens`.
     """
 
-    mode: Mode
-    text: str = ""
-    vector: NDArray[np.float32] | None = None
     max_chunks: int = 10
     max_tokens: int | None = None
     score_threshold: float | None = None
     filter: AnyFilter | None = None
     neighbours: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Query(Bounds):
+    """A query: of `text` for keyword and hybrid, of its `vector` (dimensions,) for vector and hybrid."""
+
+    mode: Mode
+    text: str = ""
+    vector: NDArray[np.float32] | None = None
 
 
 async def search(table: BankTable, query: Query) -> list[Hit]:
@@ -60,14 +66,18 @@ async def search(table: BankTable, query: Query) -> list[Hit]:
     Raises BadInput for a vector that is not of the bank's dimensions.
     """
     condition = None if query.filter is None else filters.expression(query.filter, await table.columns())
-    found = await _ranked(table, query, condition)
-    if query.score_threshold is not None:
-        found = [one for one in found if one.score >= query.score_threshold]
-    found = found[: query.max_chunks]
-    if query.neighbours and found:
-        found = await _with_neighbours(table, found, query.neighbours)
+    return await shown(table, await _ranked(table, query, condition), query)
+
+
+async def shown(table: BankTable, found: Sequence[Found], bounds: Bounds) -> list[Hit]:
+    """What is answered of what was found, which is in its order, best first."""
+    if bounds.score_threshold is not None:
+        found = [one for one in found if one.score >= bounds.score_threshold]
+    found = found[: bounds.max_chunks]
+    if bounds.neighbours and found:
+        found = await _with_neighbours(table, found, bounds.neighbours)
     hits = [one.hit() for one in found]
-    return hits if query.max_tokens is None else _within(hits, query.max_tokens)
+    return hits if bounds.max_tokens is None else _within(hits, bounds.max_tokens)
 
 
 def fuse(lists: Sequence[Sequence[Found]]) -> list[Found]:

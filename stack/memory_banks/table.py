@@ -82,7 +82,7 @@ class BankTable:
         cls, address: str, dimensions: int | None, words: Words, storage_options: Mapping[str, str] | None = None
     ) -> Self:
         """Makes the table in a folder or at an address of object storage; one that is there already is opened."""
-        connection = await _connect(address, storage_options)
+        connection = await connect(address, storage_options)
         rows = await connection.create_table(TABLE, schema=arrow.schema(dimensions), exist_ok=True)
         indices = {index.name for index in await rows.list_indices()}
         if "words" not in indices:
@@ -94,7 +94,7 @@ class BankTable:
     @classmethod
     async def open(cls, address: str, storage_options: Mapping[str, str] | None = None) -> Self:
         """Opens the table, which reads its newest manifest and no rows. Raises NotFound where there is none."""
-        connection = await _connect(address, storage_options)
+        connection = await connect(address, storage_options)
         if TABLE not in (await connection.list_tables()).tables:
             raise NotFound("the files of this bank are not there")
         rows = await connection.open_table(TABLE)
@@ -271,7 +271,7 @@ def _require_once(document_ids: Sequence[str]) -> None:
         raise BadInput(f"document {twice[0]!r} comes twice; allowed: each id once in a call", param="documents")
 
 
-async def _connect(address: str, storage_options: Mapping[str, str] | None) -> lancedb.AsyncConnection:
+async def connect(address: str, storage_options: Mapping[str, str] | None) -> lancedb.AsyncConnection:
     return await lancedb.connect_async(
         address,
         storage_options=None if storage_options is None else dict(storage_options),

@@ -232,6 +232,8 @@ def bytes_in(documents: Sequence[Document]) -> int:
         total += len(document.content) + ROW_BYTES
         total += sum(len(chunk.text) + ROW_BYTES for chunk in document.chunks)
         total += document.vectors.nbytes if document.vectors is not None else 0
+        if document.graph is not None:
+            total += (len(document.graph.mentions) + len(document.graph.relations)) * ROW_BYTES
     return total
 
 
