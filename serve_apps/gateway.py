@@ -14,6 +14,7 @@ from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
+from serve_apps.memory_writer import NAME as MEMORY_WRITER
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
@@ -36,7 +37,7 @@ from serve_apps.routes import (
 )
 from stack import tracing
 from stack.added_models import Deployer
-from stack.config import Config
+from stack.config import GATEWAY, Config
 from stack.context import Context
 from stack.keys import Keyring, require_keys
 from stack.memory_banks.banks import Memory
@@ -85,6 +86,10 @@ class Gateway:
             application = status.applications.get(model.id)
             if application is None or application.status != "RUNNING":
                 waiting[model.id] = application.status.value if application else "NOT DEPLOYED"
+        gateway = status.applications.get(GATEWAY)
+        writer = gateway.deployments.get(MEMORY_WRITER) if gateway is not None else None
+        if writer is not None and writer.status != "HEALTHY":
+            waiting["memory writer"] = writer.status.value
         try:
             problem = await self._supervisor.problem.remote()
         except (RayActorError, RayServeException) as error:

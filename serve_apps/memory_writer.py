@@ -24,10 +24,11 @@ from stack.store import MemoryBank, Store, faults
 
 logger = logging.getLogger("ray.serve")
 
+NAME = "MemoryWriter"  # of the deployment
 SWEEP_S = 24 * 3600.0
 
 
-@serve.deployment(num_replicas=1, max_ongoing_requests=1_000, ray_actor_options={"num_cpus": 0})
+@serve.deployment(name=NAME, num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})
 class MemoryWriter:
     """Implements stack.memory_banks.writer.Writer."""
 

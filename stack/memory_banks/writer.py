@@ -201,12 +201,14 @@ class BankWriter:
 
     def _maintain(self, bank: MemoryBank) -> None:
         began_at = now()
-        table = self._tables.get(bank)
-        if table is None or not self._store.memory_banks.known([bank.id]):
-            return
-        table.delete_expired(dt.datetime.now(dt.UTC))
-        table.maintain()
-        self._store.memory_banks.maintained(bank, began_at, table.size(), table.next_expiry())
+        if not self._store.memory_banks.known([bank.id]):
+            return  # it was dropped meanwhile
+        size, expires_at = 0, None
+        if (table := self._tables.get(bank)) is not None:
+            table.delete_expired(dt.datetime.now(dt.UTC))
+            table.maintain()
+            size, expires_at = table.size(), table.next_expiry()
+        self._store.memory_banks.maintained(bank, began_at, size, expires_at)
 
 
 def _fits(item: _Item, others: list[_Item]) -> bool:

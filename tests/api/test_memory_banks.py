@@ -445,17 +445,19 @@ def test_the_rfcs_client_works_unmodified(client: TestClient) -> None:
     made: Any = llama.memory_banks.create(body={"name": "facts", "config": VECTOR})
     bank_id = made["bank_id"]
     given: Any = document("fruit", FRUIT, colour="red")
-    llama.memory_banks.insert(bank_id=bank_id, documents=[given], ttl_seconds=3_600)
+    llama.memory_banks.insert(bank_id=bank_id, documents=[given, document("b", "else")], ttl_seconds=3_600)
     answer = llama.memory_banks.query(bank_id=bank_id, query=[FRUIT], params={"max_chunks": 3})
-    assert [(chunk.document_id, chunk.content, chunk.token_count) for chunk in answer.chunks] == [("fruit", FRUIT, 6)]
-    assert len(answer.scores) == 1
+    first = answer.chunks[0]
+    assert (first.document_id, first.content, first.token_count) == ("fruit", FRUIT, 6)
+    assert len(answer.scores) == len(answer.chunks)
     changed: Any = given | {"content": STONE}
     llama.memory_banks.update(bank_id=bank_id, documents=[changed])
-    got: Any = llama.memory_banks.documents.retrieve(bank_id=bank_id, document_ids=["fruit"])
-    assert json.loads(got) == changed
+    assert llama.memory_banks.documents.retrieve(bank_id=bank_id, document_ids=["fruit"]).content == STONE
+    several: Any = llama.memory_banks.documents.retrieve(bank_id=bank_id, document_ids=["fruit", "b"])
+    assert [json.loads(line) for line in several.splitlines()] == [changed, document("b", "else")]
     listed: Any = llama.memory_banks.list()
     assert json.loads(listed) == llama.memory_banks.retrieve(bank_id=bank_id) == made
-    llama.memory_banks.documents.delete(bank_id=bank_id, document_ids=["fruit"])
+    llama.memory_banks.documents.delete(bank_id=bank_id, document_ids=["fruit", "b"])
     assert llama.memory_banks.query(bank_id=bank_id, query=FRUIT).chunks == []
     assert bank_id in llama.memory_banks.drop(bank_id=bank_id)
     http.close()
