@@ -237,14 +237,14 @@ def stored(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> dict[str, St
 
 
 def all_documents(tables: Tables, bank: MemoryBank) -> Iterator[StoredDocument]:
-    """All documents of a bank, in the order of their ids, a page at a time: each as it is when its page is read."""
-    table, after = tables.get(bank), None
-    while table is not None:
-        page = table.page(after, PAGE)
-        yield from page
-        if len(page) < PAGE:
-            return
-        after = page[-1].document_id
+    """All documents of a bank, in the order of their ids, a page at a time: each as it is when its page is read.
+
+    One that is gone by then is left out, and so is one that has come since the first page was read.
+    """
+    if (table := tables.get(bank)) is not None:
+        ids = table.ids()
+        for start in range(0, len(ids), PAGE):
+            yield from table.documents(ids[start : start + PAGE])
 
 
 def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, StoredDocument], field: str) -> None:
