@@ -31,11 +31,12 @@ def answered(rows: list[dict[str, Any]], worker: asking.Asker, size: int = 4) ->
     async def ask(batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [one async for one in worker(batch)]
 
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        (found,) = asyncio.run(ask({name: [row[name] for row in part] for name in part[0]}))
-        for index in range(len(part)):
-            yield {name: values[index] for name, values in found.items()}
+    with asyncio.Runner() as loop:  # one for all, as a worker of Ray has
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            (found,) = loop.run(ask({name: [row[name] for row in part] for name in part[0]}))
+            for index in range(len(part)):
+                yield {name: values[index] for name, values in found.items()}
 
 
 def rows_of(source: Datasource) -> list[dict[str, Any]]:
