@@ -146,8 +146,9 @@ class Ingest(Asker):
     async def _write_together(self, documents: Sequence[Document]) -> None:
         await asyncio.to_thread(quotas.require_quota, self._context, bytes_in(documents))
         bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
-        writer = self._writer or await patiently(serve_writer.find)
-        self._writer = writer
+        if self._writer is None:
+            self._writer = await patiently(serve_writer.find)
+        writer = self._writer
         await patiently(lambda: writer.write(bank, documents, replace=False))
 
 

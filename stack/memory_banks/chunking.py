@@ -6,7 +6,8 @@ that fits into a chunk stands whole in one. Sizes are counted in tokens by the b
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,16 +33,28 @@ MAX_HEADING = 200
 
 _PART = re.compile(r" ?\S+|\s+")
 _FRONT_MATTER = re.compile(r"---[ \t]*\n(?:.*\n)*?(?:---|\.\.\.)[ \t]*(?:\n|\Z)")
+_WHOLE = ("fence", "code_block", "table_open")
 # Blocks alone: what stands within paragraphs is not read.
 _BLOCKS = MarkdownIt("commonmark").enable("table").disable("inline")
 
 
 @dataclass(frozen=True, slots=True)
-class _Heading:
+class _Span:
+    """Characters of the document's text."""
+
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Heading(_Span):
     level: int
     title: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Block(_Span):
+    is_one: bool  # code or a table, which means little in parts
 
 
 def text_of(text: ReadText) -> str:
@@ -60,19 +73,22 @@ def chunks(text: ReadText, size: int, overlap: int, count: Count) -> tuple[Chunk
     if size < 1:
         raise BadInput(f"chunk size is {size}; allowed: at least 1", param="chunk_size_in_tokens")
     if not 0 <= overlap <= size // 2:
-        raise BadInput(f"overlap is {overlap}; allowed: 0 to {size // 2}, half of a chunk", param="overlap_size_in_tokens")
+        raise BadInput(
+            f"overlap is {overlap}; allowed: 0 to {size // 2}, half of a chunk", param="overlap_size_in_tokens"
+        )
     whole = text_of(text)
-    headings, starts = _structure(whole) if text.format != "text" else ([], [])
+    headings, blocks = _structure(whole) if text.format != "text" else ([], [])
     splitter = TextSplitter if text.format == "text" else MarkdownSplitter
     costs = _Costs(count, whole)
     splitting = splitter.from_callback(costs.of, size, overlap=overlap)
     found = [
-        (section_start + start, piece)
-        for section_start, section in _sections(whole, starts)
+        _Span(begun + start, begun + start + len(piece))
+        for begun, section in _sections(whole, [block.start for block in blocks])
         for start, piece in splitting.chunk_indices(section)
     ]
-    fitting = list(_fitting(found, size, count))
-    return tuple(_chunk_rows(fitting, text, headings))
+    whole_blocks = [_stripped(whole, block) for block in blocks if block.is_one]
+    spans = _with_whole(whole_blocks, found, whole, lambda span: costs.of(whole[span.start : span.end]) <= size)
+    return tuple(_placed(_fitting(spans, whole, size, count), text, headings))
 
 
 def count_words(texts: Sequence[str]) -> list[int]:
@@ -128,16 +144,55 @@ def _cost(text: str, tokens: int) -> int:
     return max(tokens, len(text) // CHARACTERS_A_TOKEN)
 
 
-def _fitting(found: Sequence[tuple[int, str]], size: int, count: Count) -> Iterator[tuple[int, str, int]]:
-    """The pieces with their tokens; those that have more than their words are cut again by what the whole has."""
-    for (start, piece), tokens in zip(found, count([piece for _, piece in found]), strict=True):
+def _with_whole(
+    blocks: Sequence[_Span], found: Sequence[_Span], text: str, fits: Callable[[_Span], bool]
+) -> Iterator[_Span]:
+    """The spans, where a block that fits into one and is in none as a whole has one of its own, with what follows it.
+
+    The splitter keeps blocks whole, but not behind a paragraph that it had to cut.
+    """
+    coming = deque(found)
+    told = 0
+    for block in blocks:
+        while coming and coming[0].end <= block.start:
+            told = coming[0].end
+            yield coming.popleft()
+        touched: list[_Span] = []
+        while coming and coming[0].start < block.end:
+            touched.append(coming.popleft())
+        is_whole = any(span.start <= block.start and span.end >= block.end for span in touched)
+        if not touched or is_whole or not fits(block):
+            coming.extendleft(reversed(touched))
+            continue
+        before = _stripped(text, _Span(touched[0].start, block.start))
+        if before.end > max(told, before.start):
+            told = before.end
+            yield before
+        together = _Span(block.start, touched[-1].end)
+        after = _stripped(text, _Span(block.end, together.end))
+        parts = [together] if fits(together) else [block, after]
+        coming.extendleft(reversed([part for part in parts if part.end > part.start]))
+    yield from coming
+
+
+def _stripped(text: str, span: _Span) -> _Span:
+    """Without the blanks at its ends."""
+    piece = text[span.start : span.end]
+    start = span.start + len(piece) - len(piece.lstrip())
+    return _Span(start, max(start, span.start + len(piece.rstrip())))
+
+
+def _fitting(spans: Iterable[_Span], whole: str, size: int, count: Count) -> Iterator[tuple[_Span, int]]:
+    """The spans with their tokens; those that have more than their words are cut again by what the whole has."""
+    some = list(spans)
+    for span, tokens in zip(some, count([whole[span.start : span.end] for span in some]), strict=True):
         if tokens <= size:
-            yield start, piece, tokens
+            yield span, tokens
             continue
         splitting = TextSplitter.from_callback(lambda text: _cost(text, count([text])[0]), size)
-        parts = splitting.chunk_indices(piece)
-        for (begun, part), fewer in zip(parts, count([part for _, part in parts]), strict=True):
-            yield start + begun, part, fewer
+        parts = splitting.chunk_indices(whole[span.start : span.end])
+        for (start, part), fewer in zip(parts, count([part for _, part in parts]), strict=True):
+            yield _Span(span.start + start, span.start + start + len(part)), fewer
 
 
 def _sections(whole: str, starts: Sequence[int]) -> Iterator[tuple[int, str]]:
@@ -153,8 +208,8 @@ def _sections(whole: str, starts: Sequence[int]) -> Iterator[tuple[int, str]]:
     yield begun, whole[begun:]
 
 
-def _structure(text: str) -> tuple[list[_Heading], list[int]]:
-    """Markdown's headings, but those within quotes and lists, and where its blocks begin."""
+def _structure(text: str) -> tuple[list[_Heading], list[_Block]]:
+    """Markdown's headings and blocks, but those within quotes and lists."""
     places = [0]
     for line in text.split("\n"):
         places.append(min(places[-1] + len(line) + 1, len(text)))
@@ -162,37 +217,36 @@ def _structure(text: str) -> tuple[list[_Heading], list[int]]:
     skipped = text[: matter.end()].count("\n") if matter else 0
     tokens = _BLOCKS.parse(text[matter.end() if matter else 0 :])
     headings: list[_Heading] = []
-    starts: list[int] = []
-    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
+    blocks: list[_Block] = []
+    for index, token in enumerate(tokens):
         if token.level or token.map is None:
             continue
         start, end = (places[skipped + line] for line in token.map)
-        starts.append(start)
-        if token.type == "heading_open" and following is not None:
-            headings.append(_Heading(start, end, int(token.tag[1:]), following.content.strip()[:MAX_HEADING]))
-    return headings, starts
+        blocks.append(_Block(start, end, token.type in _WHOLE))
+        if token.type == "heading_open":
+            title = tokens[index + 1].content.strip()[:MAX_HEADING]
+            headings.append(_Heading(start, end, int(token.tag[1:]), title))
+    return headings, blocks
 
 
-def _chunk_rows(
-    fitting: Sequence[tuple[int, str, int]], text: ReadText, headings: Sequence[_Heading]
-) -> Iterator[Chunk]:
+def _placed(fitting: Iterable[tuple[_Span, int]], text: ReadText, headings: Sequence[_Heading]) -> Iterator[Chunk]:
+    """The chunks with their pages and headings."""
+    whole = text_of(text)
     page_starts = [0]
     for page in text.pages[:-1]:
         page_starts.append(page_starts[-1] + len(page.text) + len(PAGE_BREAK))
     under: list[_Heading] = []
     coming, told = 0, 0
-    for position, (start, piece, tokens) in enumerate(fitting):
-        end = start + len(piece)
-        repeated = max(0, told - start)
-        own = start + repeated + len(piece[repeated:]) - len(piece[repeated:].lstrip())
-        told = end
+    for position, (span, tokens) in enumerate(fitting):
+        own = _stripped(whole, _Span(max(span.start, told), span.end)).start
+        told = span.end
+        number = text.pages[bisect_right(page_starts, own) - 1].number
         while coming < len(headings) and headings[coming].start <= own:
             heading = headings[coming]
-            under = [one for one in under if one.level < heading.level] + [heading]
+            under = [*(one for one in under if one.level < heading.level), heading]
             # What follows a heading in the same chunk stands under it: a title and the first part's own, say.
-            rest = piece[max(0, heading.end - start) :]
-            if heading.end < end:
-                own = max(own, heading.end + len(rest) - len(rest.lstrip()))
+            if own < heading.end < span.end:
+                own = _stripped(whole, _Span(heading.end, span.end)).start
             coming += 1
-        number = text.pages[bisect_right(page_starts, own) - 1].number
-        yield Chunk(piece, position, start, end, tokens, number, tuple(one.title for one in under))
+        titles = tuple(one.title for one in under)
+        yield Chunk(whole[span.start : span.end], position, span.start, span.end, tokens, number, titles)

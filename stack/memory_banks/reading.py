@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import Literal
 
-from html_to_markdown import ConversionOptions, convert
+from html_to_markdown import ConversionOptions, WarningKind, convert
 from html_to_markdown.exceptions import ConversionError
 
 from stack.errors import BadInput, TooLarge
@@ -23,10 +23,15 @@ MAX_CHARACTERS = 5_000_000
 SECONDS = 60
 
 ALLOWED = "text/plain, text/markdown, text/html, application/pdf and other text/*"
-_ALIASES = {"text/x-markdown": "text/markdown", "application/xhtml+xml": "text/html", "application/x-pdf": "application/pdf"}
+_ALIASES = {
+    "text/x-markdown": "text/markdown",
+    "application/xhtml+xml": "text/html",
+    "application/x-pdf": "application/pdf",
+}
 # By Python's names. What decodes by running rules of its own (idna, unicode_escape) is none of them.
 _ENCODINGS = (
-    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "ascii", *(f"iso8859-{part}" for part in (*range(1, 12), 13, 14, 15, 16)),
+    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "ascii",
+    *(f"iso8859-{part}" for part in (*range(1, 12), *range(13, 17))),
     *(f"cp{page}" for page in (1250, 1251, 1252, 1253, 1254, 1255, 1256, 1257, 1258, 874, 932, 949)),
     "koi8-r", "koi8-u", "shift_jis", "euc_jp", "iso2022_jp", "gbk", "gb2312", "gb18030", "big5", "euc_kr",
 )  # fmt: skip
@@ -80,9 +85,7 @@ def read(content: bytes, mime_type: str, name: str) -> ReadText:
     text = _decoded(content, charset or (_html_charset(content) if kind == "text/html" else None), name)
     if kind == "text/html":
         return _require_text(ReadText((Page(None, _plain(_markdown(text, name))),), "html"), name)
-    return _require_text(
-        ReadText((Page(None, _plain(text)),), "markdown" if kind == "text/markdown" else "text"), name
-    )
+    return _require_text(ReadText((Page(None, _plain(text)),), "markdown" if kind == "text/markdown" else "text"), name)
 
 
 def _kind(mime_type: str, name: str) -> tuple[str, str | None]:
@@ -123,11 +126,16 @@ def _decoded(content: bytes, charset: str | None, name: str) -> str:
 def _markdown(text: str, name: str) -> str:
     if not _TAG.search(text):
         raise BadInput(f"{name} is said to be HTML, but has no tags; allowed: the type that it is", param=name)
-    options = ConversionOptions(extract_metadata=False, compact_tables=True, autolinks=False, inline_data_media="alt_text")
+    options = ConversionOptions(
+        extract_metadata=False, compact_tables=True, autolinks=False, inline_data_media="alt_text_only"
+    )
     try:
-        return convert(text, options).content or ""
+        converted = convert(text, options)
     except ConversionError as error:
         raise BadInput(f"{name} is no HTML that can be read: {error}", param=name) from error
+    if lost := [warning.message for warning in converted.warnings if warning.kind == WarningKind.DEPTH_LIMIT_EXCEEDED]:
+        raise BadInput(f"{name} is HTML of which a part would be lost: {lost[0]}", param=name)
+    return converted.content or ""
 
 
 def _pdf_pages(content: bytes, name: str) -> tuple[Page, ...]:
