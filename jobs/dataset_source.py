@@ -92,16 +92,15 @@ def _blocks(
 ) -> Iterator[Block]:
     # Closed however the reading ends: the worker lives on.
     with closing(Context.open(Config.parse(config, "config"))) as context:
-        yield from _read_blocks(numbered(context.of_tenant(tenant), checked, shape, split), but)
+        values = numbered(context.of_tenant(tenant), checked, shape, split)
+        yield from blocks_of(((number, json.dumps(asdict(value))) for number, value in values if number not in but))
 
 
-def _read_blocks(values: Iterable[tuple[int, Any]], but: Container[int]) -> Iterator[Block]:
+def blocks_of(values: Iterable[tuple[int, str]]) -> Iterator[Block]:
+    """Rows, by their numbers, in blocks of a bounded size."""
     read: list[dict[str, Any]] = []
     size = 0
-    for number, value in values:
-        if number in but:
-            continue
-        text = json.dumps(asdict(value))
+    for number, text in values:
         read.append({"row": number, "value": text})
         size += len(text)
         if len(read) == BLOCK_ROWS or size >= BLOCK_BYTES:

@@ -3,9 +3,10 @@
     ray job submit -- python -m jobs.generate_synthetic_data --config jobs/examples/generate_synthetic_data.yaml
 
 The file holds the body of POST /synthetic_data_generation/jobs. The prompts are the rows of a data set, or grown from a
-few seeds (self-instruct), or questions about documents. All that was generated is written down row by row, so a job
-that was lost goes on with the rows that it has nothing of. At the end the filter chooses, and the data set is
-registered; a sample of what was rejected, with the reasons, is `rejected.jsonl` among the artifacts.
+few seeds (self-instruct), or questions about documents: those of a data set or of a memory bank. All that was generated
+is written down row by row, so a job that was lost goes on with the rows that it has nothing of. At the end the filter
+chooses, and the data set is registered; a sample of what was rejected, with the reasons, is `rejected.jsonl` among the
+artifacts.
 """
 
 import asyncio
@@ -16,12 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ray.data
 
-from jobs import dataset_source, driver, grown_prompts, made_data
+from jobs import bank_source, dataset_source, driver, grown_prompts, made_data
 from jobs.asking import Asker, asked, patiently
 from jobs.made_data import MadeData
 from jobs.row_log import Bounds, RowLog, complete, text_of, write_rows
@@ -29,14 +31,23 @@ from stack import datasets, jobs, made_datasets, question_pairs, synthetic_data_
 from stack.api.messages import CompletionMessage, UserMessage
 from stack.api.synthetic_data_generation import PromptSource, SyntheticDataJobRequest
 from stack.config import LanguageModel
+from stack.context import Context
 from stack.dataset_files import MAX_ROW_BYTES
 from stack.datasets import DIALOG
+from stack.errors import StackError
+from stack.memory_banks import banks, ingestion
+from stack.memory_banks.documents import text_in
+from stack.memory_banks.rows import StoredDocument
+from stack.memory_banks.tables import Tables
+from stack.prompt_rows import Text
 from stack.question_pairs import Dropped, Pair, Passage
 from stack.synthetic_data_generation import Sampler, histogram, sampled
 from stack.synthetic_rows import Chosen, Generation, Pairs, Rejection, Scored, ScoredPair
 
 # How many of what was rejected are shown, for each reason.
 MAX_SHOWN = 100
+# How many documents of a bank are read at once.
+READ_AT_ONCE = 16
 _TOKENS = ("prompt_tokens", "completion_tokens")
 
 
@@ -62,9 +73,12 @@ def generate(work: driver.Work, request: SyntheticDataJobRequest) -> driver.Outc
     own = synthetic_data_generation.own_model(context, request)
     bounds = Bounds(request.max_failed_rows, context.config.max_dataset_bytes)
     metrics = work.reporter.metrics
-    problem = made_data.problem_of(
-        lambda: complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, metrics, bounds)
-    )
+
+    def ask_all() -> None:
+        log.require_within(bounds)  # what could not be read has failed already
+        complete(log, lambda: asked(prompts.rows, asker, *told, own=own), prompts.total, metrics, bounds)
+
+    problem = made_data.problem_of(ask_all)
     return _outcome(work, request, prompts, log, problem)
 
 
@@ -203,6 +217,11 @@ def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -
         file = grown_prompts.grow(work, request, log)
         total = sum(1 for _ in grown_prompts.prompts(file))
         return Prompts(partial(grown_prompts.rows, file, log.rows), total, grown=file)
+    if request.bank_id is not None:
+        file = work.folder / "passages.jsonl"
+        total = bank_source.copy(file, _passages(work.context, request, request.bank_id))
+        bank_source.note_errors(file, log)
+        return Prompts(partial(bank_source.rows, file, log.rows), total, made_datasets.sha256(file))
     assert request.dataset is not None
     checked = datasets.resolve(work.context, request.dataset)
     shape, split, total = synthetic_data_generation.shape_of(request), None, checked.rows
@@ -211,6 +230,32 @@ def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -
         total = sum(1 for _ in dataset_source.numbered(work.context, checked, shape, split))
     rows = partial(dataset_source.rows, work.context, checked, shape, but=log.rows, split=split)
     return Prompts(rows, total, checked.sha256)
+
+
+def _passages(context: Context, request: SyntheticDataJobRequest, bank_id: str) -> Iterator[dict[str, Any]]:
+    """The passages of all documents of a bank; of one that cannot be read, why."""
+    bank = ingestion.require_documents(context, bank_id, "bank_id")
+    documents = banks.all_documents(Tables(context.config), bank)
+    while batch := list(islice(documents, READ_AT_ONCE)):
+        for document, text in zip(batch, asyncio.run(_texts(context, batch)), strict=True):
+            if isinstance(text, StackError):
+                error = {"code": text.code, "message": text.message, "type": text.type, "param": None}
+                yield {"value": {"id": document.document_id}, "error": error}
+                continue
+            for passage in question_pairs.passages(Text(document.document_id, text), request.passage_characters):
+                yield {"value": asdict(passage)}
+
+
+async def _texts(context: Context, documents: Sequence[StoredDocument]) -> list[str | StackError]:
+    """The texts of documents as they are read, in which chunks have their places too."""
+
+    async def text(document: StoredDocument) -> str | StackError:
+        try:
+            return await text_in(context, banks.given(document))
+        except StackError as error:
+            return error
+
+    return await asyncio.gather(*map(text, documents))
 
 
 def _outcome(
@@ -241,13 +286,14 @@ def _outcome(
 
 
 def _lineage(request: SyntheticDataJobRequest, prompts: Prompts) -> dict[str, Any]:
-    left_out = {"dataset", "seed_prompts", "job_uuid", "model", "reward_model", "priority"}
+    left_out = {"dataset", "bank_id", "seed_prompts", "job_uuid", "model", "reward_model", "priority"}
     return {
         "job_uuid": request.job_uuid,
         "kind": jobs.GENERATE,
         "model": request.model,
         "reward_model": request.reward_model,
         "dataset": None if request.dataset is None else made_datasets.address_of(request.dataset),
+        "bank_id": request.bank_id,
         "seed_prompts_sha256": _hash_of(request.seed_prompts) if request.seed_prompts else None,
         "prompts_sha256": prompts.sha256,
         "parameters": request.model_dump(mode="json", exclude=left_out),

@@ -14,7 +14,6 @@ from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
-from serve_apps.memory_writer import NAME as MEMORY_WRITER
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
@@ -41,6 +40,7 @@ from stack.config import GATEWAY, Config
 from stack.context import Context
 from stack.keys import Keyring, require_keys
 from stack.memory_banks.banks import Memory
+from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
 

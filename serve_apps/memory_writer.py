@@ -19,12 +19,12 @@ from stack import tracing
 from stack.config import Config
 from stack.errors import StackError
 from stack.memory_banks.rows import Document
+from stack.memory_banks.serve_writer import NAME
 from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, Store, faults
 
 logger = logging.getLogger("ray.serve")
 
-NAME = "MemoryWriter"  # of the deployment
 SWEEP_S = 24 * 3600.0
 
 

@@ -66,13 +66,14 @@ class Shape(Generic[T]):
 
     `columns_problem` says what is missing of the columns, if anything is. `read` makes of a row, by its number, what is
     wanted, or raises BadInput, naming the row. With `of_examples` every row that is an example fits. With
-    `unique_ids` no two rows may have the same id.
+    `unique_ids` no two rows may have the same id, which stands in the column `id_column`.
     """
 
     columns_problem: Callable[[TrainEvalDataset], str | None]
     read: Callable[[int, dict[str, Any], TrainEvalDataset], T]
     of_examples: bool = False
     unique_ids: bool = False
+    id_column: str = ID
 
 
 @dataclass(frozen=True)
@@ -313,7 +314,7 @@ def _references(request: Request) -> dict[str, TrainEvalDataset | str]:
 def _registered_of_shape(context: Context, registered: RegisteredDataset, shape: Shape[Any]) -> Checked:
     found = Checked(_described(registered), registered.rows, registered.bytes, registered.sha256)
     _require_columns(found.dataset, shape)
-    has_ids = shape.unique_ids and ID in found.dataset.columns
+    has_ids = shape.unique_ids and shape.id_column in found.dataset.columns
     if registered.examples and shape.of_examples and not has_ids:
         _require_untouched(context, registered)
     else:
@@ -449,8 +450,8 @@ def _misfit(
 ) -> str | None:
     try:
         shape.read(number, row, dataset)
-        if shape.unique_ids and ID in dataset.columns:
-            seen.add(number, id_of(number, row, dataset))
+        if shape.unique_ids and shape.id_column in dataset.columns:
+            seen.add(number, id_of(number, row, dataset, shape.id_column))
     except BadInput as error:
         return error.message
     return None

@@ -41,6 +41,7 @@ EVALUATE_BENCHMARK = "evaluate_benchmark"
 EVALUATE_FUNCTION_CALLING = "evaluate_function_calling"
 GENERATE = "generate_synthetic_data"
 BATCH_INFERENCE = "batch_inference"
+INGEST = "ingest_documents"
 # What runs a job of each kind: the module of its driver.
 DRIVERS = {
     SUPERVISED_FINE_TUNE: "jobs.supervised_fine_tune",
@@ -54,11 +55,13 @@ DRIVERS = {
     EVALUATE_JUDGED: "jobs.evaluate_judged",
     EVALUATE_BENCHMARK: "jobs.evaluate_benchmark",
     EVALUATE_FUNCTION_CALLING: "jobs.evaluate_function_calling",
+    INGEST: "jobs.ingest_documents",
 }
 # The folders of the artifacts that jobs make: those of fine-tuning, which are adapters or whole models, of evaluations,
-# of generations and of batches.
+# of generations, of batches and of ingestions.
 ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES = "adapters", "models", "evaluations", "generations", "batches"
-FOLDERS = (ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES)
+INGESTIONS = "ingestions"
+FOLDERS = (ADAPTERS, WHOLE_MODELS, RESULTS, GENERATIONS, BATCHES, INGESTIONS)
 # What a worker that asks served models reserves: it only waits.
 ASKER_CPUS = 0.25
 SWEEP_AFTER = dt.timedelta(days=1)

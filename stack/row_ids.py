@@ -15,11 +15,11 @@ ID = "id"
 MAX_ID = 1_000
 
 
-def id_of(number: int, row: dict[str, Any], dataset: TrainEvalDataset) -> str:
-    """The id of a row. Raises BadInput for one that is none."""
-    if ID not in dataset.columns:
+def id_of(number: int, row: dict[str, Any], dataset: TrainEvalDataset, column: str = ID) -> str:
+    """The id of a row, in the column of ids. Raises BadInput for one that is none."""
+    if column not in dataset.columns:
         return str(number)
-    value = row[ID]
+    value = row[column]
     name = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     if not 0 < len(name) <= MAX_ID:
         raise BadInput(f"row {number}: the id has {len(name)} characters; allowed: 1 to {MAX_ID}")

@@ -44,6 +44,7 @@ from stack.datasets import Shape, Size
 from stack.errors import BadInput, NotFound, StackError, TooManyRequests, Unavailable
 from stack.filtering import BOUNDED, Filter, kept
 from stack.inference import Answer, answer_chat, chat_body, sampling_body
+from stack.memory_banks import ingestion
 from stack.store import Job
 
 KINDS = (jobs.GENERATE,)
@@ -92,8 +93,8 @@ async def generate(context: Context, request: SyntheticDataGenerationRequest) ->
 def submit(context: Context, request: SyntheticDataJobRequest, submission_id: str | None = None) -> Job:
     """Accepts a generation of any size.
 
-    Raises BadInput for data that has no prompts or two rows of the same id, NotFound, Conflict where a data set of the
-    name is there already, or another job is going to make it, and StorageFull.
+    Raises BadInput for data that has no prompts or two rows of the same id and for a bank without documents, NotFound,
+    Conflict where a data set of the name is there already, or another job is going to make it, and StorageFull.
     """
     known = context.store.jobs.get(context.tenant, request.job_uuid)
     if known is not None:
@@ -104,7 +105,9 @@ def submit(context: Context, request: SyntheticDataJobRequest, submission_id: st
         request = with_models(context, request)
         made_datasets.require_free(context, jobs.GENERATE, request.model_dump(mode="json"), "output_dataset")
         request, found = datasets.accept(context, request, shape_of(request))
-        _require_room(context, request, [datasets.size(context, one) for one in found])
+        _require_room(
+            context, request, [datasets.size(context, one) for one in found] or _size_of_bank(context, request)
+        )
         bundles = engines.bundles_of_job(own_model(context, request))
     return jobs.submit(context, jobs.GENERATE, request.job_uuid, request, bundles=bundles, submission_id=submission_id)
 
@@ -115,7 +118,8 @@ def resources(context: Context, request: SyntheticDataJobRequest) -> dict[str, A
     Raises StorageFull where there is no room for it, and Conflict where another data set has its name by now.
     """
     made_datasets.require_still_free(context, jobs.GENERATE, request.model_dump(mode="json"))
-    _require_room(context, request, datasets.sizes_before_reading(context, request))
+    sizes = datasets.sizes_before_reading(context, request) or _size_of_bank(context, request)
+    _require_room(context, request, sizes)
     return engines.resources_of_job(own_model(context, request))
 
 
@@ -334,6 +338,13 @@ def _require_room(context: Context, request: SyntheticDataJobRequest, sizes: Seq
     generated = 2 * text + prompts * request.num_generations * generation  # with other letters escaped
     work = jobs.work_folder(context.tenant, request.job_uuid)
     quotas.require_room_for_job(context, kept=kept_bytes, temporary=generated + kept_bytes, work=work)
+
+
+def _size_of_bank(context: Context, request: SyntheticDataJobRequest) -> list[Size]:
+    """About how much there is in a bank whose documents are asked about. Raises NotFound, and BadInput for none."""
+    if request.bank_id is None:
+        return []
+    return [ingestion.size_of_bank(ingestion.require_documents(context, request.bank_id, "bank_id"))]
 
 
 def _kept_of_each(request: SyntheticDataJobRequest) -> int:

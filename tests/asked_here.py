@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.data.datasource import Datasource
 
 from stack import jobs
 from stack.config import LanguageModel
@@ -19,7 +20,7 @@ from tests.scripted_engine import ScriptedEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from jobs import asking, dataset_source, driver, grown_prompts
+    from jobs import asking, bank_source, dataset_source, driver, grown_prompts
     from jobs.dataset_source import Rows
     from jobs.reporter import Reporter
 
@@ -30,14 +31,15 @@ def answered(rows: list[dict[str, Any]], worker: asking.Asker, size: int = 4) ->
     async def ask(batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [one async for one in worker(batch)]
 
-    for start in range(0, len(rows), size):
-        part = rows[start : start + size]
-        (found,) = asyncio.run(ask({name: [row[name] for row in part] for name in part[0]}))
-        for index in range(len(part)):
-            yield {name: values[index] for name, values in found.items()}
+    with asyncio.Runner() as loop:  # one for all, as a worker of Ray has
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            (found,) = loop.run(ask({name: [row[name] for row in part] for name in part[0]}))
+            for index in range(len(part)):
+                yield {name: values[index] for name, values in found.items()}
 
 
-def rows_of(source: Rows) -> list[dict[str, Any]]:
+def rows_of(source: Datasource) -> list[dict[str, Any]]:
     (task,) = source.get_read_tasks(parallelism=1)
     return [row for block in task() for row in block.to_pylist()]
 
@@ -63,6 +65,7 @@ def work_here(monkeypatch: pytest.MonkeyPatch, engine: ScriptedEngine, *modules:
     monkeypatch.setattr(
         grown_prompts, "rows", lambda file, but: [row for row in grown_prompts._rows(file) if row["row"] not in but]
     )
+    monkeypatch.setattr(bank_source, "rows", lambda file, but: rows_of(bank_source.Copied(file, but)))
     monkeypatch.setattr(grown_prompts.ray, "init", lambda: None)
     for module in modules:
         monkeypatch.setattr(module, "asked", asked)

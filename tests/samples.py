@@ -175,6 +175,11 @@ def generation(data: Any, **changes: Any) -> dict[str, Any]:
     return {"job_uuid": "generation-1", "dataset": data, "filtering_function": "top_k"} | changes
 
 
+def ingestion(data: Any, **changes: Any) -> dict[str, Any]:
+    """The body of POST /memory_banks/ingest."""
+    return {"job_uuid": "ingest-1", "dataset": data} | changes
+
+
 def batch(data: Any, **changes: Any) -> dict[str, Any]:
     """The body of POST /batch_inference/jobs."""
     return {"job_uuid": "batch-1", "kind": "chat_completion", "model": "small", "dataset": data} | changes

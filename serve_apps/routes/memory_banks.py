@@ -6,12 +6,21 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel
 
-from serve_apps.routes.common import ContextOf, answer_to, needs
+from serve_apps.readers import READERS
+from serve_apps.routes.common import ContextOf, JobUuid, answer_to, needs
+from serve_apps.routes.jobs import After as AfterJob
+from serve_apps.routes.jobs import Kind, Status, add_job_routes
+from serve_apps.routes.jobs import Limit as LimitOfJobs
 from stack.api.memory_banks import (
     CreateMemoryBankRequest,
     DeleteDocumentsRequest,
     DropMemoryBankRequest,
     GetDocumentsRequest,
+    IngestDocumentsRequest,
+    IngestJob,
+    IngestJobArtifactsResponse,
+    IngestJobEntry,
+    IngestJobStatusResponse,
     InsertDocumentsRequest,
     MemoryBank,
     MemoryBankDocument,
@@ -19,10 +28,12 @@ from stack.api.memory_banks import (
     QueryDocumentsResponse,
     UpdateDocumentsRequest,
 )
-from stack.memory_banks import banks
+from stack.memory_banks import banks, ingestion
 from stack.memory_banks.banks import Memory
 
 router = APIRouter(tags=["memory"], dependencies=[needs("data")])
+# As other jobs, they need more than what they write does.
+_jobs = APIRouter(prefix="/memory_banks/ingest", dependencies=[needs("training")])
 
 BankId = Annotated[str, Query(max_length=100)]
 After = Annotated[str | None, Query(max_length=100, description="the id of the last one of the page before")]
@@ -95,6 +106,37 @@ async def get_documents(context: ContextOf, memory: MemoryOf, bank_id: BankId, b
 async def delete_documents(context: ContextOf, memory: MemoryOf, body: DeleteDocumentsRequest) -> None:
     """Deletes documents with all that was made of them. Those that are not there are gone already."""
     await banks.delete_documents(context, memory, body)
+
+
+@_jobs.post("")
+async def ingest(context: ContextOf, body: IngestDocumentsRequest) -> IngestJob:
+    """Accepts an insert of any size: of a data set, or of another bank's documents. It runs on its own."""
+    job = await READERS.run(ingestion.submit, context, body)
+    return IngestJob(job_uuid=job.uuid)
+
+
+@_jobs.get("/job/status", response_model_exclude_none=True)
+def ingest_status(context: ContextOf, job_uuid: JobUuid) -> IngestJobStatusResponse:
+    """How far an ingestion is."""
+    return ingestion.job_status(context, job_uuid)
+
+
+@_jobs.get("/job/artifacts", response_model_exclude_none=True)
+def ingest_artifacts(context: ContextOf, job_uuid: JobUuid) -> IngestJobArtifactsResponse:
+    """The files of an ingestion, which say what has failed."""
+    return ingestion.job_artifacts(context, job_uuid)
+
+
+@_jobs.get("/jobs", response_model_exclude_none=True)
+def list_ingestions(
+    context: ContextOf, status: Status = None, kind: Kind = None, after: AfterJob = None, limit: LimitOfJobs = 100
+) -> list[IngestJobEntry]:
+    """Ingestions, newest first, a page at a time."""
+    return ingestion.list_jobs(context, kind, status, after, limit)
+
+
+add_job_routes(_jobs, ingestion.KINDS)
+router.include_router(_jobs)
 
 
 def _lines(items: Iterable[BaseModel]) -> JsonLines:

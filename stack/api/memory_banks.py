@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from stack.api.batch_inference import MAX_FAILED_ROWS
+from stack.api.datasets import DatasetReference
+from stack.api.jobs import ArtifactFile, JobEntry, JobState, MakingJobUuid, Priority
 from stack.api.wire import Info, ModelId, Request, Wire, at_most, without_nul
 from stack.errors import TooLarge
 
@@ -186,12 +189,15 @@ Documents = Annotated[list[MemoryBankDocument], Field(min_length=1), BeforeValid
 DocumentIds = Annotated[list[DocumentId], Field(min_length=1), at_most(MAX_IDS)]
 
 
+Ttl = Annotated[int, Field(ge=1, le=MAX_TTL_S)]
+
+
 class InsertDocumentsRequest(Request):
     """New documents. Those that are there already, just so, are left as they are. All expire after `ttl_seconds`."""
 
     bank_id: BankId
     documents: Documents
-    ttl_seconds: Annotated[int, Field(ge=1, le=MAX_TTL_S)] | None = None
+    ttl_seconds: Ttl | None = None
 
 
 class UpdateDocumentsRequest(Request):
@@ -291,3 +297,51 @@ class QueryDocumentsResponse(Wire):
 
     chunks: list[QueriedChunk]
     scores: list[float]
+
+
+class IngestDocumentsRequest(Request):
+    """An insert of any size: the rows of `dataset`, or all documents of the bank `source_bank_id`.
+
+    The data set has the columns `document_id` (text), `content` (text, or json for what `insert` takes beside a text),
+    and may have `mime_type` (text; `text/plain` without it) and `metadata` (json). Another bank's documents are read,
+    cut and embedded anew, as this bank is configured. A document that fails is told; more than `max_failed_rows` of
+    them fail the job. Each expires `ttl_seconds` after it was written.
+    """
+
+    job_uuid: MakingJobUuid
+    bank_id: BankId
+    dataset: DatasetReference | None = None
+    source_bank_id: BankId | None = None
+    ttl_seconds: Ttl | None = None
+    max_failed_rows: Annotated[int, Field(ge=0, le=MAX_FAILED_ROWS)] = 1_000
+    priority: Priority = 0
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.dataset is None) == (self.source_bank_id is None):
+            there = "neither" if self.dataset is None else "both"
+            raise ValueError(f"there is {there} of dataset and source_bank_id; allowed: one of them")
+        if self.source_bank_id == self.bank_id:
+            raise ValueError(f"source_bank_id is bank_id, {self.bank_id!r}; allowed: another bank's")
+        return self
+
+
+class IngestJob(Wire):
+    job_uuid: str
+
+
+class IngestJobEntry(JobEntry):
+    """An ingestion in a list."""
+
+
+class IngestJobStatusResponse(JobState):
+    """`metrics` holds `documents`, `written`, `unchanged` (those that the bank had already, just so), `failed`,
+    `chunks`, `tokens` (those of the chunks) and `seconds`: for how long the job has worked, in all its attempts."""
+
+
+class IngestJobArtifactsResponse(Wire):
+    """The files of an ingestion: `summary.json`, and `errors.jsonl` where documents have failed."""
+
+    job_uuid: str
+    path: str | None
+    files: list[ArtifactFile]

@@ -31,6 +31,7 @@ from stack.api.jobs import (
     MakingJobUuid,
     Priority,
 )
+from stack.api.memory_banks import BankId
 from stack.api.messages import Attachment, CompletionMessage, Message, SystemMessage, UserMessage
 from stack.api.reward_scoring import (
     MAX_GENERATIONS,
@@ -214,7 +215,7 @@ class PromptSource(StrEnum):
     """Where the prompts of a job come from.
 
     `dataset` are the rows of a data set. `self_instruct` grows them from `seed_prompts` by the model. `documents` are
-    the texts of a data set, about which the model asks questions and answers them.
+    the texts of a data set, or the documents of a memory bank, about which the model asks questions and answers them.
     """
 
     dataset = "dataset"
@@ -230,6 +231,12 @@ class SyntheticOutput(StrEnum):
     scored = "scored"
 
 
+# Where the prompts of each source stand: in one of these fields.
+_FIELDS_OF = {
+    PromptSource.dataset: ("dataset",),
+    PromptSource.self_instruct: ("seed_prompts",),
+    PromptSource.documents: ("dataset", "bank_id"),
+}
 SeedPrompt = Annotated[str, Field(min_length=1, max_length=10_000), AfterValidator(without_nul)]
 
 
@@ -237,17 +244,18 @@ class SyntheticDataJobRequest(GenerationSettings):
     """A generation of any size, which makes a data set.
 
     `dataset` has the prompts (a column of type dialog, or `prompt` of type text) or the documents (`text` of type
-    text), with ids in a column `id`, if it has one. `self_instruct` grows `seed_prompts` to `num_prompts` prompts, of
-    which none has more than `max_similarity` (stack/near_duplicates.py) in common with another. Documents are read in
-    passages of up to `passage_characters`. Pairs need a `min_margin` between their scores. The data set is called
-    `output_dataset`, or as the job. A row that fails is told; more than `max_failed_rows` of them fail the job.
-    With `engine: own` the model answers by an engine that the job starts for itself, and needs no replica; the reward
-    model is asked where it serves.
+    text), with ids in a column `id`, if it has one; `bank_id` is the memory bank whose documents are read instead.
+    `self_instruct` grows `seed_prompts` to `num_prompts` prompts, of which none has more than `max_similarity`
+    (stack/near_duplicates.py) in common with another. Documents are read in passages of up to `passage_characters`.
+    Pairs need a `min_margin` between their scores. The data set is called `output_dataset`, or as the job. A row that
+    fails is told; more than `max_failed_rows` of them fail the job. With `engine: own` the model answers by an engine
+    that the job starts for itself, and needs no replica; the reward model is asked where it serves.
     """
 
     job_uuid: MakingJobUuid
     source: PromptSource = PromptSource.dataset
     dataset: DatasetReference | None = None
+    bank_id: BankId | None = None
     seed_prompts: Annotated[list[SeedPrompt], Field(min_length=1), at_most(MAX_SEED_PROMPTS)] | None = None
     num_prompts: Annotated[int, Field(ge=1, le=MAX_GROWN_PROMPTS)] = 100
     max_similarity: Annotated[float, Field(ge=0.1, lt=1)] = 0.7
@@ -271,13 +279,15 @@ class SyntheticDataJobRequest(GenerationSettings):
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> Self:
-        needed, other = ("seed_prompts", "dataset") if self.source == PromptSource.self_instruct else (
-            "dataset", "seed_prompts"
-        )  # fmt: skip
-        if getattr(self, needed) is None:
-            raise ValueError(f"{needed} is required with the source {self.source.value!r}")
-        if getattr(self, other) is not None:
-            raise ValueError(f"{other} cannot be used with the source {self.source.value!r}; leave it out")
+        fields = _FIELDS_OF[self.source]
+        given = [name for names in _FIELDS_OF.values() for name in names if getattr(self, name) is not None]
+        for name in given:
+            if name not in fields:
+                raise ValueError(f"{name} cannot be used with the source {self.source.value!r}; leave it out")
+        if not given:
+            raise ValueError(f"{' or '.join(fields)} is required with the source {self.source.value!r}")
+        if len(set(given)) > 1:
+            raise ValueError(f"there are {' and '.join(fields)}; allowed: one of them")
         return self
 
     @model_validator(mode="after")

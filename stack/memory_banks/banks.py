@@ -9,7 +9,7 @@ import asyncio
 import datetime as dt
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,8 @@ from stack.store import MemoryBank, now
 P = ParamSpec("P")
 T = TypeVar("T")
 ID = "bank-"
+# How many documents are read at once of those of a whole bank.
+PAGE = 200
 # How a vector bank is asked where a query does not say it.
 DEFAULT_MODE = QueryMode.vector
 # Readers compute in LanceDB's own threads; these wait for them.
@@ -89,12 +91,12 @@ async def create(context: Context, request: CreateMemoryBankRequest) -> api.Memo
 
 def get(context: Context, bank_id: str) -> api.MemoryBank:
     """Raises NotFound."""
-    return _described(_known(context, bank_id))
+    return _described(find(context, bank_id))
 
 
 def page(context: Context, after: str | None, limit: int) -> list[api.MemoryBank]:
     """Banks, newest first, behind the one with the id `after`. Raises NotFound."""
-    last = _known(context, after, "after") if after is not None else None
+    last = find(context, after, "after") if after is not None else None
     return [_described(bank) for bank in context.store.memory_banks.page(context.tenant, last, limit)]
 
 
@@ -103,7 +105,7 @@ async def drop(context: Context, memory: Memory, bank_id: str) -> str:
 
     The row goes first: nobody finds the bank any more, whatever becomes of its files, which a sweep removes too.
     """
-    bank = await asyncio.to_thread(_known, context, bank_id)
+    bank = await asyncio.to_thread(find, context, bank_id)
     await asyncio.to_thread(context.store.memory_banks.delete, context.tenant, bank_id)
     memory.tables.forget(bank)
     await memory.writer.drop(bank)
@@ -154,7 +156,7 @@ async def delete_documents(context: Context, memory: Memory, request: DeleteDocu
 
     Raises NotFound for an unknown bank, and Unavailable.
     """
-    bank = await asyncio.to_thread(_known, context, request.bank_id)
+    bank = await asyncio.to_thread(find, context, request.bank_id)
     await memory.writer.delete(bank, list(dict.fromkeys(request.document_ids)))
 
 
@@ -164,7 +166,7 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
     Raises NotFound for an unknown bank, BadInput for params that its kind does not take, Conflict where the bank's
     vectors are not those of its embedding model any more.
     """
-    bank = await asyncio.to_thread(_known, context, request.bank_id)
+    bank = await asyncio.to_thread(find, context, request.bank_id)
     asked = _query(bank, request)
     vector = None
     if asked.mode in (QueryMode.vector, QueryMode.hybrid):
@@ -181,8 +183,8 @@ async def _begin(
     if len(set(ids)) < len(ids):
         twice = next(one for number, one in enumerate(ids) if one in ids[:number])
         raise BadInput(f"the document {twice!r} is there twice; allowed: each id once in a call", param="documents")
-    bank = await asyncio.to_thread(_known, context, bank_id)
-    return bank, await _read(_stored, memory, bank, ids)
+    bank = await asyncio.to_thread(find, context, bank_id)
+    return bank, await _read(stored, memory.tables, bank, ids)
 
 
 async def _write(
@@ -196,9 +198,9 @@ async def _write(
 ) -> None:
     if not documents:
         return
-    await asyncio.to_thread(_require_room, context, 0)  # before the work
+    await asyncio.to_thread(require_room, context, 0)  # before the work
     ready = await prepare(context, bank, documents, expiries)
-    await asyncio.to_thread(_require_room, context, bytes_in(ready))
+    await asyncio.to_thread(require_room, context, bytes_in(ready))
     await memory.writer.write(bank, ready, replace)
 
 
@@ -220,7 +222,8 @@ def _described(bank: MemoryBank) -> api.MemoryBank:
     )
 
 
-def _known(context: Context, bank_id: str, field: str = "bank_id") -> MemoryBank:
+def find(context: Context, bank_id: str, field: str = "bank_id") -> MemoryBank:
+    """The row of a bank. Raises NotFound."""
     bank = context.store.memory_banks.get(context.tenant, bank_id)
     if bank is None:
         hint = "" if bank_id.startswith(ID) else f"; the ids that /memory_banks/create gives begin with {ID!r}"
@@ -228,9 +231,21 @@ def _known(context: Context, bank_id: str, field: str = "bank_id") -> MemoryBank
     return bank
 
 
-def _stored(memory: Memory, bank: MemoryBank, ids: Sequence[str]) -> dict[str, StoredDocument]:
-    table = memory.tables.get(bank)
+def stored(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> dict[str, StoredDocument]:
+    """Those of these documents that a bank has, by id."""
+    table = tables.get(bank)
     return {document.document_id: document for document in table.documents(ids)} if table is not None else {}
+
+
+def all_documents(tables: Tables, bank: MemoryBank) -> Iterator[StoredDocument]:
+    """All documents of a bank, in the order of their ids, a page at a time: each as it is when its page is read.
+
+    One that is gone by then is left out, and so is one that has come since the first page was read.
+    """
+    if (table := tables.get(bank)) is not None:
+        ids = table.ids()
+        for start in range(0, len(ids), PAGE):
+            yield from table.documents(ids[start : start + PAGE])
 
 
 def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, StoredDocument], field: str) -> None:
@@ -243,14 +258,15 @@ def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, Stored
 def _get_documents(
     context: Context, memory: Memory, bank_id: str, request: GetDocumentsRequest
 ) -> list[MemoryBankDocument]:
-    bank = _known(context, bank_id)
+    bank = find(context, bank_id)
     ids = list(dict.fromkeys(request.document_ids))
-    known = _stored(memory, bank, ids)
+    known = stored(memory.tables, bank, ids)
     _require_known(bank, ids, known, "document_ids")
-    return [_given(known[one]) for one in ids]
+    return [given(known[one]) for one in ids]
 
 
-def _given(stored: StoredDocument) -> MemoryBankDocument:
+def given(stored: StoredDocument) -> MemoryBankDocument:
+    """A document as it was given."""
     return MemoryBankDocument(
         document_id=stored.document_id,
         content=json.loads(stored.content),
@@ -303,7 +319,7 @@ def _chunk(hit: Hit) -> QueriedChunk:
     )
 
 
-def _require_room(context: Context, size: int) -> None:
+def require_room(context: Context, size: int) -> None:
     """Raises StorageFull unless the tenant may keep so many bytes more, and the banks' disk has them left."""
     quotas.require_quota(context, size)
     if "://" not in (folder := context.config.memory_banks_url):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,9 @@ from stack.memory_banks.reading import ReadText, read
 from stack.memory_banks.rows import Chunk, Document, Graph
 from stack.store import MemoryBank
 
-# Of one call, together.
+# Of one call, together; and of one document in a job.
 MAX_CHUNKS = 5_000
+MAX_JOB_CHUNKS = 50_000
 # How many words a chunk of a keyword bank has, at most.
 KEYWORD_CHUNK_WORDS = 200
 # How many texts the embedding model is asked for at once, and how often at the same time, so that it never waits.
@@ -45,11 +47,12 @@ async def prepare(
     bank: MemoryBank,
     documents: Sequence[MemoryBankDocument],
     expiries: Sequence[dt.datetime | None],
+    max_chunks: int = MAX_CHUNKS,
 ) -> list[Document]:
     """Documents ready to be written, in their order.
 
-    Raises what `contents` does, BadInput for a document that cannot be read, TooLarge for more than MAX_CHUNKS chunks
-    in all, Conflict where the embedding model's vectors no longer have the length of the bank's.
+    Raises what `contents` does, BadInput for a document that cannot be read, TooLarge for more than `max_chunks`
+    chunks in all, Conflict where the embedding model's vectors no longer have the length of the bank's.
     """
     had = await contents.contents(context, documents)
     loop = asyncio.get_running_loop()
@@ -60,10 +63,10 @@ async def prepare(
         except StackError as error:
             error.param = f"documents.{number}"
             raise
-        if sum(map(len, cut)) > MAX_CHUNKS:
+        if sum(map(len, cut)) > max_chunks:
+            hint = f"; the job {INGEST} takes more" if max_chunks < MAX_JOB_CHUNKS else ""
             raise TooLarge(
-                f"the documents have more than {MAX_CHUNKS} chunks together; the job {INGEST} takes more",
-                param="documents",
+                f"there are more than {max_chunks} chunks in what is written at once{hint}", param="documents"
             )
     vectors: Sequence[NDArray[np.float32] | None] = [None] * len(cut)
     if bank.config["type"] == "vector":
@@ -81,6 +84,13 @@ async def prepare(
             documents, expiries, cut, vectors, graphs, strict=True
         )
     ]  # fmt: skip
+
+
+async def text_in(context: Context, document: MemoryBankDocument) -> str:
+    """A document's text as it is read, in which its chunks have their places. Raises as `prepare` does."""
+    (content,) = await contents.contents(context, [document])
+    reading = partial(read, content, document.mime_type, contents.name_of(document))
+    return text_of(await asyncio.get_running_loop().run_in_executor(_READERS, reading))
 
 
 async def embed_query(context: Context, bank: MemoryBank, text: str) -> NDArray[np.float32]:

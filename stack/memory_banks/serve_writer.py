@@ -4,10 +4,12 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from stack.config import GATEWAY
 from stack.errors import StackError, Unavailable
 from stack.memory_banks.rows import Document
 from stack.store import MemoryBank
 
+NAME = "MemoryWriter"  # of the deployment
 SECONDS = 120
 
 
@@ -29,6 +31,18 @@ class ServeWriter:
 
     async def drop(self, bank: MemoryBank) -> None:
         await _answer(self._handle.drop.remote(bank))
+
+
+async def find() -> ServeWriter:
+    """The writer, for a process that is no part of Ray Serve's. Raises Unavailable where it is not deployed."""
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        return ServeWriter(await asyncio.to_thread(serve.get_deployment_handle, NAME, GATEWAY))
+    except (RayError, RayServeException) as error:
+        raise Unavailable("the writer of the memory banks is not deployed", retry_after=30) from error
 
 
 async def _answer(call: Any) -> Any:

@@ -30,6 +30,7 @@ from tests.samples import (
     fine_tuning,
     function_calls,
     generation,
+    ingestion,
     preference_optimization,
     preferences,
     reward_training,
@@ -119,6 +120,12 @@ NAMING: list[tuple[str, str, Any]] = [
     ("GET", "/batch_inference/job/artifacts?job_uuid=batch-1", None),
     ("POST", "/batch_inference/job/cancel", {"job_uuid": "batch-1"}),
     ("GET", "/batch_inference/jobs?after=batch-1", None),
+    ("POST", "/memory_banks/ingest", ingestion("documents", job_uuid="new", bank_id="BANK")),
+    ("GET", "/memory_banks/ingest/job/status?job_uuid=ingest-1", None),
+    ("GET", "/memory_banks/ingest/job/logs?job_uuid=ingest-1", None),
+    ("GET", "/memory_banks/ingest/job/artifacts?job_uuid=ingest-1", None),
+    ("POST", "/memory_banks/ingest/job/cancel", {"job_uuid": "ingest-1"}),
+    ("GET", "/memory_banks/ingest/jobs?after=ingest-1", None),
     ("POST", "/inference/chat_completion", CHAT),
     ("POST", "/inference/completion", {"model": "small:tune-1", "content": "a"}),
     ("POST", "/batch_inference/chat_completion", {"model": "small:tune-1", "messages_batch": [CHAT["messages"]]}),
@@ -163,6 +170,7 @@ LISTING: list[tuple[str, str, Any]] = [
     ("GET", "/evaluate/jobs", None),
     ("GET", "/synthetic_data_generation/jobs", None),
     ("GET", "/batch_inference/jobs", None),
+    ("GET", "/memory_banks/ingest/jobs", None),
     ("GET", "/experiments/list", None),
     ("POST", "/logging/get_logs", {"query": ""}),
     ("POST", "/logging/get_logs", {"query": "", "filters": {"trace_id": "trace-1"}}),
@@ -247,6 +255,9 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     samples.add_trained_reward(context.store, "small-reward-1", OWNER)
     made(owner, "/synthetic_data_generation/jobs", **generation(data))
     made(owner, "/batch_inference/jobs", **batch(data))
+    texts = write_rows(home / "data" / "documents.jsonl", [{"document_id": "b", "content": "a text"}])
+    made(owner, "/datasets/create", uuid="documents", dataset=dataset(texts, document_id="text", content="text"))
+    made(owner, "/memory_banks/ingest", **ingestion("documents", bank_id=bank))
     # The longer words first: UPLOAD_URL is not UPLOAD.
     ids = {
         "UPLOAD_URL": upload["content_url"],

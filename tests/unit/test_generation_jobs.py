@@ -1,9 +1,11 @@
 """Synthetic data of any size: what is accepted, and what a job makes of prompts, of seeds and of documents."""
 
+import asyncio
 import json
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pydantic import ValidationError
 
 from stack import datasets, jobs, made_datasets, post_training, synthetic_data_generation
 from stack.api.datasets import CreateDatasetRequest
+from stack.api.memory_banks import CreateMemoryBankRequest, InsertDocumentsRequest
 from stack.api.post_training import PostTrainingRLHFRequest, PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
 from stack.api.wire import describe
@@ -29,9 +32,13 @@ from stack.errors import (
     TooManyRequests,
     Unavailable,
 )
+from stack.memory_banks import banks
+from stack.memory_banks.banks import Memory
+from stack.memory_banks.writer import BankWriter
 from stack.prompt_formats import template_messages
 from tests import samples
 from tests.conftest import CONFIG
+from tests.memory import document
 from tests.samples import dataset, write_rows
 from tests.varied_engine import VariedEngine
 
@@ -433,6 +440,105 @@ def test_a_document_that_was_begun_goes_on_with_the_passages_that_are_left(
     run(context, wanted)
     prompts = synthetic_data_generation.job_status(context, "grow-1").metrics["prompts"]
     assert engine.answers - before == prompts - 4
+
+
+@contextmanager
+def bank_of(context: Context, *documents: Any) -> Iterator[str]:
+    """A bank with these documents."""
+    writer = BankWriter(context.config, context.store)
+    memory = Memory.open(context.config, writer)
+    wanted = CreateMemoryBankRequest.model_validate({"name": "a", "config": {"type": "keyvalue"}})
+    bank_id = asyncio.run(banks.create(context, wanted)).bank_id
+    if documents:
+        body = InsertDocumentsRequest.model_validate({"bank_id": bank_id, "documents": list(documents)})
+        asyncio.run(banks.insert(context, memory, body))
+    yield bank_id
+    writer.close()
+
+
+def test_documents_of_a_memory_bank_become_questions_with_answers_that_cite_them(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.say = lambda body: pair_of(body | {"seed": 0})
+    text = "".join(f"The river {number} rises here. It is 1,230 km long. " for number in range(20))
+    html = "<h1>Rivers</h1><p>The Rhine rises here. <b>It is</b> 1,230 km long.</p>"
+    with bank_of(context, document("long", text), document("page", html, "text/html")) as bank_id:
+        wanted = request(bank_id=bank_id, source="documents", num_generations=1, passage_characters=200)
+        run(context, wanted)
+    rows = rows_of(context)
+    cited = [row for row in rows if row["document"] == "long"]
+    assert len({row["start"] for row in cited}) > 1
+    assert all(text[int(row["start"]) : int(row["end"])] == row["quote"] for row in cited)
+    assert [row["document"] for row in rows].count("page") <= 1, "its markup may break the quote"
+    about = datasets.get(context, "grow-1").metadata
+    assert about is not None
+    assert (about["bank_id"], about["dataset"], len(about["prompts_sha256"])) == (bank_id, None, 64)
+    assert "bank_id" not in about["parameters"]
+
+
+def test_a_document_of_a_memory_bank_that_cannot_be_read_is_a_row_that_has_failed(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.say = lambda body: pair_of(body | {"seed": 0})
+    (home / "data").mkdir(exist_ok=True)
+    file = home / "data" / "rhine.txt"
+    file.write_text(DOCUMENT)
+    given = document("gone", {"uri": f"file://{file}"})
+    with bank_of(context, given, document("here", DOCUMENT)) as bank_id:
+        file.unlink()
+        result = run(context, request(bank_id=bank_id, source="documents", num_generations=1))
+        limited = request(bank_id=bank_id, source="documents", job_uuid="grow-2", max_failed_rows=0)
+        job = synthetic_data_generation.submit(context, limited)
+        with work_of(context, job) as work:
+            outcome = driver.generate(work, SyntheticDataJobRequest.model_validate(job.request))
+    (error,) = [one for one in lines(file_of(result, "rejected.jsonl")) if one["reason"] == "error"]
+    assert error["id"] == "gone"
+    assert {row["document"] for row in rows_of(context)} == {"here"}
+    assert outcome.problem is not None
+    assert outcome.problem.startswith("row 1: ")
+
+
+def test_a_job_about_a_memory_bank_that_was_lost_goes_on_with_what_the_bank_had(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    engine.say = pair_of
+    engine.away_after = 4
+    with bank_of(context, *(document(f"d{number}", DOCUMENT) for number in range(9))) as bank_id:
+        wanted = request(bank_id=bank_id, source="documents", num_generations=1)
+        with pytest.raises(Unavailable, match="row 5"):
+            run(context, wanted)
+    context.store.memory_banks.delete("default", bank_id)
+    engine.away_after = None
+    before = engine.answers
+    run(context, wanted)
+    assert engine.answers - before == 5
+    assert synthetic_data_generation.job_status(context, "grow-1").metrics["prompts"] == 9
+
+
+def test_a_memory_bank_without_documents_or_of_another_tenant_is_refused(context: Context) -> None:
+    with bank_of(context) as bank_id:
+        with pytest.raises(BadInput, match="has no documents"):
+            synthetic_data_generation.submit(context, request(bank_id=bank_id, source="documents"))
+        with pytest.raises(NotFound, match="no memory bank"):
+            synthetic_data_generation.submit(context.of_tenant("acme"), request(bank_id=bank_id, source="documents"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "documents"}, "dataset or bank_id is required with the source 'documents'"),
+        ({"source": "dataset", "bank_id": "bank-1"}, "bank_id cannot be used with the source 'dataset'"),
+        (
+            {"source": "documents", "bank_id": "bank-1", "dataset": "texts"},
+            "there are dataset and bank_id; allowed: one of them",
+        ),
+    ],
+    ids=str,
+)
+def test_documents_have_one_source(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        request(**changes)
+    assert words in describe(caught.value)
 
 
 def test_rows_that_no_data_set_can_hold_are_rejected(

@@ -147,6 +147,7 @@ def test_every_kind_of_job_has_a_driver() -> None:
         jobs.EVALUATE_JUDGED: "jobs.evaluate_judged",
         jobs.EVALUATE_BENCHMARK: "jobs.evaluate_benchmark",
         jobs.EVALUATE_FUNCTION_CALLING: "jobs.evaluate_function_calling",
+        jobs.INGEST: "jobs.ingest_documents",
     }
     for module in jobs.DRIVERS.values():
         assert importlib.util.find_spec(module) is not None, module
