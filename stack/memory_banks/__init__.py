@@ -1,0 +1,1 @@
+"""Banks of documents that agents and people look things up in."""

@@ -1,0 +1,57 @@
+"""What is written into memory banks and found in them."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a document: the characters `start` to `end` of its text as it was read."""
+
+    text: str
+    position: int  # of the chunk in its document, from 0
+    start: int
+    end: int
+    tokens: int  # of the bank's tokenizer (vector banks) or words (the others)
+    page: int | None  # of a PDF, from 1
+    headings: tuple[str, ...]  # those that it stands under, outermost first
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document ready to be written: read, cut and embedded."""
+
+    document_id: str
+    content: str  # as JSON, what was given: a string, a list of strings, or {"uri": ...}
+    mime_type: str
+    metadata: dict[str, JsonValue]
+    hash: str  # sha256 of content, mime type and metadata
+    expires_at: datetime | None
+    chunks: tuple[Chunk, ...]
+    vectors: NDArray[np.float32] | None  # (chunks, dimensions); vector banks only
+
+
+@dataclass(frozen=True, slots=True)
+class StoredDocument:
+    """A document as it was given, without what was made of it."""
+
+    document_id: str
+    content: str  # as JSON
+    mime_type: str
+    metadata: dict[str, JsonValue]
+    hash: str
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A chunk that answers a query. What `score` means, its mode says: stack/memory_banks/search.py."""
+
+    document_id: str
+    chunk: Chunk
+    metadata: dict[str, JsonValue]
+    score: float
