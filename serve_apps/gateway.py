@@ -14,6 +14,8 @@ from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
+from serve_apps.memory_writer import NAME as MEMORY_WRITER
+from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.routes import (
@@ -23,6 +25,7 @@ from serve_apps.routes import (
     experiments,
     health,
     inference,
+    memory_banks,
     metrics,
     models,
     openai,
@@ -34,9 +37,12 @@ from serve_apps.routes import (
 )
 from stack import tracing
 from stack.added_models import Deployer
-from stack.config import Config
+from stack.config import GATEWAY, Config
 from stack.context import Context
 from stack.keys import Keyring, require_keys
+from stack.memory_banks.banks import Memory
+from stack.memory_banks.serve_writer import ServeWriter
+from stack.memory_banks.writer import BankWriter
 
 REFUSED_AT_ONCE = 1_000
 
@@ -45,13 +51,14 @@ def build(args: dict[str, Any]) -> serve.Application:
     """The application `gateway` of a Serve config file, whose args are the stack's Config."""
     config = Config.parse(args, "args of the application 'gateway'")
     supervisor = JobSupervisor.bind(config)  # type: ignore[attr-defined]
+    writer = MemoryWriter.bind(config)  # type: ignore[attr-defined]
     # More than are answered, so that those that are refused do not wait for it in front of the gateway.
     gateway = Gateway.options(  # type: ignore[attr-defined]
         max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE,
         # One that is replaced ends the answers that it has begun.
         graceful_shutdown_timeout_s=max(model.request_timeout_s for model in config.all_models),
     )
-    return gateway.bind(config, supervisor)  # type: ignore[no-any-return]
+    return gateway.bind(config, supervisor, writer)  # type: ignore[no-any-return]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
@@ -59,16 +66,17 @@ def build(args: dict[str, Any]) -> serve.Application:
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
 
-    def __init__(self, config: Config, supervisor: DeploymentHandle[Any]) -> None:
+    def __init__(self, config: Config, supervisor: DeploymentHandle[Any], writer: DeploymentHandle[Any]) -> None:
         tracing.start("gateway", config.otlp_address)
         self._context = Context.open(config)
         # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
         if (host := listening_host()) is not None:
             require_keys(self._context.store, host)
         self._supervisor = supervisor
+        self._memory = Memory.open(config, ServeWriter(writer))
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._context, ready=self._ready)
+        return create_app(self._context, self._ready, memory=self._memory)
 
     async def _ready(self) -> dict[str, str]:
         """What is not ready, by name."""
@@ -78,6 +86,10 @@ class Gateway:
             application = status.applications.get(model.id)
             if application is None or application.status != "RUNNING":
                 waiting[model.id] = application.status.value if application else "NOT DEPLOYED"
+        gateway = status.applications.get(GATEWAY)
+        writer = gateway.deployments.get(MEMORY_WRITER) if gateway is not None else None
+        if writer is not None and writer.status != "HEALTHY":
+            waiting["memory writer"] = writer.status.value
         try:
             problem = await self._supervisor.problem.remote()
         except (RayActorError, RayServeException) as error:
@@ -90,8 +102,13 @@ class Gateway:
 Ready = Callable[[], Awaitable[dict[str, str]]]
 
 
-def create_app(context: Context, ready: Ready, deployer: Deployer | None = None) -> FastAPI:
-    """Every route on a context. `ready` tells what is not ready yet. Ray Serve runs models, or another deployer."""
+def create_app(
+    context: Context, ready: Ready, deployer: Deployer | None = None, memory: Memory | None = None
+) -> FastAPI:
+    """Every route on a context. `ready` tells what is not ready yet. Ray Serve runs models, or another deployer.
+
+    Memory banks are written by the writer of `memory` or, without one, in this process.
+    """
     app = FastAPI(
         title="Llama Stack on Ray",
         description="The Llama Stack's APIs at the root, OpenAI's under /v1.",
@@ -99,6 +116,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         redoc_url=None,
     )
     app.state.context = context
+    app.state.memory = memory or Memory.open(context.config, BankWriter(context.config, context.store))
     app.state.ready = ready
     app.state.deployer = deployer or ServeDeployer()
     app.state.metrics = Metrics(context.store)
@@ -112,6 +130,7 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
         models,
         metrics,
         datasets,
+        memory_banks,
         post_training,
         evaluations,
         synthetic_data_generation,
@@ -135,6 +154,8 @@ def create_app(context: Context, ready: Ready, deployer: Deployer | None = None)
 def _larger_bodies(config: Config) -> dict[str, int]:
     """The bounds of the bodies in which files are sent: the file, in base64 or in multipart, and what stands beside."""
     return {
+        "/memory_bank/insert": config.memory_banks.max_body_bytes,
+        "/memory_bank/update": config.memory_banks.max_body_bytes,
         "/datasets/upload": config.max_dataset_bytes + 2**16,
         "/experiments/artifacts/upload": config.max_artifact_bytes * 4 // 3 + 2**20,
     }

@@ -6,17 +6,17 @@ never fetches anything by itself. What lies elsewhere is fetched through the gua
 
 import asyncio
 import base64
-import binascii
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
-from urllib.parse import unquote, unquote_to_bytes, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
+from stack.addresses import address_in, decoded
 from stack.api.messages import MAX_CHARACTERS, Attachment
 from stack.context import Context
 from stack.errors import BadInput, StackError, TooLarge, Unavailable
@@ -132,7 +132,7 @@ class _Wanted:
             wanted = cls(image["url"], True, None, place, image.get("detail"))
         else:
             content, mime_type = part["attachment"]["content"], _mime_type(part["attachment"]["mime_type"], place)
-            address = _address(content) if isinstance(content, str) else None
+            address = address_in(content) if isinstance(content, str) else None
             text = content if isinstance(content, str) else "".join(content)
             wanted = cls(address or text, address is not None, mime_type, place)
         if wanted.is_image and message["role"] not in _ROLES_WITH_IMAGES:
@@ -219,21 +219,11 @@ def _bytes_of(one: _Wanted) -> bytes:
 
 
 def _decoded(one: _Wanted) -> bytes:
-    """The content of a data: address (RFC 2397)."""
-    head, comma, data = one.content.removeprefix("data:").partition(",")
-    if not comma:
-        raise BadInput(f"{_shown(one.content)} is no data: address; allowed: data:TYPE;base64,CONTENT")
-    mime_type, is_base64 = head.removesuffix(";base64"), head.endswith(";base64")
+    """The content of a data: address, if it is of the type that the attachment has."""
+    mime_type, content = decoded(one.content, one.most)
     if mime_type and one.mime_type and _mime_type(mime_type, one.place) != one.mime_type:
         raise BadInput(f"the mime_type is {one.mime_type!r}, but that of the data: address is {mime_type[:200]!r}")
-    if len(data) > 4 * one.most:
-        raise TooLarge(f"the content has {len(data)} characters, which is more than {one.most} bytes")
-    if not is_base64:
-        return unquote_to_bytes(data)
-    try:
-        return base64.b64decode(unquote(data), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise BadInput(f"the data: address does not hold base64: {error}") from error
+    return content
 
 
 def _text_part(one: _Wanted, content: bytes) -> dict[str, Any]:
@@ -283,15 +273,6 @@ def _mime_type(given: str, place: str) -> str:
         if name == "charset" and value.strip('"') not in ("utf-8", "utf8", "us-ascii"):
             raise BadInput(f"the charset {value[:100]!r} cannot be used; allowed: utf-8", param=place)
     return mime_type
-
-
-def _address(content: str) -> str | None:
-    """The address that a content is, with its scheme in lower case; None for a text that at most begins like one."""
-    scheme, _, rest = content.partition(":")
-    known = scheme.lower() == "data" or (scheme.lower() in ("https", "http", "file") and rest.startswith("//"))
-    if not known or any(character.isspace() for character in content[:4_000]):
-        return None
-    return f"{scheme.lower()}:{rest}"
 
 
 def _name_in(url: str) -> str:
@@ -347,7 +328,3 @@ def _paragraphs(texts: list[dict[str, Any]]) -> str:
         whole += text.lstrip("\n") if was_attachment else text
         was_attachment = is_attachment
     return whole
-
-
-def _shown(url: str) -> str:
-    return repr(url if len(url) <= 80 else url[:77] + "...")

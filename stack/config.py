@@ -281,6 +281,25 @@ class Judge(Wire):
         return self
 
 
+class MemoryBanksConfig(Wire):
+    """Where memory banks lie, a folder or s3://bucket/prefix, and how often what is due in them is looked for.
+
+    The folder must be on a disk that the gateway and the writer of the banks both have: where they may run on several
+    nodes, on object storage. `max_body_bytes` bounds a request that brings documents.
+    """
+
+    folder: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)] = "memory_banks"
+    maintenance_s: Annotated[float, Field(ge=1, le=86_400)] = 30
+    max_body_bytes: Annotated[int, Field(ge=1_024, le=2**28)] = 16 * 2**20
+
+    @field_validator("folder")
+    @classmethod
+    def _folder_is_reachable(cls, folder: str) -> str:
+        if "://" in folder and not re.match(r"s3://[^/]", folder):
+            raise ValueError(f"{folder!r} cannot hold memory banks; allowed: a folder, s3://bucket/prefix")
+        return folder.rstrip("/") or folder
+
+
 class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
@@ -297,8 +316,8 @@ class Config(Wire):
     further than it has been.
 
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
-    `max_tenant_bytes` all that a tenant keeps (artifacts and uploads), `max_body_bytes` the bodies of other requests. A
-    gateway answers `max_requests` at once.
+    `max_tenant_bytes` all that a tenant keeps (artifacts, uploads and memory banks), `max_body_bytes` the
+    bodies of other requests. A gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one.
 
     What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id, or by
@@ -317,6 +336,7 @@ class Config(Wire):
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30
     max_artifact_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 32 * 2**20
     max_tenant_bytes: Annotated[int, Field(ge=1_024)] = 100 * 2**30
+    memory_banks: MemoryBanksConfig = MemoryBanksConfig()
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
     embedding_models: list[EmbeddingModel] = []
@@ -393,6 +413,12 @@ class Config(Wire):
     @property
     def artifacts_url(self) -> str:
         return artifacts_url(self.artifacts)
+
+    @property
+    def memory_banks_url(self) -> str:
+        """A local path, or an address of object storage."""
+        folder = self.memory_banks.folder
+        return folder if "://" in folder else str(home() / Path(folder).expanduser())
 
     @property
     def data_folders(self) -> list[Path]:

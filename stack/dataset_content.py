@@ -69,7 +69,7 @@ def _open(context: Context, url: str) -> Content:
     match url.partition("://")[0]:
         case "upload":
             file, name = uploads.local(context, url)
-            return Content(_regular(file, url), name)
+            return Content(opened_file(file, url), name)
         case "s3" | "gs":
             return _from_storage(context, url)
         case "https":
@@ -82,8 +82,8 @@ def _open(context: Context, url: str) -> Content:
                 raise
             return Content(_from_start(copy), file_name)
         case _:
-            file = _local(context, url)
-            return Content(_regular(file, url), file.name)
+            file = local_file(context, url)
+            return Content(opened_file(file, url), file.name)
 
 
 def _name_in(url: str) -> str:
@@ -96,8 +96,8 @@ def _name_in(url: str) -> str:
     return name
 
 
-def _local(context: Context, url: str) -> Path:
-    """The local file at an address, if it is one that users may read."""
+def local_file(context: Context, url: str) -> Path:
+    """The local file at an address. Raises BadInput where it is none that users may read."""
     try:
         address = urlsplit(url)
         file = Path(unquote(address.path)).resolve()
@@ -118,8 +118,11 @@ def _local(context: Context, url: str) -> Path:
     return file
 
 
-def _regular(file: Path, url: str) -> BinaryIO:
-    """Opens a file, but not what would block or lead elsewhere, if that has come into its place since."""
+def opened_file(file: Path, url: str) -> BinaryIO:
+    """Opens a file, but not what would block or lead elsewhere, if that has come into its place since.
+
+    Raises BadInput.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except PermissionError as error:

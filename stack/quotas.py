@@ -15,13 +15,19 @@ def require_room(context: Context, size: int) -> None:
     What counts has a row: it is finished. Two who ask at the same moment do not see each other, so a tenant can come to
     keep more than its quota by what was under way.
     """
-    most = context.config.max_tenant_bytes
-    kept = context.store.artifacts.bytes_of(context.tenant) + context.store.datasets.uploaded_bytes(context.tenant)
+    require_quota(context, size)
+    context.artifacts.require_room(size)
+
+
+def require_quota(context: Context, size: int) -> None:
+    """Raises StorageFull unless the tenant may keep so many bytes more. What its memory banks hold is counted about."""
+    most, store = context.config.max_tenant_bytes, context.store
+    rows = (store.artifacts.bytes_of, store.datasets.uploaded_bytes, store.memory_banks.bytes_of)
+    kept = sum(bytes_of(context.tenant) for bytes_of in rows)
     if kept + size > most:
         raise StorageFull(
             f"the tenant {context.tenant!r} keeps {kept} bytes already, and {size} more are needed; allowed: {most}"
         )
-    context.artifacts.require_room(size)
 
 
 def require_room_for_job(context: Context, kept: int, temporary: int, work: Path) -> None:

@@ -1,4 +1,6 @@
-"""Files that users send for their data sets. They lie among the artifacts, and count as what the tenant keeps.
+"""Files that users send for their data sets, and documents for memory banks.
+
+They lie among the artifacts, and count as what the tenant keeps.
 
 An upload is deleted with the last data set that stands on it, or by itself while none does.
 """
@@ -27,6 +29,8 @@ from stack.store import now
 CONTENT = "content"
 MAX_NAME = 255
 DISK = "the disk of uploads"
+# Names of documents, beside those of the formats of data sets.
+DOCUMENTS = (".txt", ".md", ".markdown", ".html", ".htm", ".pdf")
 # How much arrives between two looks at the free space.
 CHECK_BYTES = 64 * 2**20
 # What is left of an upload that broke off with its process is removed after so long without a further block.
@@ -85,10 +89,10 @@ def receive(context: Context, name: str) -> Iterator[Upload]:
         message = f"{name[:80]!r} is no name of a file; allowed: at most {MAX_NAME} printable characters"
         raise BadInput(message, param="file")
     try:
-        format_of(name)
+        if not name.lower().endswith(DOCUMENTS):
+            format_of(name)
     except BadInput as error:
-        error.param = "file"
-        raise
+        raise BadInput(f"{error.message}; of a document: {', '.join(DOCUMENTS)}", param="file") from error
     _folder().mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=_folder()) as folder, (Path(folder) / CONTENT).open("wb") as file:
         yield Upload(context, name, Path(folder), file)

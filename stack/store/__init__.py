@@ -12,12 +12,13 @@ from stack.store.datasets import Datasets
 from stack.store.experiments import Experiments
 from stack.store.jobs import Attempt, Job, Jobs
 from stack.store.keys import Keys
+from stack.store.memory_banks import MemoryBank, MemoryBanks
 from stack.store.migrate import migrate
 from stack.store.models import AddedModel, AddedModels
 from stack.store.telemetry import Telemetry
 from stack.store.traces import Traces
 
-__all__ = ["Adapter", "AddedModel", "Artifact", "Attempt", "Job", "Store", "now"]
+__all__ = ["Adapter", "AddedModel", "Artifact", "Attempt", "Job", "MemoryBank", "Store", "now"]
 
 
 class Store:
@@ -36,6 +37,7 @@ class Store:
         self.adapters = Adapters(self.engine)
         self.models = AddedModels(self.engine)
         self.artifacts = Artifacts(self.engine)
+        self.memory_banks = MemoryBanks(self.engine)
         self.experiments = Experiments(self.engine)
         self.telemetry = Telemetry(self.engine)
         self.traces = Traces(self.engine)

@@ -176,6 +176,26 @@ models = Table(
     Column("private", Boolean, nullable=False, server_default=false()),
 )
 
+# Banks of documents. Their rows lie in LanceDB tables (stack/memory_banks/); `bytes` is about how large those are, and
+# `expires_at` when the next of their documents does. Where `written_at` is later than `maintained_at`, work is due.
+memory_banks = Table(
+    "memory_banks",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("url", Text),
+    Column("config", JSON, nullable=False),
+    Column("dimensions", Integer),
+    Column("bytes", BigInteger, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("written_at", _Time),
+    Column("maintained_at", _Time),
+    Column("expires_at", _Time),
+    Index("memory_banks_by_time", "tenant", "created_at", "id"),
+    Index("memory_banks_by_expiry", "expires_at"),
+)
+
 # What `name` among the files of stack/artifacts.py is, and where it came from.
 artifacts = Table(
     "artifacts",

@@ -102,6 +102,11 @@ def test_names_of_any_language_are_taken(client: TestClient) -> None:
     assert create(client, "a", sent["content_url"]).status_code == 200
 
 
+def test_an_uploaded_document_is_no_data_set(client: TestClient) -> None:
+    sent = uploaded(client, b"some text", "notes.md")
+    assert "must end with one of .jsonl" in error_of(create(client, "a", sent["content_url"]), 400)["message"]
+
+
 @pytest.mark.parametrize("name", ["../../a.jsonl", "/etc/a.jsonl", "C:\\data\\a.jsonl"])
 def test_of_a_path_only_the_name_is_kept(client: TestClient, name: str) -> None:
     reply = client.post("/datasets/upload", content=part(file_name=name) + END, headers=FORM)
@@ -197,7 +202,7 @@ def test_what_a_tenant_keeps_is_bounded_until_it_is_deleted(app: FastAPI, contex
         (part(name="purpose", file_name=None, content=b"x") + part() + END, "a part 'purpose'"),
         (part() + part() + END, "more than one part"),
         (part(content=b"") + END, "is empty"),
-        (part(file_name="a.txt") + END, "must end with one of .jsonl"),
+        (part(file_name="a.exe") + END, "must end with one of .jsonl"),
         (part(file_name="") + END, "with a file name"),
         (part(file_name="a\x01.jsonl") + END, "printable"),
         (part(file_name="a" * 300 + ".jsonl") + END, "at most 255"),

@@ -41,6 +41,13 @@ POSTS = [
     "/datasets/create",
     "/datasets/delete",
     "/datasets/uploads/delete",
+    "/memory_banks/create",
+    "/memory_banks/drop",
+    "/memory_bank/insert",
+    "/memory_bank/update",
+    "/memory_bank/query",
+    "/memory_bank/documents/get",
+    "/memory_bank/documents/delete",
     "/post_training/supervised_fine_tune",
     "/post_training/preference_optimize",
     "/post_training/train_reward_model",
@@ -68,6 +75,7 @@ POSTS = [
 GETS = [
     "/datasets/get",
     "/datasets/preview",
+    "/memory_banks/get",
     "/post_training/job/status",
     "/post_training/job/logs",
     "/post_training/job/artifacts",
@@ -92,6 +100,7 @@ OTHERS = [
     "/health",
     "/datasets/list",
     "/datasets/uploads",
+    "/memory_banks/list",
     "/experiments/list",
     "/metrics",
     "/models/list",
@@ -106,6 +115,7 @@ OTHERS = [
 # The parameters that GETS require, by how the paths begin.
 IDS = {
     "/datasets/": "dataset_uuid",
+    "/memory_banks/": "bank_id",
     "/experiments/": "experiment_id",
     "/artifacts/": "artifact_id",
     "/runs/": "run_id",
@@ -113,7 +123,8 @@ IDS = {
     "/": "job_uuid",
 }
 FORMS = ["/datasets/upload"]  # of POST, with a body that is not JSON
-LARGER = ["/experiments/artifacts/upload"]  # of POSTS, with a bound of their own
+# Of POSTS, with bounds of their own.
+LARGER = ["/experiments/artifacts/upload", "/memory_bank/insert", "/memory_bank/update"]
 JSON = {"content-type": "application/json"}
 
 

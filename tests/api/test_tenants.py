@@ -4,6 +4,7 @@ A new route goes into one of the tables below; a test says so when it is in none
 """
 
 import base64
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from stack.store import Adapter, now
 from tests import samples
 from tests.api.envelope import error_of
 from tests.evaluated import completed
+from tests.memory import document
 from tests.samples import (
     PREFERENCES,
     batch,
@@ -60,6 +62,14 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/datasets/create", {"uuid": "new", "dataset": UPLOADED}),
     ("POST", "/datasets/delete", {"dataset_uuid": "train"}),
     ("POST", "/datasets/uploads/delete", {"upload_id": "UPLOAD"}),
+    ("GET", "/memory_banks/get?bank_id=BANK", None),
+    ("GET", "/memory_banks/list?after=BANK", None),
+    ("POST", "/memory_banks/drop", {"bank_id": "BANK"}),
+    ("POST", "/memory_bank/insert", {"bank_id": "BANK", "documents": [document("b")]}),
+    ("POST", "/memory_bank/update", {"bank_id": "BANK", "documents": [document("a", "new")]}),
+    ("POST", "/memory_bank/query", {"bank_id": "BANK", "query": "a"}),
+    ("POST", "/memory_bank/documents/get?bank_id=BANK", {"document_ids": ["a"]}),
+    ("POST", "/memory_bank/documents/delete", {"bank_id": "BANK", "document_ids": ["a"]}),
     ("POST", "/post_training/supervised_fine_tune", fine_tuning("train", job_uuid="new")),
     ("POST", "/post_training/supervised_fine_tune", fine_tuning("MINE", job_uuid="new", model="small-whole-1")),
     ("POST", "/post_training/preference_optimize", preference_optimization("pairs", job_uuid="new")),
@@ -148,6 +158,7 @@ NAMING: list[tuple[str, str, Any]] = [
 LISTING: list[tuple[str, str, Any]] = [
     ("GET", "/datasets/list", None),
     ("GET", "/datasets/uploads", None),
+    ("GET", "/memory_banks/list", None),
     ("GET", "/post_training/jobs", None),
     ("GET", "/evaluate/jobs", None),
     ("GET", "/synthetic_data_generation/jobs", None),
@@ -165,6 +176,7 @@ APART = {
     ("GET", "/metrics"),  # the administrator's, of all tenants
     ("GET", "/v1/models"),
     ("POST", "/datasets/upload"),
+    ("POST", "/memory_banks/create"),
     ("POST", "/experiments/create"),
     ("GET", "/safety/shields"),  # the config's, which are everybody's
     ("POST", "/safety/run_shields"),
@@ -221,6 +233,8 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     made(owner, "/evaluate/question_answering/", **evaluation(data))
     experiment = made(owner, "/experiments/create", name="mine")["id"]
     run = made(owner, "/experiments/create_run", experiment_id=experiment)["id"]
+    bank = made(owner, "/memory_banks/create", name="mine", config={"type": "keyvalue"})["bank_id"]
+    made(owner, "/memory_bank/insert", bank_id=bank, documents=[document("a")])
     content = base64.b64encode(b"hello").decode()
     sent = dict(experiment_id=experiment, name="a.txt", artifact_type="other", content=content)
     artifact = made(owner, "/experiments/artifacts/upload", **sent)["id"]
@@ -234,7 +248,13 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     made(owner, "/synthetic_data_generation/jobs", **generation(data))
     made(owner, "/batch_inference/jobs", **batch(data))
     # The longer words first: UPLOAD_URL is not UPLOAD.
-    ids = {"UPLOAD_URL": upload["content_url"], "UPLOAD": upload["id"], "EXPERIMENT": experiment, "RUN": run}
+    ids = {
+        "UPLOAD_URL": upload["content_url"],
+        "UPLOAD": upload["id"],
+        "EXPERIMENT": experiment,
+        "RUN": run,
+        "BANK": bank,
+    }
     return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine", "PAIRS": "my-pairs"})
 
 
@@ -259,14 +279,20 @@ def test_anothers_is_404_and_ones_own_is_not(tenants: Tenants, case: tuple[str, 
     assert reply.status_code in (200, 206), reply.text
 
 
+def rows_of(reply: Any) -> Any:
+    if reply.headers["content-type"] == "application/jsonl":
+        return [json.loads(line) for line in reply.text.splitlines()]
+    return reply.json()
+
+
 @pytest.mark.parametrize("case", LISTING, ids=name)
 def test_lists_show_ones_own_alone(tenants: Tenants, case: tuple[str, str, Any]) -> None:
     mine, others = tenants.ask(tenants.owner, *case), tenants.ask(tenants.other, *case)
     assert (mine.status_code, others.status_code) == (200, 200)
-    assert len(mine.json()) > 0
-    assert [one for one in others.json() if one in mine.json()] == []
+    assert len(rows_of(mine)) > 0
+    assert [one for one in rows_of(others) if one in rows_of(mine)] == []
     if "datasets/list" not in case[1]:
-        assert others.json() == []
+        assert rows_of(others) == []
 
 
 def test_models_are_the_configs_and_ones_own(tenants: Tenants) -> None:
@@ -317,10 +343,10 @@ def test_both_may_have_the_same_names(tenants: Tenants, context: Context, home: 
 
 
 def test_what_anothers_request_could_not_do_is_not_done(tenants: Tenants) -> None:
-    before = [tenants.ask(tenants.owner, *case).json() for case in LISTING]
+    before = [rows_of(tenants.ask(tenants.owner, *case)) for case in LISTING]
     for case in NAMING:
         error_of(tenants.ask(tenants.other, *case), 404)
-    assert [tenants.ask(tenants.owner, *case).json() for case in LISTING] == before
+    assert [rows_of(tenants.ask(tenants.owner, *case)) for case in LISTING] == before
 
 
 def test_without_its_tenant_a_context_sees_nothing(context: Context, tenants: Tenants) -> None:

@@ -1,0 +1,90 @@
+"""The writer of memory banks: a Serve deployment of one replica, through which everything goes that changes a bank.
+
+See stack/memory_banks/writer.py. Beside the writes it maintains banks by schedule: it lets documents expire, compacts
+tables, takes what is new into their indexes and cleans old versions up. A new replica starts from the database, which
+says where something is due, so nothing is lost when one dies. No bank is opened before it is needed.
+"""
+
+import asyncio
+import fcntl
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from ray import serve
+from sqlalchemy.exc import SQLAlchemyError
+
+from stack import tracing
+from stack.config import Config
+from stack.errors import StackError
+from stack.memory_banks.rows import Document
+from stack.memory_banks.writer import BankWriter
+from stack.store import MemoryBank, Store, faults
+
+logger = logging.getLogger("ray.serve")
+
+NAME = "MemoryWriter"  # of the deployment
+SWEEP_S = 24 * 3600.0
+
+
+@serve.deployment(name=NAME, num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})
+class MemoryWriter:
+    """Implements stack.memory_banks.writer.Writer."""
+
+    def __init__(self, config: Config) -> None:
+        tracing.start("memory-writer", config.otlp_address)
+        self._lock = _only_writer(config)
+        self._writer = BankWriter(config, Store(config.store_url))
+        loop = asyncio.get_running_loop()
+        self._watchers = [
+            loop.create_task(self._every(config.memory_banks.maintenance_s, self._look_after)),
+            loop.create_task(self._every(SWEEP_S, self._sweep)),
+        ]
+
+    def check_health(self) -> None:
+        """Serve restarts a writer that has stopped looking after the banks."""
+        for watcher in self._watchers:
+            if watcher.done():
+                watcher.result()
+
+    async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
+        await self._writer.write(bank, documents, replace)
+
+    async def delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
+        return await self._writer.delete(bank, document_ids)
+
+    async def drop(self, bank: MemoryBank) -> None:
+        await self._writer.drop(bank)
+
+    async def _every(self, seconds: float, work: Callable[[], None]) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(work)
+            except (OSError, StackError, SQLAlchemyError) as error:  # the database or the storage is away
+                words = faults.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
+                logger.warning("the memory banks cannot be looked after: %s", words)
+            await asyncio.sleep(seconds)
+
+    def _look_after(self) -> None:
+        self._writer.look_after()
+
+    def _sweep(self) -> None:
+        for bank_id in self._writer.sweep():
+            logger.info("the table of the memory bank %s, which an interrupted drop has left, is removed", bank_id)
+
+
+def _only_writer(config: Config) -> TextIO | None:
+    """Waits until no other writer of these banks is left on this machine, and keeps others out while it is open.
+
+    While Serve replaces a replica there may be two for a moment. On object storage there is no such lock; there the two
+    are at worst in each other's way, which LanceDB tells.
+    """
+    if "://" in config.memory_banks_url:
+        return None
+    folder = Path(config.memory_banks_url)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".writer").open("w")
+    # The kernel lets go of it however this process ends.
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file

@@ -1,0 +1,164 @@
+"""Documents on their way into a bank: had, read, cut into chunks and embedded, so that the writer has only to write."""
+
+import asyncio
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from stack.api.memory_banks import INGEST, MemoryBankDocument, VectorBankConfig
+from stack.config import EmbeddingModel
+from stack.context import Context
+from stack.errors import BadInput, Conflict, StackError, TooLarge
+from stack.memory_banks import contents
+from stack.memory_banks.chunking import chunks, count_words, text_of, token_counter
+from stack.memory_banks.reading import ReadText, read
+from stack.memory_banks.rows import Chunk, Document
+from stack.store import MemoryBank
+
+# Of one call, together.
+MAX_CHUNKS = 5_000
+# How many words a chunk of a keyword bank has, at most.
+KEYWORD_CHUNK_WORDS = 200
+# How many texts the embedding model is asked for at once, and how often at the same time, so that it never waits.
+EMBED_TEXTS = 64
+EMBED_AT_ONCE = 3
+# Reading and cutting computes: it has few threads of its own, and leaves the other routes theirs.
+_READERS = ThreadPoolExecutor(2, thread_name_prefix="bank-reader")
+
+
+def hash_of(document: MemoryBankDocument) -> str:
+    """What two documents have in common that are the same as given: the SHA-256 of content, MIME type and metadata."""
+    given = [contents.as_json(document), document.mime_type, document.metadata]
+    return hashlib.sha256(json.dumps(given, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+async def prepare(
+    context: Context,
+    bank: MemoryBank,
+    documents: Sequence[MemoryBankDocument],
+    expiries: Sequence[dt.datetime | None],
+) -> list[Document]:
+    """Documents ready to be written, in their order.
+
+    Raises what `contents` does, BadInput for a document that cannot be read, TooLarge for more than MAX_CHUNKS chunks
+    in all, Conflict where the embedding model's vectors no longer have the length of the bank's.
+    """
+    had = await contents.contents(context, documents)
+    loop = asyncio.get_running_loop()
+    cut = list[tuple[Chunk, ...]]()
+    for number, (document, content) in enumerate(zip(documents, had, strict=True)):
+        try:
+            cut.append(await loop.run_in_executor(_READERS, _cut, context, bank, document, content))
+        except StackError as error:
+            error.param = f"documents.{number}"
+            raise
+        if sum(map(len, cut)) > MAX_CHUNKS:
+            raise TooLarge(
+                f"the documents have more than {MAX_CHUNKS} chunks together; the job {INGEST} takes more",
+                param="documents",
+            )
+    vectors: Sequence[NDArray[np.float32] | None] = [None] * len(cut)
+    if bank.config["type"] == "vector":
+        vectors = await _embedded(context, bank, cut)
+    return [
+        Document(
+            document.document_id, contents.as_json(document), document.mime_type, document.metadata,
+            hash_of(document), expires_at, of_document, its_vectors,
+        )
+        for document, expires_at, of_document, its_vectors in zip(documents, expiries, cut, vectors, strict=True)
+    ]  # fmt: skip
+
+
+async def embed_query(context: Context, bank: MemoryBank, text: str) -> NDArray[np.float32]:
+    """The vector of a query. Raises BadInput where it is too long for the model, and Conflict as `prepare` does."""
+    try:
+        vectors = await embed(context, bank, [text])
+    except BadInput as error:
+        raise BadInput(error.message, param="query", code=error.code) from error
+    vector: NDArray[np.float32] = vectors[0]
+    return vector
+
+
+async def embed(context: Context, bank: MemoryBank, texts: Sequence[str]) -> NDArray[np.float32]:
+    """The vectors of texts by a bank's model. Raises Conflict where they have another length than the bank's."""
+    model = bank.config["embedding_model"]
+    vectors = (await context.models.embed(model, texts)).vectors
+    if vectors.shape[1] != bank.dimensions:
+        raise Conflict(
+            f"the memory bank {bank.id!r} holds vectors of {bank.dimensions} dimensions, and its embedding model "
+            f"{model!r} makes such of {vectors.shape[1]} now: make another bank by /memory_banks/create, and fill it "
+            f"by the job {INGEST} with this bank as its source",
+            param="bank_id",
+            code="dimensions_changed",
+        )
+    return vectors
+
+
+def require_chunk_size(model: EmbeddingModel, config: VectorBankConfig) -> None:
+    """Raises BadInput for chunks that are longer than what an embedding model takes."""
+    token_counter(model.folder)
+    special = Tokenizer.from_file(str(model.folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False)
+    most = _max_tokens(model.folder) - special
+    if config.chunk_size_in_tokens > most:
+        raise BadInput(
+            f"chunk_size_in_tokens is {config.chunk_size_in_tokens}; allowed: 8 to {most}, as the embedding model "
+            f"{model.id!r} takes no more",
+            param="config.chunk_size_in_tokens",
+        )
+
+
+def _max_tokens(folder: Path) -> int:
+    """How many tokens a model takes, special ones among them, as sentence-transformers finds it."""
+    for name, key in (
+        ("sentence_bert_config.json", "max_seq_length"),
+        ("tokenizer_config.json", "model_max_length"),
+        ("config.json", "max_position_embeddings"),
+    ):
+        if (file := folder / name).is_file() and (found := json.loads(file.read_text()).get(key)):
+            return int(found)
+    raise BadInput(f"the embedding model in {folder} does not say how many tokens it takes")
+
+
+def _cut(context: Context, bank: MemoryBank, document: MemoryBankDocument, content: bytes) -> tuple[Chunk, ...]:
+    text = read(content, document.mime_type, contents.name_of(document))
+    match bank.config["type"]:
+        case "vector":
+            config = VectorBankConfig.model_validate(bank.config)
+            model = context.models.get_embedding_model(config.embedding_model)
+            return chunks(text, config.chunk_size_in_tokens, config.overlap, token_counter(model.folder))
+        case "keyword":
+            return chunks(text, KEYWORD_CHUNK_WORDS, 0, count_words)
+        case _:
+            return (_whole(text),)
+
+
+def _whole(text: ReadText) -> Chunk:
+    """A document as one chunk."""
+    whole = text_of(text)
+    return Chunk(whole, 0, 0, len(whole), count_words([whole])[0], None, ())
+
+
+async def _embedded(context: Context, bank: MemoryBank, cut: Sequence[tuple[Chunk, ...]]) -> list[NDArray[np.float32]]:
+    """The vectors of the chunks of documents, for each document (chunks, dimensions)."""
+    texts = [chunk.text for of_document in cut for chunk in of_document]
+    slots = asyncio.Semaphore(EMBED_AT_ONCE)
+
+    async def some(batch: Sequence[str]) -> NDArray[np.float32]:
+        async with slots:
+            return await embed(context, bank, batch)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(some(texts[n : n + EMBED_TEXTS])) for n in range(0, len(texts), EMBED_TEXTS)]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    vectors = np.concatenate([task.result() for task in tasks]) if tasks else np.empty((0, bank.dimensions or 0))
+    ends = np.cumsum([len(of_document) for of_document in cut])
+    return [part.astype(np.float32, copy=False) for part in np.split(vectors, ends[:-1])]

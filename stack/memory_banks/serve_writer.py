@@ -1,0 +1,53 @@
+"""The writer behind Ray Serve: a deployment of the gateway's application (serve_apps/memory_writer.py)."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from stack.errors import StackError, Unavailable
+from stack.memory_banks.rows import Document
+from stack.store import MemoryBank
+
+SECONDS = 120
+
+
+class ServeWriter:
+    """Implements stack.memory_banks.writer.Writer.
+
+    Where the writer dies, what it was doing may be done or not, which is Unavailable: every call can be repeated.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
+        await _answer(self._handle.write.remote(bank, documents, replace))
+
+    async def delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
+        deleted: list[str] = await _answer(self._handle.delete.remote(bank, document_ids))
+        return deleted
+
+    async def drop(self, bank: MemoryBank) -> None:
+        await _answer(self._handle.drop.remote(bank))
+
+
+async def _answer(call: Any) -> Any:
+    """What a call of the writer gives. Being cancelled meanwhile cancels it, unless it has begun."""
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        async with asyncio.timeout(SECONDS):
+            return await call
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    except RayTaskError as error:  # before TimeoutError and others, which it may be too, where the writer raised it
+        if isinstance(error.cause, StackError):
+            raise error.cause from error
+        raise
+    except TimeoutError as error:
+        call.cancel()
+        raise Unavailable(f"the writer of the memory banks has not answered within {SECONDS} s; repeat it") from error
+    except (RayError, RayServeException, ConnectionError) as error:
+        raise Unavailable("the writer of the memory banks does not answer now; repeat it") from error

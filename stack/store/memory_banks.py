@@ -1,0 +1,116 @@
+"""The rows of memory banks: what each one is, and what is due in it. What lies in them is in their tables."""
+
+import datetime as dt
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import Engine, case, delete, func, insert, or_, select, tuple_, update
+
+from stack.store.connection import now
+from stack.store.schema import memory_banks
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBank:
+    """A bank. `config` is that of its kind, by its `type`; `dimensions` is the length of its vectors, if it has some.
+
+    `bytes` is about how large it is. Documents of it expire from `expires_at` on, if it is not None.
+    """
+
+    id: str
+    tenant: str
+    name: str
+    url: str | None
+    config: dict[str, Any]
+    dimensions: int | None
+    bytes: int
+    created_at: str
+    written_at: str | None = None
+    maintained_at: str | None = None
+    expires_at: str | None = None
+
+
+class MemoryBanks:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def add(self, bank: MemoryBank) -> None:
+        with self._engine.begin() as connection:
+            connection.execute(insert(memory_banks).values(**asdict(bank)))
+
+    def get(self, tenant: str, id: str) -> MemoryBank | None:
+        query = select(memory_banks).where(memory_banks.c.tenant == tenant, memory_banks.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return MemoryBank(**found) if found else None
+
+    def page(self, tenant: str, after: MemoryBank | None, limit: int) -> list[MemoryBank]:
+        """Banks, newest first, behind the last one of the page before."""
+        columns = memory_banks.c
+        query = select(memory_banks).where(columns.tenant == tenant)
+        if after is not None:
+            query = query.where(tuple_(columns.created_at, columns.id) < (after.created_at, after.id))
+        query = query.order_by(columns.created_at.desc(), columns.id.desc()).limit(limit)
+        with self._engine.connect() as connection:
+            return [MemoryBank(**row) for row in connection.execute(query).mappings()]
+
+    def delete(self, tenant: str, id: str) -> bool:
+        """False if it is not there."""
+        with self._engine.begin() as connection:
+            query = delete(memory_banks).where(memory_banks.c.tenant == tenant, memory_banks.c.id == id)
+            return connection.execute(query).rowcount == 1
+
+    def bytes_of(self, tenant: str) -> int:
+        """About how much a tenant's banks hold."""
+        query = select(func.coalesce(func.sum(memory_banks.c.bytes), 0)).where(memory_banks.c.tenant == tenant)
+        with self._engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def begin_write(self, id: str, size: int, expires_at: dt.datetime | None) -> bool:
+        """Writes down what is about to be written into a bank; False if it is gone. For the writer of all banks.
+
+        It is there before the write is, so that nothing is due that no row tells.
+        """
+        values: dict[str, Any] = {"bytes": memory_banks.c.bytes + size, "written_at": now()}
+        if expires_at is not None:
+            values["expires_at"] = _earlier(_time(expires_at))
+        with self._engine.begin() as connection:
+            query = update(memory_banks).where(memory_banks.c.id == id).values(**values)
+            return connection.execute(query).rowcount == 1
+
+    def due(self, limit: int) -> list[MemoryBank]:
+        """Banks of all tenants, in which something was written since they were maintained, or has expired."""
+        columns = memory_banks.c
+        written = columns.written_at.is_not(None) & (
+            columns.maintained_at.is_(None) | (columns.written_at >= columns.maintained_at)
+        )
+        query = select(memory_banks).where(or_(written, columns.expires_at <= now()))
+        query = query.order_by(func.coalesce(columns.maintained_at, ""), columns.id).limit(limit)
+        with self._engine.connect() as connection:
+            return [MemoryBank(**row) for row in connection.execute(query).mappings()]
+
+    def maintained(self, bank: MemoryBank, began_at: str, size: int, expires_at: dt.datetime | None) -> None:
+        """Writes down what maintenance has found: how large a bank is, and when the next of its documents expires."""
+        values = {
+            "bytes": size,
+            "maintained_at": began_at,
+            "expires_at": None if expires_at is None else _time(expires_at),
+        }
+        with self._engine.begin() as connection:
+            connection.execute(update(memory_banks).where(memory_banks.c.id == bank.id).values(**values))
+
+    def known(self, ids: list[str]) -> set[str]:
+        """Those of these ids that are banks, of all tenants."""
+        query = select(memory_banks.c.id).where(memory_banks.c.id.in_(ids))
+        with self._engine.connect() as connection:
+            return set(connection.execute(query).scalars())
+
+
+def _earlier(time: str) -> Any:
+    """The earlier of a bank's time of expiry, which it may not have, and another one."""
+    before = memory_banks.c.expires_at
+    return case((before.is_(None) | (before > time), time), else_=before)
+
+
+def _time(time: dt.datetime) -> str:
+    return time.astimezone(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

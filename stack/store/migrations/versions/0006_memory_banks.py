@@ -1,0 +1,30 @@
+"""Memory banks, whose rows lie elsewhere."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+branch_labels = depends_on = None
+
+_Time = sa.String(40)
+
+
+def upgrade() -> None:
+    op.create_table(
+        "memory_banks",
+        sa.Column("id", sa.String(100), nullable=False),
+        sa.Column("tenant", sa.String(63), nullable=False),
+        sa.Column("name", sa.String(200), nullable=False),
+        sa.Column("url", sa.Text()),
+        sa.Column("config", sa.JSON(), nullable=False),
+        sa.Column("dimensions", sa.Integer()),
+        sa.Column("bytes", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", _Time, nullable=False),
+        sa.Column("written_at", _Time),
+        sa.Column("maintained_at", _Time),
+        sa.Column("expires_at", _Time),
+        sa.PrimaryKeyConstraint("id", name="pk_memory_banks"),
+    )
+    op.create_index("memory_banks_by_time", "memory_banks", ["tenant", "created_at", "id"])
+    op.create_index("memory_banks_by_expiry", "memory_banks", ["expires_at"])
