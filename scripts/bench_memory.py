@@ -45,7 +45,7 @@ import pyarrow as pa
 from lancedb.index import FTS, HnswSq
 
 from scripts import bench_vectors, local_stack, retrieval
-from scripts.bench_servers import BenchFailed, command_of, free_port, local_model, prepared_home, processes_of
+from scripts.bench_servers import BenchFailed, command_of, free_port, local_model, processes_of
 from scripts.bench_trainings import enter_home, prepared_data, running_ray, say
 from scripts.bench_vectors import Vectors
 from scripts.figures import (
@@ -366,21 +366,21 @@ def chunks_of(document: retrieval.Document) -> tuple[Chunk, ...]:
 
 def served(only: set[str]) -> Figures:
     """Measures those of the parts that need a stack, and prints them."""
+    documents = retrieval.read_documents(prepared_data("retrieval"))
     figures: Figures = []
-    with tempfile.TemporaryDirectory(prefix="stack-bench-") as folder, serving(Path(folder)) as url:
+    with home_of_its_own(), serving() as url:
         before = idle_processes(home())
         if "ingest" in only:
             say("ingest")
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as peer:
-                rate = compare_ingest(url, peer)
+                rate = compare_ingest(url, documents, peer)
             figures.append(rate)
             print(write_comparisons([rate], "the model in a loop", "inserts"), end="\n\n", flush=True)
     if "idle" in only:
         say(f"{BANKS} banks")
-        with tempfile.TemporaryDirectory(prefix="stack-bench-") as folder:
-            enter_home(Path(folder))
-            asyncio.run(fill_banks(Path(folder)))
-            with serving(Path(folder)):
+        with home_of_its_own():
+            asyncio.run(fill_banks(home()))
+            with serving():
                 after = idle_processes(home())
         figures += (found := figures_of_idle(before, after))
         print(write_comparisons([one for one in found if isinstance(one, Comparison)], "no bank", f"{BANKS} banks"))
@@ -388,9 +388,8 @@ def served(only: set[str]) -> Figures:
     return figures
 
 
-def compare_ingest(url: str, peer: ProcessPoolExecutor) -> Comparison:
+def compare_ingest(url: str, documents: list[retrieval.Document], peer: ProcessPoolExecutor) -> Comparison:
     """In turns, so that both have their share of what else the machine does. Each turn has a bank of its own."""
-    documents = retrieval.read_documents(prepared_data("retrieval"))
     texts = [chunk.text for document in documents for chunk in chunks_of(document)]
     direct, inserted = list[float](), list[float]()
     for _ in range(TURNS):
@@ -503,9 +502,21 @@ def _application(name: str, import_path: str, route_prefix: str | None, args: di
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[str]:
+def home_of_its_own() -> Iterator[None]:
+    """This process has another STACK_HOME meanwhile, with the models of the one that it has."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix="stack-bench-") as folder:
+        enter_home(Path(folder))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@contextmanager
+def serving() -> Iterator[str]:
     """That stack, on a Ray of this process's own, from when it answers on. Gives its address."""
-    enter_home(folder)
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with running_ray() as address:
@@ -587,11 +598,10 @@ async def fill(here: Here, bank: MemoryBank, texts: list[str], vectors: Vectors)
 
 
 async def fill_banks(folder: Path) -> None:
-    """Makes the banks, each with a document, of which nothing is due."""
-    made = prepared_home(folder)
+    """Makes the banks of a home folder, each with a document, of which nothing is due."""
     vectors = np.eye(2, 384, dtype=np.float32)
     cut = tuple(Chunk(text, place, 0, len(text), 1, None, ()) for place, text in enumerate(("One.", "Two.")))
-    with opened_home(made, {}) as here:
+    with opened_home(folder, {}) as here:
         for _ in range(BANKS):
             await here.writer.write(await here.bank(), [_document("a", cut, vectors)], replace=False)
         while await asyncio.to_thread(here.writer.look_after):
