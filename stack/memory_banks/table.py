@@ -1,0 +1,276 @@
+"""The LanceDB table of one bank.
+
+A document is several rows of the same table, which one commit writes: its own (position -1: what was given) and one for
+each of its chunks (positions from 0). Only a chunk's row has a text and a vector, so no index holds documents' rows and
+no search finds them. LanceDB writes each commit as a new version, and a query reads one version from its begin to its
+end: it sees all of a commit or nothing. What a commit has returned from is on disk.
+
+There is one writer at a time, which the caller sees to. Readers are many, in any process: with a consistency interval
+of zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
+
+All is async, by LanceDB's own async API, whose work runs in threads of its own. Its sync API sends each call to one
+event loop in the background, which costs each query a change of threads.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Self
+
+import lancedb
+import numpy as np
+import pyarrow as pa
+from lancedb.expr import Expr, col, lit
+from lancedb.index import FTS, BTree, HnswSq
+
+from stack.errors import BadInput, Conflict, NotFound
+from stack.memory_banks import arrow, filters
+from stack.memory_banks.arrow import DOCUMENT
+from stack.memory_banks.rows import Document, StoredDocument
+
+TABLE = "bank"
+# Each key of metadata is a column of the table.
+MAX_KEYS = 500
+# Chunks from which on an approximate index is worth building; with fewer, exact search is as fast.
+INDEX_FROM = 20_000
+# An index whose table has grown so many times is built anew: its parts have become too large.
+REBUILD_AT = 4
+# How long a version stays after a newer one has come: longer than any query takes that still reads it.
+KEEP_VERSIONS = timedelta(minutes=10)
+_VECTOR_INDEX = "vectors_of_"
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """How texts are cut into the words that a keyword search looks for.
+
+    With `stem`, words of the language are found in all their forms, and its stop words are not looked for.
+    """
+
+    language: str = "English"
+    stem: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    documents: int
+    chunks: int
+
+
+class BankTable:
+    """One bank. `rows` is the table of LanceDB; `dimensions` are those of its vectors, None without vectors."""
+
+    def __init__(self, rows: lancedb.AsyncTable, dimensions: int | None) -> None:
+        self.rows = rows
+        self.dimensions = dimensions
+
+    @classmethod
+    async def create(
+        cls, address: str, dimensions: int | None, words: Words, storage_options: Mapping[str, str] | None = None
+    ) -> Self:
+        """Makes the table in a folder or at an address of object storage; one that is there already is opened."""
+        connection = await _connect(address, storage_options)
+        rows = await connection.create_table(TABLE, schema=arrow.schema(dimensions), exist_ok=True)
+        indices = {index.name for index in await rows.list_indices()}
+        if "words" not in indices:
+            await rows.create_index("text", config=_words_index(words), name="words")
+        if "documents" not in indices:
+            await rows.create_index("document_id", config=BTree(), name="documents")
+        return cls(rows, dimensions)
+
+    @classmethod
+    async def open(cls, address: str, storage_options: Mapping[str, str] | None = None) -> Self:
+        """Opens the table, which reads its newest manifest and no rows. Raises NotFound where there is none."""
+        connection = await _connect(address, storage_options)
+        if TABLE not in (await connection.list_tables()).tables:
+            raise NotFound("the files of this bank are not there")
+        rows = await connection.open_table(TABLE)
+        schema = await rows.schema()
+        vector = schema.field("vector").type if "vector" in schema.names else None
+        return cls(rows, None if vector is None else vector.list_size)
+
+    async def write(self, documents: Sequence[Document], *, replace: bool) -> None:
+        """Writes documents in one commit: to be inserted, or (`replace`) to take the place of those with their ids.
+
+        Raises what `to_write` and `put` raise, and then has written nothing.
+        """
+        there = await self.hashes([document.document_id for document in documents])
+        await self.put(to_write(documents, there, replace=replace))
+
+    async def hashes(self, document_ids: Sequence[str]) -> dict[str, str]:
+        """The hashes of those of the documents that are there, by id. What has expired is not there."""
+        found = await self._documents(document_ids, ["document_id", "hash"])
+        return dict(zip(found["document_id"].to_pylist(), found["hash"].to_pylist(), strict=True))
+
+    async def put(self, documents: Sequence[Document]) -> None:
+        """Writes documents in one commit, each in the place of one with its id, if there is one.
+
+        Raises BadInput for an id that comes twice, for vectors that are not the bank's, and for metadata with more new
+        keys than a bank may have.
+        """
+        if not documents:
+            return
+        _require_once([document.document_id for document in documents])
+        for document in documents:
+            self._require_vectors(document)
+        schema = await self._with_columns(documents)
+        merge = self.rows.merge_insert(["document_id", "position"])
+        merge = merge.when_matched_update_all().when_not_matched_insert_all()
+        # The chunks of the old text that the new one has no longer.
+        merge = merge.when_not_matched_by_source_delete(_any_of([document.document_id for document in documents]))
+        # "null" lets documents' own rows be without a vector; all others have been looked at.
+        rows = arrow.rows(documents, schema, await self.rows.version())
+        await merge.execute(rows, on_bad_vectors="null")
+
+    async def delete(self, document_ids: Sequence[str]) -> list[str]:
+        """Deletes documents in one commit. Returns the ids of those that were there."""
+        there = await self.hashes(document_ids)
+        if there:
+            await self.rows.delete(_any_of(list(there)))
+        return [document_id for document_id in dict.fromkeys(document_ids) if document_id in there]
+
+    async def documents(self, document_ids: Sequence[str]) -> list[StoredDocument]:
+        """Those of the documents that are there, in the order asked for, each once."""
+        found = arrow.stored(await self._documents(document_ids, arrow.DOCUMENT_COLUMNS))
+        by_id = {document.document_id: document for document in found}
+        return [by_id[document_id] for document_id in dict.fromkeys(document_ids) if document_id in by_id]
+
+    async def counts(self) -> Counts:
+        """How many documents and chunks there are, without those that have expired."""
+        query = self.rows.query().where(unexpired()).select(["position"])
+        positions = (await query.to_arrow())["position"].to_numpy()
+        documents = int(np.count_nonzero(positions == DOCUMENT))
+        return Counts(documents, len(positions) - documents)
+
+    async def delete_expired(self) -> int:
+        """Deletes the documents that have expired, in one commit. Returns how many there were."""
+        now = lit(datetime.now(UTC))
+        expired = col("expires_at") <= now
+        found = (
+            await self.rows.query().where(expired & (col("position") == lit(DOCUMENT))).select(["position"]).to_arrow()
+        )
+        if found.num_rows:
+            await self.rows.delete(expired)
+        return int(found.num_rows)
+
+    async def maintain(self) -> None:
+        """Puts small files together, brings the indices up to date, builds the one of vectors, drops old versions.
+
+        It must not run beside a write: the one of the two that commits last might fail.
+        """
+        await self._index_vectors()
+        await self.rows.optimize(cleanup_older_than=KEEP_VERSIONS)
+
+    async def columns(self) -> frozenset[str]:
+        return frozenset((await self.rows.schema()).names)
+
+    async def _documents(self, document_ids: Sequence[str], columns: Sequence[str]) -> pa.Table:
+        """The named columns of the documents' own rows."""
+        if not document_ids:
+            return pa.table({name: [] for name in columns})
+        asked = _any_of(document_ids) & (col("position") == lit(DOCUMENT)) & unexpired()
+        return await self.rows.query().where(asked).select(list(columns)).to_arrow()
+
+    async def _with_columns(self, documents: Sequence[Document]) -> pa.Schema:
+        """The schema, with a column for each key of the documents' metadata.
+
+        Columns are added in a commit of their own, which writes no rows and changes nothing for readers.
+        """
+        schema = await self.rows.schema()
+        wanted = {filters.column(key) for document in documents for key in document.metadata}
+        new = sorted(wanted.difference(schema.names))
+        if not new:
+            return schema
+        keys = sum(name.startswith(filters.PREFIX) for name in schema.names)
+        if keys + len(new) > MAX_KEYS:
+            raise BadInput(
+                f"the documents' metadata has {len(new)} keys that are new in this bank, which has {keys}; "
+                f"allowed: at most {MAX_KEYS} in all",
+                param="metadata",
+            )
+        await self.rows.add_columns(pa.schema([pa.field(name, pa.string()) for name in new]))
+        return await self.rows.schema()
+
+    def _require_vectors(self, document: Document) -> None:
+        if self.dimensions is None:
+            return
+        expected = (len(document.chunks), self.dimensions)
+        shape = None if document.vectors is None else document.vectors.shape
+        if shape != expected:
+            raise BadInput(
+                f"the vectors of document {document.document_id!r} have the shape {shape}; "
+                f"allowed: {expected}, as the bank's have {self.dimensions} dimensions",
+                param="documents",
+            )
+        if not np.isfinite(document.vectors).all():
+            raise BadInput(
+                f"a vector of document {document.document_id!r} has numbers that are not finite; allowed: finite ones",
+                param="documents",
+            )
+
+    async def _index_vectors(self) -> None:
+        """Builds the approximate index of vectors where there are enough, or many more than it was built for."""
+        if self.dimensions is None:
+            return
+        chunks = (await self.counts()).chunks
+        old = [index.name for index in await self.rows.list_indices() if index.name.startswith(_VECTOR_INDEX)]
+        built_for = max((int(name.removeprefix(_VECTOR_INDEX)) for name in old), default=0)
+        if chunks < max(INDEX_FROM, REBUILD_AT * built_for):
+            return
+        await self.rows.create_index("vector", config=_vector_index(), name=f"{_VECTOR_INDEX}{chunks}")
+        for name in old:
+            await self.rows.drop_index(name)
+
+
+def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace: bool) -> list[Document]:
+    """Those of the documents that are to be written, where `there` has the hashes of those in the bank.
+
+    What is to be inserted and is in the bank as it is need not be written again: a client may repeat what it has no
+    answer for. What is to be replaced is, as its time to live begins anew.
+    Raises Conflict for one that is there with another content and not to be replaced, and NotFound for one that is to
+    be replaced and is not there.
+    """
+    _require_once([document.document_id for document in documents])
+    for document in documents:
+        known = there.get(document.document_id)
+        if replace and known is None:
+            raise NotFound(f"document {document.document_id!r} is not in this bank; allowed: ids of documents in it")
+        if not replace and known not in (None, document.hash):
+            raise Conflict(
+                f"document {document.document_id!r} is in this bank with another content; "
+                "allowed: a new id, or /memory_bank/update, which replaces it",
+                param="documents",
+            )
+    return [document for document in documents if replace or document.document_id not in there]
+
+
+def unexpired() -> Expr:
+    """Rows that have not expired by now."""
+    return col("expires_at") > lit(datetime.now(UTC))
+
+
+def _any_of(document_ids: Sequence[str]) -> Expr:
+    return col("document_id").isin([lit(document_id) for document_id in document_ids])
+
+
+def _require_once(document_ids: Sequence[str]) -> None:
+    twice = [document_id for document_id, count in Counter(document_ids).items() if count > 1]
+    if twice:
+        raise BadInput(f"document {twice[0]!r} comes twice; allowed: each id once in a call", param="documents")
+
+
+async def _connect(address: str, storage_options: Mapping[str, str] | None) -> lancedb.AsyncConnection:
+    return await lancedb.connect_async(
+        address,
+        storage_options=None if storage_options is None else dict(storage_options),
+        read_consistency_interval=timedelta(0),
+    )
+
+
+def _words_index(words: Words) -> FTS:
+    return FTS(language=words.language, stem=words.stem, remove_stop_words=words.stem)
+
+
+def _vector_index() -> HnswSq:
+    return HnswSq(distance_type="cosine")

@@ -1,0 +1,38 @@
+"""Documents as the tests write them: a text is cut at its full stops, and its vector counts a few letters."""
+
+import hashlib
+from datetime import datetime
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stack.memory_banks.rows import Chunk, Document
+
+DIMENSIONS = 8
+
+
+def document(
+    document_id: str,
+    text: str = "one. two. three",
+    *,
+    metadata: dict | None = None,
+    expires_at: datetime | None = None,
+    dimensions: int | None = DIMENSIONS,
+) -> Document:
+    parts = text.split(". ")
+    return Document(
+        document_id=document_id,
+        content=f'"{text}"',
+        mime_type="text/plain",
+        metadata=metadata or {},
+        hash=hashlib.sha256(f"{text}{metadata}".encode()).hexdigest(),
+        expires_at=expires_at,
+        chunks=tuple(Chunk(part, at, at, at + len(part), len(part.split()), None, ()) for at, part in enumerate(parts)),
+        vectors=None if dimensions is None else np.stack([vector(part, dimensions) for part in parts]),
+    )
+
+
+def vector(text: str, dimensions: int = DIMENSIONS) -> NDArray[np.float32]:
+    """Texts of the same letters are near each other."""
+    counts = np.array([text.count(letter) for letter in "etaoinsr"][:dimensions], np.float32)
+    return counts + np.float32(0.01)
