@@ -61,7 +61,7 @@ from scripts.figures import (
 from stack.api.memory_banks import CreateMemoryBankRequest, QueryDocumentsRequest
 from stack.config import GATEWAY, Config, EmbeddingModel, home
 from stack.context import Context
-from stack.memory_banks import banks
+from stack.memory_banks import banks, search
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.chunking import chunks, token_counter
 from stack.memory_banks.reading import read
@@ -240,7 +240,7 @@ def nearest(vectors: Vectors, queries: Vectors) -> list[set[int]]:
 
 
 async def directly(folder: Path, texts: list[str], vectors: Vectors) -> Callable[[int], Awaitable[list[int]]]:
-    """Asks LanceDB's own API for what a bank is asked for, on a table of its own with an index of the banks' kind."""
+    """Asks LanceDB itself for what a bank is asked for: on a table of its own, with the banks' index and settings."""
     connection = await lancedb.connect_async(folder)
     kept = await connection.create_table("chunks", _arrow(texts, vectors[: len(texts)]))
     await kept.create_index("vector", config=HnswSq(distance_type="cosine"))
@@ -248,6 +248,7 @@ async def directly(folder: Path, texts: list[str], vectors: Vectors) -> Callable
 
     async def ask(number: int) -> list[int]:
         query = kept.query().nearest_to(vectors[len(texts) + number]).distance_type("cosine")
+        query = query.minimum_nprobes(search.PROBES).maximum_nprobes(0).refine_factor(search.REFINED)
         found = await query.limit(K).select(["number", "text", "_distance"]).to_arrow()
         numbers: list[int] = found["number"].to_pylist()
         return numbers
