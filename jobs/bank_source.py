@@ -6,7 +6,7 @@ nothing to ask about.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from jobs.dataset_source import SCHEMA, blocks_of
 from jobs.row_log import RowLog, RowNumbers, lines_of
 
 
-def copy(file: Path, rows: Iterable[dict[str, Any]]) -> int:
+async def copy(file: Path, rows: AsyncIterable[dict[str, Any]]) -> int:
     """Writes the rows that a job is about, each with a `value` or an `error` too, unless an earlier attempt has.
 
     How many there are.
@@ -30,7 +30,9 @@ def copy(file: Path, rows: Iterable[dict[str, Any]]) -> int:
     if not file.exists():
         new = file.with_suffix(".new")
         with new.open("w") as lines:
-            for number, row in enumerate(rows, 1):
+            number = 0
+            async for row in rows:
+                number += 1
                 lines.write(json.dumps({"row": number, **row}) + "\n")
         new.replace(file)
     with file.open("rb") as lines:

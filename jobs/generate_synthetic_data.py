@@ -14,10 +14,9 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -219,7 +218,7 @@ def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -
         return Prompts(partial(grown_prompts.rows, file, log.rows), total, grown=file)
     if request.bank_id is not None:
         file = work.folder / "passages.jsonl"
-        total = bank_source.copy(file, _passages(work.context, request, request.bank_id))
+        total = asyncio.run(bank_source.copy(file, _passages(work.context, request, request.bank_id)))
         bank_source.note_errors(file, log)
         return Prompts(partial(bank_source.rows, file, log.rows), total, made_datasets.sha256(file))
     assert request.dataset is not None
@@ -232,18 +231,29 @@ def _prompts(work: driver.Work, request: SyntheticDataJobRequest, log: RowLog) -
     return Prompts(rows, total, checked.sha256)
 
 
-def _passages(context: Context, request: SyntheticDataJobRequest, bank_id: str) -> Iterator[dict[str, Any]]:
+async def _passages(context: Context, request: SyntheticDataJobRequest, bank_id: str) -> AsyncIterator[dict[str, Any]]:
     """The passages of all documents of a bank; of one that cannot be read, why."""
     bank = ingestion.require_documents(context, bank_id, "bank_id")
-    documents = banks.all_documents(Tables(context.config), bank)
-    while batch := list(islice(documents, READ_AT_ONCE)):
-        for document, text in zip(batch, asyncio.run(_texts(context, batch)), strict=True):
+    async for batch in _batches(banks.all_documents(Tables(context.config), bank)):
+        for document, text in zip(batch, await _texts(context, batch), strict=True):
             if isinstance(text, StackError):
                 error = {"code": text.code, "message": text.message, "type": text.type, "param": None}
                 yield {"value": {"id": document.document_id}, "error": error}
                 continue
             for passage in question_pairs.passages(Text(document.document_id, text), request.passage_characters):
                 yield {"value": asdict(passage)}
+
+
+async def _batches(documents: AsyncIterator[StoredDocument]) -> AsyncIterator[list[StoredDocument]]:
+    """Documents in lists of READ_AT_ONCE."""
+    batch: list[StoredDocument] = []
+    async for document in documents:
+        batch.append(document)
+        if len(batch) == READ_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 async def _texts(context: Context, documents: Sequence[StoredDocument]) -> list[str | StackError]:

@@ -117,11 +117,9 @@ class Ingest(Asker):
     async def _look_up(self, ids: Sequence[str]) -> list[StoredDocument | None]:
         """Those of the documents that are in the bank."""
 
-        def found() -> dict[str, StoredDocument]:
-            # Anew, as the bank's row says whether something was ever written into it.
-            return banks.stored(self._tables, banks.find(self._context, self._request.bank_id), ids)
-
-        known = await asyncio.to_thread(found)
+        # Anew, as the bank's row says whether something was ever written into it.
+        bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
+        known = await banks.stored(self._tables, bank, ids)
         return [known.get(one) for one in ids]
 
     async def _write(self, documents: Sequence[Document]) -> list[None | StackError]:
@@ -191,8 +189,8 @@ def _source(work: driver.Work, request: IngestDocumentsRequest, log: RowLog) -> 
         return Source(rows, checked.rows, checked.sha256)
     bank = ingestion.require_documents(context, request.source_bank_id, "source_bank_id")
     file = work.folder / "documents.jsonl"
-    found = banks.all_documents(Tables(context.config), bank)
-    total = bank_source.copy(file, ({"value": asdict(_given(one))} for one in found))
+    documents = banks.all_documents(Tables(context.config), bank)
+    total = asyncio.run(bank_source.copy(file, ({"value": asdict(_given(one))} async for one in documents)))
     return Source(partial(bank_source.rows, file, log.rows), total, made_datasets.sha256(file))
 
 

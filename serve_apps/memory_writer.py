@@ -8,9 +8,9 @@ says where something is due, so nothing is lost when one dies. No bank is opened
 import asyncio
 import fcntl
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,7 +38,7 @@ class MemoryWriter:
         self._writer = BankWriter(config, Store(config.store_url))
         loop = asyncio.get_running_loop()
         self._watchers = [
-            loop.create_task(self._every(config.memory_banks.maintenance_s, self._look_after)),
+            loop.create_task(self._every(config.memory_banks.maintenance_s, self._writer.look_after)),
             loop.create_task(self._every(SWEEP_S, self._sweep)),
         ]
 
@@ -57,20 +57,17 @@ class MemoryWriter:
     async def drop(self, bank: MemoryBank) -> None:
         await self._writer.drop(bank)
 
-    async def _every(self, seconds: float, work: Callable[[], None]) -> None:
+    async def _every(self, seconds: float, work: Callable[[], Awaitable[Any]]) -> None:
         while True:
             try:
-                await asyncio.to_thread(work)
+                await work()
             except (OSError, StackError, SQLAlchemyError) as error:  # the database or the storage is away
                 words = faults.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
                 logger.warning("the memory banks cannot be looked after: %s", words)
             await asyncio.sleep(seconds)
 
-    def _look_after(self) -> None:
-        self._writer.look_after()
-
-    def _sweep(self) -> None:
-        for bank_id in self._writer.sweep():
+    async def _sweep(self) -> None:
+        for bank_id in await self._writer.sweep():
             logger.info("the table of the memory bank %s, which an interrupted drop has left, is removed", bank_id)
 
 

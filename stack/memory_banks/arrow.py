@@ -114,6 +114,11 @@ def microseconds(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
+def time(microseconds: int) -> datetime:
+    """The time of so many microseconds since 1970."""
+    return _EPOCH + microseconds * _MICROSECOND
+
+
 def _rows_of(document: Document, written: int) -> list[dict[str, Any]]:
     expires_at = NEVER if document.expires_at is None else microseconds(document.expires_at)
     common = {
@@ -167,5 +172,5 @@ def _stored(row: Mapping[str, Any]) -> StoredDocument:
         mime_type=row["mime_type"],
         metadata=metadata,
         hash=row["hash"],
-        expires_at=None if expires_at == NEVER else _EPOCH + expires_at * _MICROSECOND,
+        expires_at=None if expires_at == NEVER else time(expires_at),
     )

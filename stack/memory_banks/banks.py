@@ -9,15 +9,10 @@ import asyncio
 import datetime as dt
 import json
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ParamSpec, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from stack import disk, quotas
 from stack.api import memory_banks as api
@@ -32,29 +27,29 @@ from stack.api.memory_banks import (
     QueryDocumentsRequest,
     QueryDocumentsResponse,
     QueryMode,
+    QueryParams,
     UpdateDocumentsRequest,
     VectorBankConfig,
 )
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound
-from stack.memory_banks import search
 from stack.memory_banks.documents import embed_query, hash_of, prepare, require_chunk_size
 from stack.memory_banks.extraction import set_up
+from stack.memory_banks.graph import GraphQuery
+from stack.memory_banks.graph import find as find_in_graph
+from stack.memory_banks.keyvalue import by_keys, by_prefix
 from stack.memory_banks.rows import Hit, StoredDocument
-from stack.memory_banks.tables import Tables
+from stack.memory_banks.search import Bounds, Query, search
+from stack.memory_banks.tables import OpenBank, Tables
 from stack.memory_banks.writer import Writer, bytes_in
 from stack.store import MemoryBank, now
 
-P = ParamSpec("P")
-T = TypeVar("T")
 ID = "bank-"
 # How many documents are read at once of those of a whole bank.
 PAGE = 200
 # How a vector bank is asked where a query does not say it.
-DEFAULT_MODE = QueryMode.vector
-# Readers compute in LanceDB's own threads; these wait for them.
-_READERS = ThreadPoolExecutor(32, thread_name_prefix="bank-query")
+DEFAULT_MODE = QueryMode.hybrid
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,11 @@ async def get_documents(
     context: Context, memory: Memory, bank_id: str, request: GetDocumentsRequest
 ) -> list[MemoryBankDocument]:
     """Documents as they were given, in the order of the ids. Raises NotFound for the bank, and for those not there."""
-    return await _read(_get_documents, context, memory, bank_id, request)
+    bank = await asyncio.to_thread(find, context, bank_id)
+    ids = list(dict.fromkeys(request.document_ids))
+    known = await stored(memory.tables, bank, ids)
+    _require_known(bank, ids, known, "document_ids")
+    return [given(known[one]) for one in ids]
 
 
 async def delete_documents(context: Context, memory: Memory, request: DeleteDocumentsRequest) -> None:
@@ -167,11 +166,10 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
     vectors are not those of its embedding model any more.
     """
     bank = await asyncio.to_thread(find, context, request.bank_id)
-    asked = _query(bank, request)
-    vector = None
-    if asked.mode in (QueryMode.vector, QueryMode.hybrid):
-        vector = await embed_query(context, bank, request.text)
-    hits = await _read(_search, memory, bank, asked, vector)
+    _require_allowed(bank, request.params)
+    hits = list[Hit]()
+    if (opened := await memory.tables.get(bank)) is not None:
+        hits = await _hits(context, bank, opened, request)
     return QueryDocumentsResponse(chunks=[_chunk(hit) for hit in hits], scores=[hit.score for hit in hits])
 
 
@@ -184,7 +182,7 @@ async def _begin(
         twice = next(one for number, one in enumerate(ids) if one in ids[:number])
         raise BadInput(f"the document {twice!r} is there twice; allowed: each id once in a call", param="documents")
     bank = await asyncio.to_thread(find, context, bank_id)
-    return bank, await _read(stored, memory.tables, bank, ids)
+    return bank, await stored(memory.tables, bank, ids)
 
 
 async def _write(
@@ -231,21 +229,23 @@ def find(context: Context, bank_id: str, field: str = "bank_id") -> MemoryBank:
     return bank
 
 
-def stored(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> dict[str, StoredDocument]:
+async def stored(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> dict[str, StoredDocument]:
     """Those of these documents that a bank has, by id."""
-    table = tables.get(bank)
-    return {document.document_id: document for document in table.documents(ids)} if table is not None else {}
+    opened = await tables.get(bank)
+    found = await opened.table.documents(ids) if opened is not None else []
+    return {document.document_id: document for document in found}
 
 
-def all_documents(tables: Tables, bank: MemoryBank) -> Iterator[StoredDocument]:
+async def all_documents(tables: Tables, bank: MemoryBank) -> AsyncIterator[StoredDocument]:
     """All documents of a bank, in the order of their ids, a page at a time: each as it is when its page is read.
 
     One that is gone by then is left out, and so is one that has come since the first page was read.
     """
-    if (table := tables.get(bank)) is not None:
-        ids = table.ids()
+    if (opened := await tables.get(bank)) is not None:
+        ids = await opened.table.ids()
         for start in range(0, len(ids), PAGE):
-            yield from table.documents(ids[start : start + PAGE])
+            for document in await opened.table.documents(ids[start : start + PAGE]):
+                yield document
 
 
 def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, StoredDocument], field: str) -> None:
@@ -253,16 +253,6 @@ def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, Stored
     if missing:
         shown = ", ".join(repr(one) for one in missing[:10]) + (", …" if len(missing) > 10 else "")
         raise NotFound(f"the memory bank {bank.id!r} has no document {shown}", param=field)
-
-
-def _get_documents(
-    context: Context, memory: Memory, bank_id: str, request: GetDocumentsRequest
-) -> list[MemoryBankDocument]:
-    bank = find(context, bank_id)
-    ids = list(dict.fromkeys(request.document_ids))
-    known = stored(memory.tables, bank, ids)
-    _require_known(bank, ids, known, "document_ids")
-    return [given(known[one]) for one in ids]
 
 
 def given(stored: StoredDocument) -> MemoryBankDocument:
@@ -275,35 +265,41 @@ def given(stored: StoredDocument) -> MemoryBankDocument:
     )
 
 
-def _query(bank: MemoryBank, request: QueryDocumentsRequest) -> search.Query:
-    """What is asked of the bank's table. Raises BadInput for params that the bank's kind does not take."""
-    params, kind = request.params, bank.config["type"]
-    if kind != "vector" and params.mode is not None:
-        raise BadInput(f"the bank {bank.id!r} is a {kind} bank, which has no modes", param="params.mode")
-    if kind != "graph" and (params.entities or params.hops is not None):
-        field = "entities" if params.entities else "hops"
-        raise BadInput(
-            f"the bank {bank.id!r} is a {kind} bank; {field} is allowed for graph banks alone", param=f"params.{field}"
-        )
-    if kind != "keyvalue" and params.prefix:
-        raise BadInput(
-            f"the bank {bank.id!r} is a {kind} bank; prefix is allowed for keyvalue banks alone", param="params.prefix"
-        )
-    return search.Query(
-        text=request.text,
-        mode=(params.mode or DEFAULT_MODE).value if kind == "vector" else kind,
-        max_chunks=params.max_chunks,
-        max_tokens=params.max_tokens,
-        score_threshold=params.score_threshold,
-        filter=params.filter,
-        neighbours=params.neighbours,
-        prefix=params.prefix,
-    )
+def _require_allowed(bank: MemoryBank, params: QueryParams) -> None:
+    """Raises BadInput for params that the bank's kind does not take."""
+    kind = bank.config["type"]
+    taken = {
+        "mode": ("vector", params.mode is not None),
+        "prefix": ("keyvalue", params.prefix),
+        "entities": ("graph", bool(params.entities)),
+        "hops": ("graph", params.hops is not None),
+    }
+    for field, (of_kind, is_set) in taken.items():
+        if is_set and kind != of_kind:
+            raise BadInput(
+                f"the bank {bank.id!r} is a {kind} bank; {field} is allowed for {of_kind} banks alone",
+                param=f"params.{field}",
+            )
 
 
-def _search(memory: Memory, bank: MemoryBank, asked: search.Query, vector: NDArray[np.float32] | None) -> list[Hit]:
-    table = memory.tables.get(bank)
-    return search.search(table, asked, vector) if table is not None else []
+async def _hits(context: Context, bank: MemoryBank, opened: OpenBank, request: QueryDocumentsRequest) -> list[Hit]:
+    params, text = request.params, request.text
+    bounds: dict[str, Any] = {one.name: getattr(params, one.name) for one in fields(Bounds)}
+    match bank.config["type"]:
+        case "vector":
+            mode = params.mode or DEFAULT_MODE
+            vector = await embed_query(context, bank, text) if mode is not QueryMode.keyword else None
+            return await search(opened.table, Query(mode.value, text, vector, **bounds))
+        case "keyword":
+            return await search(opened.table, Query("keyword", text, **bounds))
+        case "graph":
+            assert opened.graph is not None
+            asked = GraphQuery(text, tuple(params.entities), params.hops or 1, **bounds)
+            return await find_in_graph(opened.graph, asked)
+        case _ if params.prefix:
+            return await by_prefix(opened.table, text, Bounds(**bounds))
+        case _:
+            return await by_keys(opened.table, [text], Bounds(**bounds))
 
 
 def _chunk(hit: Hit) -> QueriedChunk:
@@ -324,8 +320,3 @@ def require_room(context: Context, size: int) -> None:
     quotas.require_quota(context, size)
     if "://" not in (folder := context.config.memory_banks_url):
         disk.require_room(Path(folder), size, "the disk of the memory banks")
-
-
-async def _read(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What a function gives that waits for a table, in a thread of the readers."""
-    return await asyncio.get_running_loop().run_in_executor(_READERS, partial(work, *args, **kwargs))

@@ -28,7 +28,7 @@ async def set_up(context: Context, config: GraphBankConfig) -> GraphBankConfig:
 
     Raises NotFound or BadInput for a model that cannot be asked, and BadInput for chunks that are too long for it.
     """
-    name = config.model or await asyncio.to_thread(lambda: context.models.language_models()[0].id)
+    name: str = config.model or await asyncio.to_thread(lambda: context.models.language_models()[0].id)
     try:
         model = await context.models.find(name)
     except (BadInput, NotFound) as error:

@@ -15,6 +15,7 @@ A query takes about 0.15 ms for each commit that has not been put together with 
 after some twenty of them.
 """
 
+import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ class BankTable:
         # The chunks of the old text that the new one has no longer.
         merge = merge.when_not_matched_by_source_delete(_any_of([document.document_id for document in documents]))
         # "null" lets documents' own rows be without a vector; all others have been looked at.
-        rows = arrow.rows(documents, schema, await self.rows.version())
+        rows = await asyncio.to_thread(arrow.rows, documents, schema, await self.rows.version())
         await merge.execute(rows, on_bad_vectors="null")
 
     async def delete(self, document_ids: Sequence[str]) -> list[str]:
@@ -147,6 +148,17 @@ class BankTable:
         found = arrow.stored(await self._documents(document_ids, arrow.DOCUMENT_COLUMNS))
         by_id = {document.document_id: document for document in found}
         return [by_id[document_id] for document_id in dict.fromkeys(document_ids) if document_id in by_id]
+
+    async def ids(self) -> list[str]:
+        """The ids of all documents that are there, sorted."""
+        query = self.rows.query().where((col("position") == lit(DOCUMENT)) & unexpired()).select(["document_id"])
+        return sorted((await query.to_arrow())["document_id"].to_pylist())
+
+    async def next_expiry(self) -> datetime | None:
+        """When the first of the documents expires that do, of those that have not; None where none does."""
+        does = (col("position") == lit(DOCUMENT)) & (col("expires_at") < lit(arrow.NEVER)) & unexpired()
+        times = (await self.rows.query().where(does).select(["expires_at"]).to_arrow())["expires_at"].to_numpy()
+        return arrow.time(int(times.min())) if len(times) else None
 
     async def counts(self) -> Counts:
         """How many documents and chunks there are, without those that have expired."""

@@ -1,60 +1,77 @@
 """The tables of banks in this process: where they lie, and those that are open.
 
-Each bank has a folder of its own, in which there is a table once something was written into it.
+Each bank has a folder of its own, in which there are its tables once something was written into it.
 """
 
+import asyncio
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import fsspec
 
+from stack.api.memory_banks import KeywordBankConfig
 from stack.config import Config
-from stack.memory_banks.table import BankTable
+from stack.errors import NotFound
+from stack.memory_banks.graph import BankGraph
+from stack.memory_banks.table import BankTable, Words
 from stack.store import MemoryBank
 
-# How many tables a process keeps open. An open one holds what was read of its manifest and its indexes.
+# How many banks a process keeps open. An open one holds what was read of its manifests and its indexes.
 OPEN = 128
 
 
+@dataclass(frozen=True, slots=True)
+class OpenBank:
+    """A bank's tables: the graph's are of graph banks only."""
+
+    table: BankTable
+    graph: BankGraph | None
+
+
 class Tables:
-    """Opens tables when they are asked for, and keeps those that were asked for lately. For several threads."""
+    """Opens banks when they are asked for, and keeps those that were asked for lately. For one event loop."""
 
     def __init__(self, config: Config, most: int = OPEN) -> None:
         self._root = config.memory_banks_url
         self._most = most
-        self._open: OrderedDict[str, BankTable] = OrderedDict()
-        self._lock = threading.Lock()
+        self._open: OrderedDict[str, OpenBank] = OrderedDict()
 
-    def get(self, bank: MemoryBank) -> BankTable | None:
-        """The table of a bank; None if nothing was ever written into it."""
-        with self._lock:
-            if (table := self._open.get(bank.id)) is not None:
-                self._open.move_to_end(bank.id)
-                return table
+    async def get(self, bank: MemoryBank) -> OpenBank | None:
+        """The tables of a bank; None if nothing was ever written into it."""
+        if (opened := self._open.get(bank.id)) is not None:
+            self._open.move_to_end(bank.id)
+            return opened
         if bank.written_at is None:
             return None
-        table = BankTable.open(self._address(bank), storage_options())
-        return table and self._keep(bank, table)
+        address, options = self._address(bank), storage_options()
+        try:
+            table = await BankTable.open(address, options)
+            graph = await BankGraph.open(address, options) if _has_graph(bank) else None
+        except NotFound:
+            return None  # its first write is under way, or has failed
+        return self._keep(bank, OpenBank(table, graph))
 
-    def get_or_create(self, bank: MemoryBank) -> BankTable:
+    async def get_or_create(self, bank: MemoryBank) -> OpenBank:
         """For the writer alone."""
-        return self.get(bank) or self._keep(
-            bank, BankTable.create(self._address(bank), bank.dimensions, storage_options())
-        )
+        if (opened := self._open.get(bank.id)) is not None:
+            self._open.move_to_end(bank.id)
+            return opened
+        address, options = self._address(bank), storage_options()
+        # What a writer that was killed here has begun is made whole by the next one.
+        table = await BankTable.create(address, bank.dimensions, _words(bank), options)
+        graph = await BankGraph.create(address, options) if _has_graph(bank) else None
+        return self._keep(bank, OpenBank(table, graph))
 
-    def remove(self, bank: MemoryBank) -> None:
+    async def remove(self, bank: MemoryBank) -> None:
         """Removes all that a bank has. One that has nothing is no error."""
         self.forget(bank)
-        files, path = fsspec.core.url_to_fs(self._address(bank), use_listings_cache=False)
-        if files.exists(path):
-            files.rm(path, recursive=True)
+        await asyncio.to_thread(self._remove_files, bank)
 
     def forget(self, bank: MemoryBank) -> None:
-        """Closes the table of a bank, if it is open."""
-        with self._lock:
-            self._open.pop(bank.id, None)
+        """Closes the tables of a bank, if they are open."""
+        self._open.pop(bank.id, None)
 
     def folders(self) -> Iterator[tuple[str, str]]:
         """The tenant and the id of each bank that has a folder."""
@@ -65,16 +82,37 @@ class Tables:
             for folder in _folders_in(files, tenant):
                 yield tenant.rsplit("/", 1)[-1], folder.rsplit("/", 1)[-1]
 
-    def _keep(self, bank: MemoryBank, table: BankTable) -> BankTable:
-        with self._lock:
-            table = self._open.setdefault(bank.id, table)
-            self._open.move_to_end(bank.id)
-            while len(self._open) > self._most:
-                self._open.popitem(last=False)
-        return table
+    def size(self, bank: MemoryBank) -> int:
+        """How many bytes the files of a bank have, those of its old versions among them."""
+        files, path = fsspec.core.url_to_fs(self._address(bank), use_listings_cache=False)
+        return int(files.du(path, total=True)) if files.exists(path) else 0
+
+    def _remove_files(self, bank: MemoryBank) -> None:
+        files, path = fsspec.core.url_to_fs(self._address(bank), use_listings_cache=False)
+        if files.exists(path):
+            files.rm(path, recursive=True)
+
+    def _keep(self, bank: MemoryBank, opened: OpenBank) -> OpenBank:
+        opened = self._open.setdefault(bank.id, opened)
+        self._open.move_to_end(bank.id)
+        while len(self._open) > self._most:
+            self._open.popitem(last=False)
+        return opened
 
     def _address(self, bank: MemoryBank) -> str:
         return f"{self._root}/{bank.tenant}/{bank.id}"
+
+
+def _has_graph(bank: MemoryBank) -> bool:
+    return bool(bank.config["type"] == "graph")
+
+
+def _words(bank: MemoryBank) -> Words:
+    """How words are found: those of keyword banks say it."""
+    if bank.config["type"] != "keyword":
+        return Words()
+    config = KeywordBankConfig.model_validate(bank.config)
+    return Words(language=config.language.value, stem=config.stem)
 
 
 def _folders_in(files: fsspec.AbstractFileSystem, path: str) -> list[str]:

@@ -2,23 +2,21 @@
 
 LanceDB takes several writers, but they and its compaction get into each other's way (lancedb#725, #1971). So whatever
 changes a bank passes through its lane here, one thing at a time: writes, deletions, maintenance, the end of the bank.
-Banks do not wait for each other, but for the threads.
+Banks do not wait for each other.
 """
 
 import asyncio
-import datetime as dt
 import logging
-import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stack.config import Config
 from stack.errors import NotFound, StackError
 from stack.memory_banks.rows import Document
-from stack.memory_banks.tables import Tables
+from stack.memory_banks.table import to_write
+from stack.memory_banks.tables import OpenBank, Tables
 from stack.store import MemoryBank, Store, now
 
 logger = logging.getLogger("ray.serve")
@@ -26,7 +24,6 @@ logger = logging.getLogger("ray.serve")
 # Of one commit.
 MAX_DOCUMENTS = 2_000
 MAX_BYTES = 128 * 2**20
-THREADS = 4
 # Of the banks in which something is due, as many are looked at in one pass.
 AT_ONCE = 100
 # What a row takes beside its text and its vector.
@@ -50,179 +47,200 @@ class Writer(Protocol):
         """Removes the table of a bank whose row is gone."""
 
 
+def _future() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
 @dataclass(frozen=True, eq=False)
 class _Write:
     documents: Sequence[Document]
     replace: bool
     size: int
-    done: Future[None] = field(default_factory=Future)
+    done: asyncio.Future[Any] = field(default_factory=_future)
+
+    @property
+    def ids(self) -> list[str]:
+        return [document.document_id for document in self.documents]
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
     """Anything else that is done in a bank's lane, alone."""
 
-    work: Callable[[], Any]
-    done: Future[Any] = field(default_factory=Future)
+    work: Callable[[], Awaitable[Any]]
+    done: asyncio.Future[Any] = field(default_factory=_future)
 
 
 _Item = _Write | _Call
-
-
-class _Lane:
-    """What waits for a bank. One thread at a time is at it."""
-
-    def __init__(self) -> None:
-        self.waiting: deque[_Item] = deque()
-        self._alone = 0  # how many of the first are done one by one
-
-    def take(self) -> list[_Item]:
-        """What is to be done next, together."""
-        items = [self.waiting.popleft()]
-        if self._alone:
-            self._alone -= 1
-            return items
-        while self.waiting and _fits(self.waiting[0], items):
-            items.append(self.waiting.popleft())
-        return items
-
-    def put_back(self, items: list[_Item]) -> None:
-        """Takes back what cannot be done together."""
-        self.waiting.extendleft(reversed(items))
-        self._alone += len(items)
+_Lane = deque[_Item]
 
 
 class BankWriter:
-    """Implements Writer, in this process, on threads of its own."""
+    """Implements Writer, in this process, on the event loop of who calls it."""
 
     def __init__(self, config: Config, store: Store) -> None:
         self._store = store
         self._tables = Tables(config)
         self._lanes: dict[str, _Lane] = {}
-        self._lock = threading.Lock()
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="bank-writer")
+        self._tasks = set[asyncio.Task[None]]()
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
-        await asyncio.wrap_future(self._put(bank, _Write(documents, replace, bytes_in(documents))))
+        await self._in_lane(bank, _Write(documents, replace, bytes_in(documents)))
 
     async def delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
-        deleted: list[str] = await asyncio.wrap_future(self._put(bank, _Call(lambda: self._delete(bank, document_ids))))
+        deleted: list[str] = await self._in_lane(bank, _Call(lambda: self._delete(bank, document_ids)))
         return deleted
 
     async def drop(self, bank: MemoryBank) -> None:
-        await asyncio.wrap_future(self._put(bank, _Call(lambda: self._tables.remove(bank))))
+        await self._in_lane(bank, _Call(lambda: self._tables.remove(bank)))
 
-    def look_after(self) -> int:
+    async def look_after(self) -> int:
         """Maintains the banks that need it, one after another, each between its writes; tells how many.
 
         Expired documents go, what was written becomes fewer and larger files, the indexes take it in, and old versions
         are cleaned up. A bank where that fails is tried again with the next pass.
         """
-        banks = self._store.memory_banks.due(AT_ONCE)
+        banks = await asyncio.to_thread(self._store.memory_banks.due, AT_ONCE)
         for bank in banks:
             try:
-                self._put(bank, _Call(lambda bank=bank: self._maintain(bank))).result()  # type: ignore[misc]
+                await self._in_lane(bank, _Call(lambda bank=bank: self._maintain(bank)))  # type: ignore[misc]
             except (StackError, OSError, RuntimeError, ValueError) as error:  # LanceDB's own are of the last two
                 logger.warning("the memory bank %s cannot be maintained: %s", bank.id, error)
         return len(banks)
 
-    def sweep(self) -> list[str]:
+    async def sweep(self) -> list[str]:
         """Removes the tables of banks that are no more, which a drop that broke off has left. Tells their ids."""
+        left = await asyncio.to_thread(self._left)
+        for bank in left:
+            await self._in_lane(bank, _Call(lambda bank=bank: self._tables.remove(bank)))  # type: ignore[misc]
+        return sorted(bank.id for bank in left)
+
+    async def _in_lane(self, bank: MemoryBank, item: _Item) -> Any:
+        """What an item gives that is done in a bank's lane. Who leaves before its turn has done nothing."""
+        if (lane := self._lanes.get(bank.id)) is not None:
+            lane.append(item)
+        else:
+            self._lanes[bank.id] = deque([item])
+            task = asyncio.create_task(self._work(bank))
+            self._tasks.add(task)  # the event loop itself holds none
+            task.add_done_callback(self._tasks.discard)
+        return await item.done
+
+    async def _work(self, bank: MemoryBank) -> None:
+        """Does what waits in a bank's lane, until nothing does."""
+        lane = self._lanes[bank.id]
+        try:
+            while lane:
+                if items := [item for item in _next(lane) if not item.done.cancelled()]:
+                    work = asyncio.create_task(self._do(bank, items))
+                    await asyncio.wait([work])
+                    _tell(items, work)
+        finally:
+            del self._lanes[bank.id]
+
+    async def _do(self, bank: MemoryBank, items: Sequence[_Item]) -> Any:
+        """Does a call, or writes in one commit."""
+        if isinstance(items[0], _Call):
+            return await items[0].work()
+        return await self._write(bank, [item for item in items if isinstance(item, _Write)])
+
+    async def _write(self, bank: MemoryBank, writes: Sequence[_Write]) -> None:
+        expiries = [one.expires_at for write in writes for one in write.documents if one.expires_at is not None]
+        opened = await self._begin(bank, sum(write.size for write in writes), min(expiries, default=None))
+        there = await opened.table.hashes([one for write in writes for one in write.ids])
+        ready: dict[_Write, list[Document]] = {}
+        for write in writes:
+            try:
+                ready[write] = to_write(write.documents, there, replace=write.replace)
+            except StackError as error:
+                _refuse(write, error)
+        await _commit(opened, ready)
+
+    async def _delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
+        opened = await self._begin(bank, 0, None)
+        return await opened.table.delete(document_ids)
+
+    async def _begin(self, bank: MemoryBank, size: int, expires_at: Any) -> OpenBank:
+        """The bank to be written into, after its row says that it is. Raises NotFound if it was dropped."""
+        if not await asyncio.to_thread(self._store.memory_banks.begin_write, bank.id, size, expires_at):
+            raise NotFound(f"the memory bank {bank.id!r} was dropped", param="bank_id")
+        return await self._tables.get_or_create(bank)
+
+    async def _maintain(self, bank: MemoryBank) -> None:
+        began_at = now()
+        if not await asyncio.to_thread(self._store.memory_banks.known, [bank.id]):
+            return  # it was dropped meanwhile
+        size, expires_at = 0, None
+        if (opened := await self._tables.get(bank)) is not None:
+            await opened.table.delete_expired()
+            if opened.graph is not None:
+                await opened.graph.maintain(opened.table)
+            await opened.table.maintain()
+            size = await asyncio.to_thread(self._tables.size, bank)
+            expires_at = await opened.table.next_expiry()
+        await asyncio.to_thread(self._store.memory_banks.maintained, bank, began_at, size, expires_at)
+
+    def _left(self) -> list[MemoryBank]:
+        """The banks that have a folder and no row."""
         found = {bank_id: tenant for tenant, bank_id in self._tables.folders()}
         ids = list(found)
         known = set[str]()
         for start in range(0, len(ids), 500):
             known |= self._store.memory_banks.known(ids[start : start + 500])
-        left = [_gone(bank_id, tenant) for bank_id, tenant in found.items() if bank_id not in known]
-        for bank in left:
-            self._put(bank, _Call(lambda bank=bank: self._tables.remove(bank))).result()  # type: ignore[misc]
-        return sorted(bank.id for bank in left)
-
-    def close(self) -> None:
-        """Ends when what was begun is done."""
-        self._threads.shutdown()
-
-    def _put(self, bank: MemoryBank, item: _Item) -> Future[Any]:
-        with self._lock:
-            lane = self._lanes.get(bank.id)
-            is_idle = lane is None
-            lane = self._lanes.setdefault(bank.id, lane or _Lane())
-            lane.waiting.append(item)
-        if is_idle:
-            self._start(bank, lane)
-        return item.done
-
-    def _start(self, bank: MemoryBank, lane: _Lane) -> None:
-        """Has a thread do what is next in a lane."""
-        with self._lock:
-            items = lane.take()
-        # Who has left meanwhile waits for nothing.
-        items = [item for item in items if item.done.running() or item.done.set_running_or_notify_cancel()]
-        work = self._threads.submit(self._do, bank, items)
-        work.add_done_callback(lambda done: self._finish(bank, lane, items, done))
-
-    def _do(self, bank: MemoryBank, items: list[_Item]) -> Any:
-        """Does a call, or writes in one commit."""
-        if items and isinstance(items[0], _Call):
-            return items[0].work()
-        writes = [item for item in items if isinstance(item, _Write)]
-        return self._write(bank, writes) if writes else None
-
-    def _finish(self, bank: MemoryBank, lane: _Lane, items: list[_Item], work: Future[Any]) -> None:
-        """Tells those who wait what came of it. Of several writes that are refused together, each is tried alone."""
-        error = work.exception()
-        with self._lock:
-            if isinstance(error, StackError) and len(items) > 1:
-                lane.put_back(items)
-                items = []
-            is_idle = not lane.waiting
-            if is_idle:
-                del self._lanes[bank.id]
-        for item in items:
-            if error is None:
-                item.done.set_result(work.result())
-            else:
-                item.done.set_exception(error)
-        if not is_idle:
-            self._start(bank, lane)
-
-    def _write(self, bank: MemoryBank, writes: list[_Write]) -> None:
-        documents = [document for write in writes for document in write.documents]
-        expiries = [document.expires_at for document in documents if document.expires_at is not None]
-        size = sum(write.size for write in writes)
-        if not self._store.memory_banks.begin_write(bank.id, size, min(expiries, default=None)):
-            raise _no_bank(bank)
-        self._tables.get_or_create(bank).write(documents, writes[0].replace)
-
-    def _delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
-        if not self._store.memory_banks.begin_write(bank.id, 0, None):
-            raise _no_bank(bank)
-        return self._tables.get_or_create(bank).delete(document_ids)
-
-    def _maintain(self, bank: MemoryBank) -> None:
-        began_at = now()
-        if not self._store.memory_banks.known([bank.id]):
-            return  # it was dropped meanwhile
-        size, expires_at = 0, None
-        if (table := self._tables.get(bank)) is not None:
-            table.delete_expired(dt.datetime.now(dt.UTC))
-            table.maintain()
-            size, expires_at = table.size(), table.next_expiry()
-        self._store.memory_banks.maintained(bank, began_at, size, expires_at)
+        return [_gone(bank_id, tenant) for bank_id, tenant in found.items() if bank_id not in known]
 
 
-def _fits(item: _Item, others: list[_Item]) -> bool:
-    """Whether an item can be done in the same commit as others: writes of one kind, of different documents."""
-    first = others[0]
-    if not isinstance(item, _Write) or not isinstance(first, _Write) or item.replace != first.replace:
-        return False
+async def _commit(opened: OpenBank, ready: dict[_Write, list[Document]]) -> None:
+    """Writes all in one commit; where that is refused, each by itself, so that none takes others with it."""
+    documents = [one for of_write in ready.values() for one in of_write]
+    try:
+        # Of a document that is there, its whole graph is.
+        if opened.graph is not None and documents:
+            await opened.graph.put(documents)
+        await opened.table.put(documents)
+    except StackError as error:
+        if len(ready) == 1:
+            _refuse(next(iter(ready)), error)
+        else:
+            for write, of_write in ready.items():
+                await _commit(opened, {write: of_write})
+
+
+def _next(lane: _Lane) -> list[_Item]:
+    """Takes from a lane what is to be done next, together."""
+    items = [lane.popleft()]
+    while lane and _fits(lane[0], items):
+        items.append(lane.popleft())
+    return items
+
+
+def _fits(item: _Item, others: Sequence[_Item]) -> bool:
+    """Whether an item can be done in the same commit as others: writes of different documents."""
     writes = [other for other in others if isinstance(other, _Write)]
-    taken = {document.document_id for write in writes for document in write.documents}
+    if not isinstance(item, _Write) or not writes:
+        return False
+    taken = {one for write in writes for one in write.ids}
     return (
         len(taken) + len(item.documents) <= MAX_DOCUMENTS
         and item.size + sum(write.size for write in writes) <= MAX_BYTES
-        and taken.isdisjoint(document.document_id for document in item.documents)
+        and taken.isdisjoint(item.ids)
     )
+
+
+def _refuse(write: _Write, error: StackError) -> None:
+    if not write.done.done():
+        write.done.set_exception(error)
+
+
+def _tell(items: Sequence[_Item], work: asyncio.Task[Any]) -> None:
+    """Tells those who wait, unless they know or have left, what came of it."""
+    for item in items:
+        if item.done.done():
+            continue
+        if (error := work.exception()) is not None:
+            item.done.set_exception(error)
+        else:
+            item.done.set_result(work.result())
 
 
 def bytes_in(documents: Sequence[Document]) -> int:
@@ -235,10 +253,6 @@ def bytes_in(documents: Sequence[Document]) -> int:
         if document.graph is not None:
             total += (len(document.graph.mentions) + len(document.graph.relations)) * ROW_BYTES
     return total
-
-
-def _no_bank(bank: MemoryBank) -> NotFound:
-    return NotFound(f"the memory bank {bank.id!r} was dropped", param="bank_id")
 
 
 def _gone(bank_id: str, tenant: str) -> MemoryBank:

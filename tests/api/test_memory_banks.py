@@ -153,8 +153,7 @@ def test_a_name_is_no_id_and_the_error_says_so(client: TestClient) -> None:
         (VECTOR | {"chunk_size_in_tokens": 21}, 400, "8 to 20"),
         (VECTOR | {"chunk_size_in_tokens": 7}, 400, "8"),
         (VECTOR | {"overlap_size_in_tokens": 6}, 400, "at most half"),
-        ({"type": "graph"}, 400, "vector, keyvalue, keyword"),
-        ({"type": "table"}, 400, "vector"),
+        ({"type": "table"}, 400, "vector, keyvalue, keyword, graph"),
         ({"type": "keyword", "language": "Klingon"}, 400, "English"),
         ({"type": "keyvalue", "stem": True}, 400, "type"),
     ],
@@ -360,7 +359,9 @@ def test_params_bound_what_is_found(client: TestClient) -> None:
     assert len(found(client, bank_id, "word")) == 10
     assert len(found(client, bank_id, "word", max_chunks=25)) == 25
     assert len(found(client, bank_id, "word", max_tokens=9)) == 3
-    assert [chunk["document_id"] for chunk in found(client, bank_id, "word number 7", score_threshold=0.999)] == ["7"]
+    assert [
+        chunk["document_id"] for chunk in found(client, bank_id, "word number 7", mode="vector", score_threshold=0.999)
+    ] == ["7"]
 
 
 def test_a_long_document_is_cut_and_its_neighbours_come_along(client: TestClient) -> None:

@@ -5,7 +5,6 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -442,18 +441,15 @@ def test_a_document_that_was_begun_goes_on_with_the_passages_that_are_left(
     assert engine.answers - before == prompts - 4
 
 
-@contextmanager
-def bank_of(context: Context, *documents: Any) -> Iterator[str]:
-    """A bank with these documents."""
-    writer = BankWriter(context.config, context.store)
-    memory = Memory.open(context.config, writer)
+def bank_of(context: Context, *documents: Any) -> str:
+    """The id of a bank with these documents."""
+    memory = Memory.open(context.config, BankWriter(context.config, context.store))
     wanted = CreateMemoryBankRequest.model_validate({"name": "a", "config": {"type": "keyvalue"}})
     bank_id = asyncio.run(banks.create(context, wanted)).bank_id
     if documents:
         body = InsertDocumentsRequest.model_validate({"bank_id": bank_id, "documents": list(documents)})
         asyncio.run(banks.insert(context, memory, body))
-    yield bank_id
-    writer.close()
+    return bank_id
 
 
 def test_documents_of_a_memory_bank_become_questions_with_answers_that_cite_them(
@@ -462,9 +458,9 @@ def test_documents_of_a_memory_bank_become_questions_with_answers_that_cite_them
     engine.say = lambda body: pair_of(body | {"seed": 0})
     text = "".join(f"The river {number} rises here. It is 1,230 km long. " for number in range(20))
     html = "<h1>Rivers</h1><p>The Rhine rises here. <b>It is</b> 1,230 km long.</p>"
-    with bank_of(context, document("long", text), document("page", html, "text/html")) as bank_id:
-        wanted = request(bank_id=bank_id, source="documents", num_generations=1, passage_characters=200)
-        run(context, wanted)
+    bank_id = bank_of(context, document("long", text), document("page", html, "text/html"))
+    wanted = request(bank_id=bank_id, source="documents", num_generations=1, passage_characters=200)
+    run(context, wanted)
     rows = rows_of(context)
     cited = [row for row in rows if row["document"] == "long"]
     assert len({row["start"] for row in cited}) > 1
@@ -484,13 +480,13 @@ def test_a_document_of_a_memory_bank_that_cannot_be_read_is_a_row_that_has_faile
     file = home / "data" / "rhine.txt"
     file.write_text(DOCUMENT)
     given = document("gone", {"uri": f"file://{file}"})
-    with bank_of(context, given, document("here", DOCUMENT)) as bank_id:
-        file.unlink()
-        result = run(context, request(bank_id=bank_id, source="documents", num_generations=1))
-        limited = request(bank_id=bank_id, source="documents", job_uuid="grow-2", max_failed_rows=0)
-        job = synthetic_data_generation.submit(context, limited)
-        with work_of(context, job) as work:
-            outcome = driver.generate(work, SyntheticDataJobRequest.model_validate(job.request))
+    bank_id = bank_of(context, given, document("here", DOCUMENT))
+    file.unlink()
+    result = run(context, request(bank_id=bank_id, source="documents", num_generations=1))
+    limited = request(bank_id=bank_id, source="documents", job_uuid="grow-2", max_failed_rows=0)
+    job = synthetic_data_generation.submit(context, limited)
+    with work_of(context, job) as work:
+        outcome = driver.generate(work, SyntheticDataJobRequest.model_validate(job.request))
     (error,) = [one for one in lines(file_of(result, "rejected.jsonl")) if one["reason"] == "error"]
     assert error["id"] == "gone"
     assert {row["document"] for row in rows_of(context)} == {"here"}
@@ -503,10 +499,10 @@ def test_a_job_about_a_memory_bank_that_was_lost_goes_on_with_what_the_bank_had(
 ) -> None:
     engine.say = pair_of
     engine.away_after = 4
-    with bank_of(context, *(document(f"d{number}", DOCUMENT) for number in range(9))) as bank_id:
-        wanted = request(bank_id=bank_id, source="documents", num_generations=1)
-        with pytest.raises(Unavailable, match="row 5"):
-            run(context, wanted)
+    bank_id = bank_of(context, *(document(f"d{number}", DOCUMENT) for number in range(9)))
+    wanted = request(bank_id=bank_id, source="documents", num_generations=1)
+    with pytest.raises(Unavailable, match="row 5"):
+        run(context, wanted)
     context.store.memory_banks.delete("default", bank_id)
     engine.away_after = None
     before = engine.answers
@@ -516,11 +512,11 @@ def test_a_job_about_a_memory_bank_that_was_lost_goes_on_with_what_the_bank_had(
 
 
 def test_a_memory_bank_without_documents_or_of_another_tenant_is_refused(context: Context) -> None:
-    with bank_of(context) as bank_id:
-        with pytest.raises(BadInput, match="has no documents"):
-            synthetic_data_generation.submit(context, request(bank_id=bank_id, source="documents"))
-        with pytest.raises(NotFound, match="no memory bank"):
-            synthetic_data_generation.submit(context.of_tenant("acme"), request(bank_id=bank_id, source="documents"))
+    bank_id = bank_of(context)
+    with pytest.raises(BadInput, match="has no documents"):
+        synthetic_data_generation.submit(context, request(bank_id=bank_id, source="documents"))
+    with pytest.raises(NotFound, match="no memory bank"):
+        synthetic_data_generation.submit(context.of_tenant("acme"), request(bank_id=bank_id, source="documents"))
 
 
 @pytest.mark.parametrize(

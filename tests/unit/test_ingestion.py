@@ -76,10 +76,8 @@ def context(home: Path, store_url: str, engine: VariedEngine) -> Iterator[Contex
 
 
 @pytest.fixture
-def memory(context: Context) -> Iterator[Memory]:
-    writer = BankWriter(context.config, context.store)
-    yield Memory.open(context.config, writer)
-    writer.close()
+def memory(context: Context) -> Memory:
+    return Memory.open(context.config, BankWriter(context.config, context.store))
 
 
 @pytest.fixture
@@ -136,8 +134,11 @@ def run(context: Context, wanted: IngestDocumentsRequest) -> dict[str, float]:
 
 
 def written(context: Context, memory: Memory, bank_id: str) -> dict[str, StoredDocument]:
-    found = banks.all_documents(memory.tables, banks.find(context, bank_id))
-    return {one.document_id: one for one in found}
+    async def found() -> dict[str, StoredDocument]:
+        documents = banks.all_documents(memory.tables, banks.find(context, bank_id))
+        return {one.document_id: one async for one in documents}
+
+    return asyncio.run(found())
 
 
 async def insert(context: Context, memory: Memory, bank_id: str, *documents: Any, **more: Any) -> None:

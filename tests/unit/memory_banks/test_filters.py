@@ -9,6 +9,7 @@ from stack.api.filters import Filter
 from stack.api.wire import describe
 from stack.memory_banks.filters import encoded
 from stack.memory_banks.keyvalue import by_prefix
+from stack.memory_banks.search import Bounds
 from stack.memory_banks.table import BankTable, Words
 from tests.unit.memory_banks.documents import document
 
@@ -36,7 +37,10 @@ async def bank(tmp_path: Path) -> BankTable:
 
 
 async def those(bank: BankTable, asked: dict[str, Any]) -> set[str]:
-    return {hit.document_id for hit in await by_prefix(bank, "", 100, FILTER.validate_python(asked))}
+    return {
+        hit.document_id
+        for hit in await by_prefix(bank, "", Bounds(max_chunks=100, filter=FILTER.validate_python(asked)))
+    }
 
 
 @pytest.mark.parametrize(

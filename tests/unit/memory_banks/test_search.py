@@ -11,7 +11,7 @@ from stack.errors import BadInput
 from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
 from stack.memory_banks.rows import Hit
-from stack.memory_banks.search import Query, fuse, search
+from stack.memory_banks.search import Bounds, Query, fuse, search
 from stack.memory_banks.table import BankTable, Language, Words
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
@@ -164,7 +164,7 @@ async def test_an_empty_bank_answers_nothing(tmp_path: Path) -> None:
     bank = await BankTable.create(str(tmp_path), DIMENSIONS, Words())
     for mode in ("vector", "keyword", "hybrid"):
         assert await search(bank, Query(mode, "tea", vector("tea"), neighbours=1)) == []
-    assert await by_prefix(bank, "", 10) == []
+    assert await by_prefix(bank, "", Bounds()) == []
 
 
 async def test_keys_are_exact_and_prefixes_are_in_order(bank: BankTable) -> None:
@@ -172,17 +172,19 @@ async def test_keys_are_exact_and_prefixes_are_in_order(bank: BankTable) -> None
     await bank.write([document(id_, f"value of {id_}") for id_ in ids], replace=False)
 
     async def under(prefix: str, max_chunks: int = 100) -> list[str]:
-        return [hit.document_id for hit in await by_prefix(bank, prefix, max_chunks)]
+        return [hit.document_id for hit in await by_prefix(bank, prefix, Bounds(max_chunks=max_chunks))]
 
-    assert [hit.document_id for hit in await by_keys(bank, ["b", "a", "none"], 10)] == ["a", "b"]
-    assert await by_keys(bank, [], 10) == []
+    assert [hit.document_id for hit in await by_keys(bank, ["b", "a", "none"], Bounds())] == ["a", "b"]
+    assert await by_keys(bank, [], Bounds()) == []
     assert await under("a/") == ["a/1", "a/2"]
     assert await under("a") == sorted(id_ for id_ in ids if id_.startswith("a"))
     assert await under("a", 3) == ["a", "a/1", "a/2"]
     assert await under("a\U0010ffff") == ["a\U0010ffff"]
     assert await under("a\ud7ff") == ["a\ud7ff"]
     assert await under("%") == []
-    assert [hit.chunk.text for hit in await by_prefix(bank, "", 2, only("run"))] == TEXTS["run"].split(". ")[:2]
+    assert [hit.chunk.text for hit in await by_prefix(bank, "", Bounds(max_chunks=2, filter=only("run")))] == TEXTS[
+        "run"
+    ].split(". ")[:2]
 
 
 def test_after_a_prefix_comes_the_next_text_that_is_one() -> None:

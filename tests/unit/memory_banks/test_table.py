@@ -15,7 +15,7 @@ import pytest
 from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import table as table_module
 from stack.memory_banks.keyvalue import by_keys, by_prefix
-from stack.memory_banks.search import Query, search
+from stack.memory_banks.search import Bounds, Query, search
 from stack.memory_banks.table import BankTable, Counts, Words, to_write
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
@@ -29,7 +29,7 @@ async def bank(tmp_path: Path) -> BankTable:
 
 
 async def texts(bank: BankTable, document_id: str) -> list[str]:
-    return [hit.chunk.text for hit in await by_keys(bank, [document_id], 1_000)]
+    return [hit.chunk.text for hit in await by_keys(bank, [document_id], Bounds(max_chunks=1_000))]
 
 
 async def test_what_was_written_is_read_at_once_by_another_reader(bank: BankTable, tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ async def test_chunks_come_back_as_they_were_given(bank: BankTable) -> None:
     given = document("a", "one two. three")
     chunk = replace(given.chunks[0], page=7, headings=("Top", "Über 'uns'"), tokens=12, start=3, end=99)
     await bank.write([replace(given, chunks=(chunk, given.chunks[1]))], replace=False)
-    assert [hit.chunk for hit in await by_keys(bank, ["a"], 10)] == [chunk, given.chunks[1]]
+    assert [hit.chunk for hit in await by_keys(bank, ["a"], Bounds())] == [chunk, given.chunks[1]]
 
 
 @pytest.mark.parametrize("document_id", ODD_IDS)
@@ -176,7 +176,7 @@ async def test_what_has_expired_is_not_there_even_before_it_is_swept(bank: BankT
     await bank.write([document("old", "same words", expires_at=past), document("new", "same words")], replace=False)
     assert await bank.counts() == Counts(1, 1)
     assert await bank.documents(["old"]) == []
-    assert await by_keys(bank, ["old"], 10) == []
+    assert await by_keys(bank, ["old"], Bounds()) == []
     for mode in ("vector", "keyword", "hybrid"):
         hits = await search(bank, Query(mode, "same words", vector("same words"), max_chunks=1))
         assert [hit.document_id for hit in hits] == ["new"], mode
@@ -220,7 +220,7 @@ async def test_a_reader_never_sees_half_an_update(bank: BankTable, tmp_path: Pat
 
     async def read() -> None:
         while not writing.done():
-            whole = await by_prefix(reader, "", 1_000)
+            whole = await by_prefix(reader, "", Bounds(max_chunks=1_000))
             by_words = await search(reader, Query("keyword", "word", max_chunks=100))
             for hits in (whole, by_words):
                 (time,) = {hit.metadata["time"] for hit in hits}
@@ -331,7 +331,7 @@ def test_what_a_killed_writer_has_acknowledged_is_there_once(tmp_path: Path) -> 
     async def read() -> Counter:
         bank = await BankTable.open(address)
         await bank.write([document("after", "it goes on")], replace=False)
-        return Counter(hit.document_id for hit in await by_prefix(bank, "d", 10_000))
+        return Counter(hit.document_id for hit in await by_prefix(bank, "d", Bounds(max_chunks=10_000)))
 
     chunks = asyncio.run(read())
     assert set(chunks.values()) == {2}

@@ -3,18 +3,17 @@
 import asyncio
 import datetime as dt
 import hashlib
-import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stack.memory_banks.table import BankTable
 
 from stack.context import Context
 from stack.errors import Conflict, NotFound
 from stack.memory_banks.rows import Chunk, Document
+from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, now
@@ -40,10 +39,8 @@ def add_bank(context: Context) -> MemoryBank:
 
 
 @pytest.fixture
-def writer(context: Context) -> Iterator[BankWriter]:
-    writer = BankWriter(context.config, context.store)
-    yield writer
-    writer.close()
+def writer(context: Context) -> BankWriter:
+    return BankWriter(context.config, context.store)
 
 
 class Commits:
@@ -51,16 +48,17 @@ class Commits:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ids: list[list[str]] = []
-        self.has_begun, self.may_go = threading.Event(), threading.Event()
-        write = BankTable.write
+        self.has_begun, self.may_go = asyncio.Event(), asyncio.Event()
+        put = BankTable.put
 
-        def recorded(table: BankTable, documents: Sequence[Document], replace: bool) -> None:
+        async def recorded(table: BankTable, documents: Sequence[Document]) -> None:
             self.ids.append([document.document_id for document in documents])
             self.has_begun.set()
-            assert self.may_go.wait(30)
-            write(table, documents, replace)
+            async with asyncio.timeout(30):
+                await self.may_go.wait()
+            await put(table, documents)
 
-        monkeypatch.setattr(BankTable, "write", recorded)
+        monkeypatch.setattr(BankTable, "put", recorded)
 
 
 @pytest.fixture
@@ -68,18 +66,19 @@ def commits(monkeypatch: pytest.MonkeyPatch) -> Commits:
     return Commits(monkeypatch)
 
 
-def ids_in(context: Context, bank: MemoryBank, *ids: str) -> list[str]:
+async def ids_in(context: Context, bank: MemoryBank, *ids: str) -> list[str]:
     """Those of these documents that another process would find."""
     row = context.store.memory_banks.get(bank.tenant, bank.id)
     assert row is not None
-    table = Tables(context.config).get(row)
-    return sorted(one.document_id for one in table.documents(ids)) if table else []
+    opened = await Tables(context.config).get(row)
+    return sorted(one.document_id for one in await opened.table.documents(ids)) if opened else []
 
 
 async def begin(commits: Commits, writer: BankWriter, bank: MemoryBank) -> asyncio.Task[None]:
     """A first write, which is under way until `commits.may_go`."""
     first = asyncio.create_task(writer.write(bank, [document("first")], replace=False))
-    assert await asyncio.to_thread(commits.has_begun.wait, 30)
+    async with asyncio.timeout(30):
+        await commits.has_begun.wait()
     return first
 
 
@@ -101,7 +100,7 @@ async def test_writes_that_wait_for_a_bank_become_one_commit(
     commits.may_go.set()
     await asyncio.gather(first, *others)
     assert commits.ids == [["first"], [f"{n}" for n in range(20)]]
-    assert len(ids_in(context, bank, "first", *(f"{n}" for n in range(20)))) == 21
+    assert len(await ids_in(context, bank, "first", *(f"{n}" for n in range(20)))) == 21
 
 
 async def test_writes_of_the_same_document_are_apart_and_in_their_order(
@@ -115,9 +114,9 @@ async def test_writes_of_the_same_document_are_apart_and_in_their_order(
     assert commits.ids == [["first"]] * 4
     row = context.store.memory_banks.get("default", bank.id)
     assert row is not None
-    table = Tables(context.config).get(row)
-    assert table is not None
-    assert [one.content for one in table.documents(["first"])] == ['"text 2"']
+    opened = await Tables(context.config).get(row)
+    assert opened is not None
+    assert [one.content for one in await opened.table.documents(["first"])] == ['"text 2"']
 
 
 async def test_a_write_that_is_refused_takes_no_other_one_with_it(
@@ -134,7 +133,7 @@ async def test_a_write_that_is_refused_takes_no_other_one_with_it(
     await asyncio.gather(first, good, last)
     with pytest.raises(Conflict, match="first"):
         await bad
-    assert ids_in(context, bank, "first", "good", "last", "with it") == ["first", "good", "last"]
+    assert await ids_in(context, bank, "first", "good", "last", "with it") == ["first", "good", "last"]
 
 
 async def test_who_leaves_before_the_turn_of_a_write_has_written_nothing(
@@ -150,7 +149,7 @@ async def test_who_leaves_before_the_turn_of_a_write_has_written_nothing(
     await asyncio.wait([left])
     commits.may_go.set()
     await asyncio.gather(first, stays)
-    assert ids_in(context, bank, "first", "left", "stays") == ["first", "stays"]
+    assert await ids_in(context, bank, "first", "left", "stays") == ["first", "stays"]
 
 
 async def test_banks_do_not_wait_for_each_other(
@@ -164,16 +163,20 @@ async def test_banks_do_not_wait_for_each_other(
     await first
 
 
+async def broken(*_: Any) -> None:
+    raise OSError("the disk is gone")
+
+
 async def test_what_fails_for_another_reason_is_told_to_all_and_the_bank_goes_on(
     context: Context, writer: BankWriter, bank: MemoryBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as failing:
-        failing.setattr(BankTable, "write", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+        failing.setattr(BankTable, "put", broken)
         for _ in range(2):
             with pytest.raises(OSError, match="the disk is gone"):
                 await writer.write(bank, [document("a")], replace=False)
     await writer.write(bank, [document("a")], replace=False)
-    assert ids_in(context, bank, "a") == ["a"]
+    assert await ids_in(context, bank, "a") == ["a"]
 
 
 async def test_a_bank_that_was_dropped_is_not_made_again_by_a_write_that_comes_late(
@@ -194,34 +197,33 @@ async def test_another_writer_goes_on_with_what_is_there(
     await writer.write(bank, [document("a")], replace=False)
     other = BankWriter(context.config, context.store)
     await other.write(bank, [document("b")], replace=False)  # the row that it is given is from before the first write
-    other.close()
-    assert ids_in(context, bank, "a", "b") == ["a", "b"]
+    assert await ids_in(context, bank, "a", "b") == ["a", "b"]
 
 
 async def test_expired_documents_go_and_the_others_stay(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
     then = dt.datetime.now(dt.UTC)
     past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(hours=1)
     await writer.write(bank, [document("old", expires_at=past), document("new", expires_at=future)], replace=False)
-    assert ids_in(context, bank, "old", "new") == ["new"]
-    assert await asyncio.to_thread(writer.look_after) == 1
+    assert await ids_in(context, bank, "old", "new") == ["new"]
+    assert await writer.look_after() == 1
     row = context.store.memory_banks.get("default", bank.id)
     assert row is not None
     assert row.expires_at is not None
     assert abs(dt.datetime.fromisoformat(row.expires_at) - future) < dt.timedelta(seconds=1)
     assert row.bytes > 0
-    assert await asyncio.to_thread(writer.look_after) == 0
+    assert await writer.look_after() == 0
 
 
 async def test_only_banks_in_which_something_is_due_are_looked_after(
     context: Context, writer: BankWriter, bank: MemoryBank
 ) -> None:
-    assert await asyncio.to_thread(writer.look_after) == 0
+    assert await writer.look_after() == 0
     await writer.write(bank, [document("a")], replace=False)
     add_bank(context)
-    assert await asyncio.to_thread(writer.look_after) == 1
-    assert await asyncio.to_thread(writer.look_after) == 0
+    assert await writer.look_after() == 1
+    assert await writer.look_after() == 0
     await writer.delete(bank, ["a"])
-    assert await asyncio.to_thread(writer.look_after) == 1
+    assert await writer.look_after() == 1
 
 
 async def test_what_an_interrupted_drop_has_left_is_swept(
@@ -231,16 +233,15 @@ async def test_what_an_interrupted_drop_has_left_is_swept(
     for one in (bank, stays):
         await writer.write(one, [document("a")], replace=False)
     context.store.memory_banks.delete("default", bank.id)
-    assert await asyncio.to_thread(writer.sweep) == [bank.id]
-    assert await asyncio.to_thread(writer.sweep) == []
+    assert await writer.sweep() == [bank.id]
+    assert await writer.sweep() == []
     assert not list((home / "memory_banks").rglob(f"{bank.id}*"))
-    assert ids_in(context, stays, "a") == ["a"]
+    assert await ids_in(context, stays, "a") == ["a"]
 
 
 async def test_nothing_is_opened_before_it_is_needed(context: Context, home: Path) -> None:
     for _ in range(20):
         add_bank(context)
     writer = BankWriter(context.config, context.store)
-    assert writer.look_after() == 0
+    assert await writer.look_after() == 0
     assert not (home / "memory_banks").exists()
-    writer.close()
