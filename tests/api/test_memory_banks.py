@@ -153,7 +153,7 @@ def test_a_name_is_no_id_and_the_error_says_so(client: TestClient) -> None:
         (VECTOR | {"chunk_size_in_tokens": 21}, 400, "8 to 20"),
         (VECTOR | {"chunk_size_in_tokens": 7}, 400, "8"),
         (VECTOR | {"overlap_size_in_tokens": 6}, 400, "at most half"),
-        ({"type": "table"}, 400, "vector, keyvalue, keyword, graph"),
+        ({"type": "table"}, 400, "'vector', 'keyvalue', 'keyword', 'graph'"),
         ({"type": "keyword", "language": "Klingon"}, 400, "English"),
         ({"type": "keyvalue", "stem": True}, 400, "type"),
     ],
