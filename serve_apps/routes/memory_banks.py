@@ -4,6 +4,7 @@ from collections.abc import Coroutine, Iterable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
 from serve_apps.readers import READERS
@@ -48,10 +49,13 @@ def _memory(request: Request) -> Memory:
 MemoryOf = Annotated[Memory, Depends(_memory)]
 
 
-class JsonLines(Response):
-    """One JSON object a line."""
+class JsonLines(JSONResponse):
+    """One JSON object a line, given as bytes. The schema of an operation is that of a line."""
 
     media_type = "application/jsonl"
+
+    def render(self, content: bytes) -> bytes:
+        return content
 
 
 @router.post("/memory_banks/create", response_model_exclude_none=True)
