@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from stack.api.batch_inference import MAX_FAILED_ROWS
 from stack.api.datasets import DatasetReference
-from stack.api.filters import AnyFilter
+from stack.api.filters import Filter
 from stack.api.jobs import ArtifactFile, JobEntry, JobState, MakingJobUuid, Priority
 from stack.api.wire import Info, ModelId, Request, Wire, at_most, without_nul
 from stack.errors import TooLarge
@@ -242,7 +242,7 @@ class QueryParams(Wire):
     max_chunks: Annotated[int, Field(ge=1, le=1_000)] = 10
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     score_threshold: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
-    filter: AnyFilter | None = None
+    filter: Filter | None = None
     neighbours: Annotated[int, Field(ge=0, le=10)] = 0
     prefix: bool = False
     entities: Annotated[list[EntityName], at_most(MAX_ENTITIES)] = []

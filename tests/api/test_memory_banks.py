@@ -396,6 +396,15 @@ def test_params_that_a_kind_does_not_take_are_400_and_named(
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(("level", "allowed"), [(50, "10"), (2, "200")], ids=["deep", "wide"])
+def test_a_filter_over_its_bounds_is_400_before_it_is_looked_at(client: TestClient, level: int, allowed: str) -> None:
+    asked: dict[str, Any] = {"type": "exists", "key": "a"}
+    for _ in range(level):
+        asked = {"type": "and", "filters": [asked] * (1 if level == 50 else 150)}
+    error = error_of(query(client, create(client), "a", filter=asked), 400)
+    assert (error["param"], f"allowed: at most {allowed}" in error["message"]) == ("params.filter", True)
+
+
 @pytest.mark.parametrize("text", ["", " \n", [], [""], "x" * 20_001, "a\0b", 5, None, {"a": 1}])
 def test_a_query_that_is_none_is_400(client: TestClient, text: Any) -> None:
     assert error_of(query(client, create(client), text), 400)["param"].startswith("query")
