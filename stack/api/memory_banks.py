@@ -87,7 +87,10 @@ class Language(StrEnum):
 
 
 class KeywordBankConfig(Wire):
-    """Chunks are found by the words in them (BM25), with `stem` by any form of these words in the `language`."""
+    """Chunks are found by the words in them (BM25).
+
+    With `stem` by any form of these words in the `language`, whose stop words are not looked for.
+    """
 
     type: Literal["keyword"]
     language: Language = Language.english
@@ -194,7 +197,7 @@ Ttl = Annotated[int, Field(ge=1, le=MAX_TTL_S)]
 
 
 class InsertDocumentsRequest(Request):
-    """New documents. Those that are there already, just so, are left as they are. All expire after `ttl_seconds`."""
+    """New documents, which expire after `ttl_seconds`. Those that are there already, just so, are left as they are."""
 
     bank_id: BankId
     documents: Documents
