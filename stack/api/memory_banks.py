@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 
 from stack.api.batch_inference import MAX_FAILED_ROWS
 from stack.api.datasets import DatasetReference
-from stack.api.filters import AnyFilter
+from stack.api.filters import Filter
 from stack.api.jobs import ArtifactFile, JobEntry, JobState, MakingJobUuid, Priority
 from stack.api.wire import Info, ModelId, Request, Wire, at_most, without_nul
 from stack.errors import TooLarge
@@ -87,7 +87,10 @@ class Language(StrEnum):
 
 
 class KeywordBankConfig(Wire):
-    """Chunks are found by the words in them (BM25), with `stem` by any form of these words in the `language`."""
+    """Chunks are found by the words in them (BM25).
+
+    With `stem` by any form of these words in the `language`, whose stop words are not looked for.
+    """
 
     type: Literal["keyword"]
     language: Language = Language.english
@@ -194,7 +197,7 @@ Ttl = Annotated[int, Field(ge=1, le=MAX_TTL_S)]
 
 
 class InsertDocumentsRequest(Request):
-    """New documents. Those that are there already, just so, are left as they are. All expire after `ttl_seconds`."""
+    """New documents, which expire after `ttl_seconds`. Those that are there already, just so, are left as they are."""
 
     bank_id: BankId
     documents: Documents
@@ -242,7 +245,7 @@ class QueryParams(Wire):
     max_chunks: Annotated[int, Field(ge=1, le=1_000)] = 10
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     score_threshold: Annotated[float, Field(ge=-1e9, le=1e9)] | None = None
-    filter: AnyFilter | None = None
+    filter: Filter | None = None
     neighbours: Annotated[int, Field(ge=0, le=10)] = 0
     prefix: bool = False
     entities: Annotated[list[EntityName], at_most(MAX_ENTITIES)] = []

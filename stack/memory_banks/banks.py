@@ -67,8 +67,8 @@ class Memory:
 async def create(context: Context, request: CreateMemoryBankRequest) -> api.MemoryBank:
     """Makes a bank, under an id of its own. Its table comes with what is first written into it.
 
-    Raises BadInput for a config that cannot be served, NotFound for an unknown embedding model, and Unavailable where a
-    model whose dimensions the config does not tell cannot be asked for them.
+    Raises BadInput for a config that cannot be served, NotFound for an unknown model, and Unavailable where a model
+    whose dimensions the config does not tell cannot be asked for them.
     """
     config = request.config
     dimensions = None
@@ -98,7 +98,8 @@ def page(context: Context, after: str | None, limit: int) -> list[api.MemoryBank
 async def drop(context: Context, memory: Memory, bank_id: str) -> str:
     """Forgets a bank and removes all that is in it. Returns its id. Raises NotFound.
 
-    The row goes first: nobody finds the bank any more, whatever becomes of its files, which a sweep removes too.
+    The row goes first: nobody finds the bank any more, whatever becomes of its files, which a sweep removes too. So
+    with Unavailable, too, the bank is gone, and to drop it again is NotFound.
     """
     bank = await asyncio.to_thread(find, context, bank_id)
     await asyncio.to_thread(context.store.memory_banks.delete, context.tenant, bank_id)
@@ -162,8 +163,9 @@ async def delete_documents(context: Context, memory: Memory, request: DeleteDocu
 async def query(context: Context, memory: Memory, request: QueryDocumentsRequest) -> QueryDocumentsResponse:
     """The chunks that answer a query, best first.
 
-    Raises NotFound for an unknown bank, BadInput for params that its kind does not take, Conflict where the bank's
-    vectors are not those of its embedding model any more.
+    Raises NotFound for an unknown bank, or an embedding model that is no more, BadInput for params that the bank's kind
+    does not take and for a text that is too long for the model, Conflict where the bank's vectors do not have the
+    length of its model's any more, and Unavailable where the model is away.
     """
     bank = await asyncio.to_thread(find, context, request.bank_id)
     _require_allowed(bank, request.params)

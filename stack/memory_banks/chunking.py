@@ -98,7 +98,7 @@ def count_words(texts: Sequence[str]) -> list[int]:
 
 @lru_cache(maxsize=16)
 def token_counter(folder: Path) -> Count:
-    """The counter of an embedding model's tokenizer, which is read once. Special tokens are not counted.
+    """The counter of a model's tokenizer, which is read once. Special tokens are not counted.
 
     Raises BadInput where the folder has no tokenizer.json.
     """

@@ -52,7 +52,8 @@ async def prepare(
     """Documents ready to be written, in their order.
 
     Raises what `contents` does, BadInput for a document that cannot be read, TooLarge for more than `max_chunks`
-    chunks in all, Conflict where the embedding model's vectors no longer have the length of the bank's.
+    chunks in all, what asking the bank's model does, for a graph bank what `extract` does, and Conflict where the
+    embedding model's vectors no longer have the length of the bank's.
     """
     had = await contents.contents(context, documents)
     loop = asyncio.get_running_loop()

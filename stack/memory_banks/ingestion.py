@@ -130,7 +130,7 @@ def job_artifacts(context: Context, job_uuid: str) -> IngestJobArtifactsResponse
 
 
 def _bank(context: Context, request: IngestDocumentsRequest) -> MemoryBank:
-    """The bank that is written into. Raises NotFound for it, its model, and the bank of the source."""
+    """The bank that is written into. Raises NotFound for it, its embedding model, and the bank of the source."""
     bank = banks.find(context, request.bank_id)
     if bank.config["type"] == "vector":
         context.models.get_embedding_model(bank.config["embedding_model"])

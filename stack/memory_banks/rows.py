@@ -16,7 +16,7 @@ class Chunk:
     position: int  # of the chunk in its document, from 0
     start: int
     end: int
-    tokens: int  # of the bank's tokenizer (vector banks) or words (the others)
+    tokens: int  # of the bank's tokenizer (vector and graph banks) or words (the others)
     page: int | None  # of a PDF, from 1
     headings: tuple[str, ...]  # those that it stands under, outermost first
 

@@ -3,7 +3,8 @@
 A document is several rows of the same table, which one commit writes: its own (position -1: what was given) and one for
 each of its chunks (positions from 0). Only a chunk's row has a text and a vector, so no index holds documents' rows and
 no search finds them. LanceDB writes each commit as a new version, and a query reads one version from its begin to its
-end: it sees all of a commit or nothing. What a commit has returned from is on disk.
+end: it sees all of a commit or nothing. What a commit has returned from is in files, whatever becomes of this process.
+(On a local disk LanceDB 0.40 does not wait for the disk itself: a machine without power may lose the last commits.)
 
 There is one writer at a time, which the caller sees to. Readers are many, in any process: with a consistency interval
 of zero each query looks for a newer version first, so what was acknowledged is seen by the next query.
@@ -250,7 +251,7 @@ def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace
     """Those of the documents that are to be written, where `there` has the hashes of those in the bank.
 
     What is to be inserted and is in the bank as it is need not be written again: a client may repeat what it has no
-    answer for. What is to be replaced is, as its time to live begins anew.
+    answer for. What is to be replaced is: where it was given as an address, another content may lie there now.
     Raises Conflict for one that is there with another content and not to be replaced, and NotFound for one that is to
     be replaced and is not there.
     """

@@ -396,6 +396,17 @@ def test_params_that_a_kind_does_not_take_are_400_and_named(
     assert error["param"] == param
 
 
+@pytest.mark.parametrize(("levels", "width", "allowed"), [(50, 1, 10), (2, 20, 200)])
+def test_a_filter_that_is_too_deep_or_too_large_is_400(
+    client: TestClient, levels: int, width: int, allowed: int
+) -> None:
+    asked: dict[str, Any] = {"type": "exists", "key": "a"}
+    for _ in range(levels):
+        asked = {"type": "and", "filters": [asked] * width}
+    error = error_of(query(client, create(client), "a", filter=asked), 400)
+    assert (error["param"], f"allowed: at most {allowed}" in error["message"]) == ("params.filter", True)
+
+
 @pytest.mark.parametrize("text", ["", " \n", [], [""], "x" * 20_001, "a\0b", 5, None, {"a": 1}])
 def test_a_query_that_is_none_is_400(client: TestClient, text: Any) -> None:
     assert error_of(query(client, create(client), text), 400)["param"].startswith("query")

@@ -20,6 +20,7 @@ PAGES = [
     ROOT / "docs" / "safety-and-rewards.md",
     ROOT / "docs" / "synthetic-data.md",
     ROOT / "docs" / "evaluations.md",
+    ROOT / "docs" / "memory-banks.md",
 ]
 EXAMPLES = [
     example
@@ -52,7 +53,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 28
+    assert len(outputs) == 32
     for output in outputs[:4]:
         assert "Paris" in output
 
@@ -184,3 +185,30 @@ def test_tasks_of_ones_own_are_a_benchmark(outputs: list[str]) -> None:
     (status,) = values_in(outputs[27].splitlines()[-1])
     assert status["status"] == "completed"
     assert {"capitals/acc", "capitals/acc_stderr", "rivers/named"} <= status["metrics"].keys()
+
+
+def test_memory_banks_answer_by_curl_and_by_client(outputs: list[str]) -> None:
+    inserted, found = values_in(outputs[28])
+    assert inserted is None
+    assert [chunk["document_id"] for chunk in found["chunks"]] == ["leave"]
+    assert outputs[29].endswith("seine The Seine flows through Paris.\nThe Seine flows through Paris.\n")
+
+
+def test_documents_are_filtered_changed_given_back_and_deleted(outputs: list[str]) -> None:
+    inserted, found, updated, danube, seine, deleted, dropped = values_in(outputs[30])
+    assert [inserted, updated, deleted] == [None] * 3
+    assert [chunk["document_id"] for chunk in found["chunks"]] == ["rhone"]
+    assert (danube["content"], seine["document_id"]) == ("The Danube flows through Budapest.", "seine")
+    assert dropped.startswith("bank-")
+
+
+def test_the_rows_of_a_data_set_are_written_into_a_bank(client: httpx.Client, outputs: list[str]) -> None:
+    registered, accepted, status = values_in(outputs[31])
+    assert (registered["rows"], accepted["job_uuid"], status["job_uuid"]) == (2, "rivers-1", "rivers-1")
+    done = ended(client, "memory_banks/ingest", "rivers-1")
+    assert (done["status"], done["metrics"]["written"], done["metrics"]["failed"]) == ("completed", 2, 0)
+    banks = map(json.loads, client.get("/memory_banks/list").text.splitlines())
+    (bank_id,) = [bank["bank_id"] for bank in banks if bank["name"] == "all rivers"]
+    body = {"bank_id": bank_id, "query": "Which river flows through Vienna?", "params": {"max_chunks": 1}}
+    (chunk,) = client.post("/memory_bank/query", json=body).json()["chunks"]
+    assert (chunk["document_id"], chunk["metadata"]) == ("danube", {"country": "Austria"})
