@@ -248,7 +248,7 @@ async def directly(folder: Path, texts: list[str], vectors: Vectors) -> Callable
 
     async def ask(number: int) -> list[int]:
         query = kept.query().nearest_to(vectors[len(texts) + number]).distance_type("cosine")
-        query = query.minimum_nprobes(search.PROBES).maximum_nprobes(0).refine_factor(search.REFINED)
+        query = query.minimum_nprobes(search.PROBES).maximum_nprobes(0).ef(search.CANDIDATES)
         found = await query.limit(K).select(["number", "text", "_distance"]).to_arrow()
         numbers: list[int] = found["number"].to_pylist()
         return numbers
@@ -321,7 +321,7 @@ async def quality() -> Figures:
     with tempfile.TemporaryDirectory(prefix="stack-bench-") as folder, opened_home(Path(folder), given) as here:
         bank = await here.bank()
         await here.writer.write(bank, ready, replace=False)
-        await asyncio.to_thread(here.writer.look_after)
+        await here.writer.look_after()
         for mode in ("vector", "keyword", "hybrid"):
             found[mode] = []
             for question in questions:
@@ -581,7 +581,6 @@ def opened_home(folder: Path, given: dict[str, Any]) -> Iterator[Here]:
     try:
         yield Here(context, Memory.open(config, writer), writer)
     finally:
-        writer.close()
         context.close()
 
 
@@ -595,7 +594,7 @@ async def fill(here: Here, bank: MemoryBank, texts: list[str], vectors: Vectors)
         documents.append(_document(str(number), cut, vectors[part]))
     for first in range(0, len(documents), DOCUMENTS_A_WRITE):
         await here.writer.write(bank, documents[first : first + DOCUMENTS_A_WRITE], replace=False)
-    await asyncio.to_thread(here.writer.look_after)
+    await here.writer.look_after()
 
 
 async def fill_banks(folder: Path) -> None:
@@ -605,7 +604,7 @@ async def fill_banks(folder: Path) -> None:
     with opened_home(folder, {}) as here:
         for _ in range(BANKS):
             await here.writer.write(await here.bank(), [_document("a", cut, vectors)], replace=False)
-        while await asyncio.to_thread(here.writer.look_after):
+        while await here.writer.look_after():
             pass
 
 

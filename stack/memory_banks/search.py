@@ -32,6 +32,9 @@ Mode = Literal["vector", "keyword", "hybrid"]
 FUSION_K = 60
 # How many parts of the approximate index are looked at, at least: where a condition leaves too few rows in them, more.
 PROBES = 20
+# How many candidates the search in the index's graph keeps, at least. Its own 15 for ten chunks find 95% of the nearest
+# ten among 12,000 vectors, these 99%, for 0.3 ms more.
+CANDIDATES = 64
 # How deep the lists are that a hybrid search fuses, at least.
 FUSED = 50
 
@@ -114,7 +117,7 @@ async def _ranked(table: BankTable, query: Query, condition: Expr | None) -> lis
 async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, condition: Expr | None) -> list[Found]:
     def nearest() -> AsyncVectorQuery:
         query = table.rows.query().nearest_to(vector).distance_type("cosine")
-        return query.minimum_nprobes(PROBES).maximum_nprobes(0)
+        return query.minimum_nprobes(PROBES).maximum_nprobes(0).ef(max(CANDIDATES, 3 * limit // 2))
 
     found = await _unexpired(nearest, "_distance", limit, condition)
     return [replace(one, score=1.0 - one.score) for one in found]

@@ -299,6 +299,22 @@ async def test_the_index_of_vectors_is_built_past_a_size_and_built_anew(
     assert best.score == pytest.approx(1, abs=1e-4)
 
 
+async def test_the_index_finds_nearly_all_of_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table_module, "INDEX_FROM", 2_000)
+    bank = await BankTable.create(str(tmp_path / "bank"), 48, Words())
+    vectors = np.random.default_rng(0).standard_normal((2_050, 48)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    written = document("a", ". ".join(map(str, range(2_000))), dimensions=None)
+    await bank.write([replace(written, vectors=vectors[:2_000])], replace=False)
+    await bank.maintain()
+    found = 0
+    for asked in vectors[2_000:]:
+        nearest = set(np.argsort(-(vectors[:2_000] @ asked))[:10].tolist())
+        hits = await search(bank, Query("vector", vector=asked))
+        found += len(nearest & {hit.chunk.position for hit in hits})
+    assert found >= 0.95 * 10 * 50
+
+
 def test_what_a_killed_writer_has_acknowledged_is_there_once(tmp_path: Path) -> None:
     writer = dedent(
         """
