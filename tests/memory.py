@@ -1,9 +1,12 @@
-"""What tests of memory banks share: an embedding model's tokenizer, and requests."""
+"""What tests of memory banks share: an embedding model's tokenizer, requests, and PDFs."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -26,3 +29,14 @@ def write_embedder(home: Path) -> None:
 
 def document(document_id: str, content: Any = "a text", mime_type: str = "text/plain", **metadata: Any) -> Any:
     return {"document_id": document_id, "content": content, "mime_type": mime_type, "metadata": metadata}
+
+
+def pdf(*texts: str) -> bytes:
+    """A PDF with a page for each text."""
+    file = io.BytesIO()
+    with PdfPages(file) as pages:
+        for text in texts:
+            figure = Figure()
+            figure.text(0.1, 0.5, text)
+            pages.savefig(figure)
+    return file.getvalue()

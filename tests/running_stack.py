@@ -63,7 +63,8 @@ class Stack:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        file = with_scripted_models(write_config(self.home / "serve.yaml", otlp_address=self.traces.address))
+        changes = {"otlp_address": self.traces.address, "memory_banks": {"maintenance_s": 1}}
+        file = with_scripted_models(write_config(self.home / "serve.yaml", **changes))
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 [

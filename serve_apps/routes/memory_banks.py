@@ -1,11 +1,10 @@
 """The memory API: banks, their documents, and queries."""
 
-from collections.abc import Coroutine, Iterable
+from collections.abc import Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 
 from serve_apps.readers import READERS
 from serve_apps.routes.common import ContextOf, JobUuid, answer_to, needs
@@ -50,12 +49,12 @@ MemoryOf = Annotated[Memory, Depends(_memory)]
 
 
 class JsonLines(JSONResponse):
-    """One JSON object a line, given as bytes. The schema of an operation is that of a line."""
+    """One JSON object a line. It is a JSONResponse, as the OpenAPI document would not say what they are otherwise."""
 
     media_type = "application/jsonl"
 
-    def render(self, content: bytes) -> bytes:
-        return content
+    def render(self, content: Any) -> bytes:
+        return b"".join(item.model_dump_json(exclude_none=True).encode() + b"\n" for item in content)
 
 
 @router.post("/memory_banks/create", response_model_exclude_none=True)
@@ -67,7 +66,7 @@ async def create(context: ContextOf, body: CreateMemoryBankRequest) -> MemoryBan
 @router.get("/memory_banks/list", response_class=JsonLines, response_model=MemoryBank)
 def list_banks(context: ContextOf, after: After = None, limit: Limit = 10_000) -> Response:
     """Banks, newest first, a line each."""
-    return _lines(banks.page(context, after, limit))
+    return JsonLines(banks.page(context, after, limit))
 
 
 @router.get("/memory_banks/get", response_model_exclude_none=True)
@@ -103,7 +102,7 @@ async def query(request: Request, context: ContextOf, memory: MemoryOf, body: Qu
 @router.post("/memory_bank/documents/get", response_class=JsonLines, response_model=MemoryBankDocument)
 async def get_documents(context: ContextOf, memory: MemoryOf, bank_id: BankId, body: GetDocumentsRequest) -> Response:
     """Documents as they were given, a line each."""
-    return _lines(await banks.get_documents(context, memory, bank_id, body))
+    return JsonLines(await banks.get_documents(context, memory, bank_id, body))
 
 
 @router.post("/memory_bank/documents/delete")
@@ -141,10 +140,6 @@ def list_ingestions(
 
 add_job_routes(_jobs, ingestion.KINDS)
 router.include_router(_jobs)
-
-
-def _lines(items: Iterable[BaseModel]) -> JsonLines:
-    return JsonLines(b"".join(item.model_dump_json(exclude_none=True).encode() + b"\n" for item in items))
 
 
 async def _nothing(work: Coroutine[Any, Any, None]) -> bytes:

@@ -20,13 +20,12 @@ import pyarrow as pa
 from lancedb.expr import Expr, col, lit
 from lancedb.index import BTree
 
-from stack.errors import NotFound
 from stack.memory_banks import arrow, filters
 from stack.memory_banks.arrow import CHUNK_COLUMNS, DOCUMENT, Found
 from stack.memory_banks.entities import key_of, names_in
 from stack.memory_banks.rows import Document, Hit
 from stack.memory_banks.search import Bounds, shown
-from stack.memory_banks.table import KEEP_VERSIONS, TABLE, BankTable, connect, unexpired
+from stack.memory_banks.table import KEEP_VERSIONS, TABLE, BankTable, connect, open_table, unexpired
 
 NODES, EDGES = "nodes", "edges"
 MAX_HOPS = 3
@@ -90,9 +89,7 @@ class BankGraph:
     async def open(cls, address: str, storage_options: Mapping[str, str] | None = None) -> Self:
         """Opens the tables. Raises NotFound where they are not there."""
         connection = await connect(address, storage_options)
-        if not {NODES, EDGES} <= set((await connection.list_tables()).tables):
-            raise NotFound("the files of this bank's graph are not there")
-        return cls(address, storage_options, {name: await connection.open_table(name) for name in (NODES, EDGES)})
+        return cls(address, storage_options, {name: await open_table(connection, name) for name in (NODES, EDGES)})
 
     async def put(self, documents: Sequence[Document]) -> None:
         """Writes what was extracted from documents, each in place of what the same writing had. Readers see it when the

@@ -46,6 +46,7 @@ REBUILD_AT = 4
 # How long a version stays after a newer one has come: longer than any query takes that still reads it, which would
 # fail without its files.
 KEEP_VERSIONS = timedelta(minutes=10)
+_WORDS_INDEX, _IDS_INDEX = "words", "documents"
 _VECTOR_INDEX = "vectors_of_"
 
 
@@ -85,21 +86,26 @@ class BankTable:
     ) -> Self:
         """Makes the table in a folder or at an address of object storage; one that is there already is opened."""
         connection = await connect(address, storage_options)
-        rows = await connection.create_table(TABLE, schema=arrow.schema(dimensions), exist_ok=True)
+        try:
+            rows = await open_table(connection, TABLE)
+        except NotFound:
+            rows = await connection.create_table(TABLE, schema=arrow.schema(dimensions), exist_ok=True)
         indices = {index.name for index in await rows.list_indices()}
-        if "words" not in indices:
-            await rows.create_index("text", config=_words_index(words), name="words")
-        if "documents" not in indices:
-            await rows.create_index("document_id", config=BTree(), name="documents")
+        if _WORDS_INDEX not in indices:
+            await rows.create_index("text", config=_words_index(words), name=_WORDS_INDEX)
+        if _IDS_INDEX not in indices:
+            await rows.create_index("document_id", config=BTree(), name=_IDS_INDEX)
         return cls(rows, dimensions)
 
     @classmethod
     async def open(cls, address: str, storage_options: Mapping[str, str] | None = None) -> Self:
-        """Opens the table, which reads its newest manifest and no rows. Raises NotFound where there is none."""
-        connection = await connect(address, storage_options)
-        if TABLE not in (await connection.list_tables()).tables:
-            raise NotFound("the files of this bank are not there")
-        rows = await connection.open_table(TABLE)
+        """Opens the table, which reads its newest manifest and no rows.
+
+        Raises NotFound where there is none, and for one whose making has not ended, in which nothing is yet.
+        """
+        rows = await open_table(await connect(address, storage_options), TABLE)
+        if not {_WORDS_INDEX, _IDS_INDEX} <= {index.name for index in await rows.list_indices()}:
+            raise NotFound("this bank has not been made to its end")
         schema = await rows.schema()
         vector = schema.field("vector").type if "vector" in schema.names else None
         return cls(rows, None if vector is None else vector.list_size)
@@ -290,6 +296,19 @@ async def connect(address: str, storage_options: Mapping[str, str] | None) -> la
         storage_options=None if storage_options is None else dict(storage_options),
         read_consistency_interval=timedelta(0),
     )
+
+
+async def open_table(connection: lancedb.AsyncConnection, name: str) -> lancedb.AsyncTable:
+    """A table as it is. Raises NotFound where there is none, or a folder without one, of which the making was cut off.
+
+    (To make it if it is not there does not do: LanceDB refuses a table that has got columns since.)
+    """
+    try:
+        return await connection.open_table(name)
+    except ValueError as error:
+        if "was not found" not in str(error):
+            raise
+        raise NotFound(f"the files of the table {name!r} are not there") from error
 
 
 def _words_index(words: Words) -> FTS:

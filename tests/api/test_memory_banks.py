@@ -118,6 +118,12 @@ def test_banks_are_listed_a_line_each(client: TestClient) -> None:
     assert json.loads(page.text)["bank_id"] == ids[1]
 
 
+def test_the_openapi_document_says_what_a_line_is(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    listed = paths["/memory_banks/list"]["get"]["responses"]["200"]["content"]
+    assert listed == {"application/jsonl": {"schema": {"$ref": "#/components/schemas/MemoryBank"}}}
+
+
 def test_a_new_bank_takes_no_room_and_no_model_but_its_own(client: TestClient, home: Path) -> None:
     for kind in CONFIGS:
         create(client, kind)

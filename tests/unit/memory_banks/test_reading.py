@@ -1,28 +1,15 @@
 """The text of documents, from their bytes."""
 
-import io
 from pathlib import Path
 
 import pytest
-from matplotlib.backends.backend_pdf import PdfPages
-from matplotlib.figure import Figure
 
 from stack.errors import BadInput, TooLarge
 from stack.memory_banks import reading
 from stack.memory_banks.reading import Page, read
+from tests.memory import pdf
 
 ENCRYPTED = Path(__file__).with_name("encrypted.pdf")
-
-
-def pdf(*texts: str) -> bytes:
-    """A PDF with a page for each text."""
-    file = io.BytesIO()
-    with PdfPages(file) as pages:
-        for text in texts:
-            figure = Figure()
-            figure.text(0.1, 0.5, text)
-            pages.savefig(figure)
-    return file.getvalue()
 
 
 def test_text_is_utf8_or_what_its_mark_or_its_charset_says() -> None:

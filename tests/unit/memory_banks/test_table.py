@@ -239,12 +239,33 @@ async def test_a_reader_never_sees_half_an_update(bank: BankTable, tmp_path: Pat
 
 async def test_many_banks_are_opened_by_their_manifests(tmp_path: Path) -> None:
     await BankTable.create(str(tmp_path / "a"), None, Words())
-    with pytest.raises(NotFound, match="the files of this bank are not there"):
+    with pytest.raises(NotFound, match="are not there"):
         await BankTable.open(str(tmp_path / "b"))
     again = await BankTable.create(str(tmp_path / "a"), None, Words())
     await again.write([document("a", dimensions=None)], replace=False)
     assert (await BankTable.open(str(tmp_path / "a"))).dimensions is None
     assert {index.name for index in await again.rows.list_indices()} == {"words", "documents"}
+
+
+async def test_a_bank_is_opened_again_with_all_that_it_has_got(bank: BankTable, tmp_path: Path) -> None:
+    await bank.write([document("a", metadata={"n": 1})], replace=False)
+    again = await BankTable.create(str(tmp_path / "bank"), DIMENSIONS, Words())
+    await again.write([document("b", metadata={"n": 2, "colour": "red"})], replace=False)
+    assert (await again.counts()).documents == 2
+
+
+@pytest.mark.parametrize("lost", ["table", "words", "documents"])
+async def test_a_bank_whose_making_was_cut_off_is_not_there_and_is_made_to_its_end(tmp_path: Path, lost: str) -> None:
+    address = str(tmp_path / "bank")
+    if lost == "table":
+        (tmp_path / "bank" / "bank.lance" / "_transactions").mkdir(parents=True)
+    else:
+        await (await BankTable.create(address, DIMENSIONS, Words())).rows.drop_index(lost)
+    with pytest.raises(NotFound):
+        await BankTable.open(address)
+    bank = await BankTable.create(address, DIMENSIONS, Words())
+    await bank.write([document("a", "one. two")], replace=False)
+    assert len(await search(await BankTable.open(address), Query("keyword", "one"))) == 1
 
 
 async def test_maintenance_changes_nothing_that_is_read(bank: BankTable) -> None:
