@@ -1,7 +1,7 @@
 """The scores of one answer beside its reference, and the columns from which those of a whole set follow.
 
 - em, f1: exact match and F1 of the words, after SQuAD's normalisation (Rajpurkar et al. 2016), as transformers has
-  them.
+  them. They are written out here: to import them from there takes longer than most sets of answers.
 - rouge: the F1 of unigrams, bigrams and the longest common subsequence, of the whole (rougeL) and line by line
   (rougeLsum), as rouge-score has them (Lin 2004). Its words are of the letters a to z and digits: other scripts have
   none. It has a table of each word beside each.
@@ -11,10 +11,13 @@
   per token of all references.
 - rating, win_rate, consistent: what a judge says; see JudgedMetric.
 
-A library is imported where its metric is wanted: together they take seconds, and PyTorch comes with one of them.
+A library is imported where its metric is wanted: together they take seconds.
 """
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -82,15 +85,27 @@ def bleu_signature() -> str:
 
 
 def _exact_match() -> Scorer:
-    from transformers.data.metrics.squad_metrics import compute_exact
-
-    return lambda reference, answer: {"em": float(compute_exact(reference, answer))}
+    return lambda reference, answer: {"em": float(_words(reference) == _words(answer))}
 
 
 def _f1() -> Scorer:
-    from transformers.data.metrics.squad_metrics import compute_f1
+    def score(reference: str, answer: str) -> dict[str, float]:
+        expected, given = _words(reference), _words(answer)
+        if not expected or not given:
+            return {"f1": float(expected == given)}
+        same = (Counter(expected) & Counter(given)).total()
+        return {"f1": 2 * same / (len(expected) + len(given))}
 
-    return lambda reference, answer: {"f1": float(compute_f1(reference, answer))}
+    return score
+
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text after SQuAD's normalisation: without case, punctuation and articles."""
+    return _ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
 
 
 def _rouge() -> Scorer:

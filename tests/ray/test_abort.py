@@ -32,12 +32,7 @@ def test_leaving_a_stream_ends_the_generation(
         for _ in range(8):
             next(lines)
 
-    # A short request after it: once the counters show its end, they show all that came before.
-    ended = counters.ended_requests("length")
-    short = {"model": MODEL, "messages": [story], "max_tokens": 2}
-    assert client.post("/v1/chat/completions", json=short).status_code == 200
-    wait_for(lambda: counters.ended_requests("length") > ended, 60)
-    assert counters.running_requests() == 0
+    wait_for(lambda: counters.show_idleness(client), 60)
     # What was read, and less than the engine makes of one stream in a few seconds.
     assert counters.generated_tokens() - before < 100
 
@@ -58,6 +53,16 @@ class Counters:
 
     def ended_requests(self, reason: str) -> float:
         return self._sum("ray_vllm_request_success_total", f'finished_reason="{reason}"')
+
+    def show_idleness(self, client: httpx.Client) -> bool:
+        """Whether nothing is under way once a short request has been answered. An abort comes a moment after its client
+        has left, and the engine writes the counters at its steps alone: once they show the end of the short request,
+        they show all that came before."""
+        ended = self.ended_requests("length")
+        short = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        assert client.post("/v1/chat/completions", json=short).status_code == 200
+        wait_for(lambda: self.ended_requests("length") > ended, 60)
+        return self.running_requests() == 0
 
     def _sum(self, name: str, label: str = "") -> float:
         pattern = re.compile(rf"^{name}{{[^}}]*{re.escape(label)}[^}}]*}} (\S+)$", re.MULTILINE)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
+from transformers.data.metrics import squad_metrics
 
 from jobs import scores
 from stack import intervals
@@ -98,6 +99,8 @@ def test_exact_match_and_f1_are_squads() -> None:
     em, f1 = columns("em", PAIRS)["em"], columns("f1", PAIRS)["f1"]
     assert em.tolist() == [float(normalize_answer(gold) == normalize_answer(answer)) for gold, answer in PAIRS]
     assert f1 == pytest.approx([squad_f1(gold, answer) for gold, answer in PAIRS])
+    assert em.tolist() == [squad_metrics.compute_exact(gold, answer) for gold, answer in PAIRS]
+    assert f1 == pytest.approx([squad_metrics.compute_f1(gold, answer) for gold, answer in PAIRS])
     assert 0 < em.mean() < f1.mean() < 1
     assert of_set("f1", {"f1": f1}).value == pytest.approx(f1.mean())
 
