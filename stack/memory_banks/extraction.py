@@ -28,7 +28,9 @@ async def set_up(context: Context, config: GraphBankConfig) -> GraphBankConfig:
 
     Raises NotFound or BadInput for a model that cannot be asked, and BadInput for chunks that are too long for it.
     """
-    name: str = config.model or await asyncio.to_thread(lambda: context.models.language_models()[0].id)
+    name = config.model
+    if name is None:
+        name = (await asyncio.to_thread(context.models.language_models))[0].id
     try:
         model = await context.models.find(name)
     except (BadInput, NotFound) as error:

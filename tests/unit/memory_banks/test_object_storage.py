@@ -1,4 +1,4 @@
-"""Memory banks on storage that speaks S3: what is written there is there for another process, and goes with the bank."""
+"""Memory banks on storage that speaks S3: what is written is there for another process, and goes with the bank."""
 
 import datetime as dt
 import uuid
@@ -20,7 +20,9 @@ VECTOR = {"type": "vector", "embedding_model": "embedder", "chunk_size_in_tokens
 
 async def test_a_bank_is_kept_on_object_storage_and_goes_from_there(s3: S3, home: Path) -> None:
     folder = s3.bucket()
-    config = Config.parse(CONFIG | {"store": "sqlite:///stack.db", "memory_banks": {"folder": folder}}, "the test's")
+    config = Config.parse(
+        CONFIG | {"store": f"sqlite:///{home}/stack.db", "memory_banks": {"folder": folder}}, "the test's"
+    )
     store = Store(config.store_url)
     bank = MemoryBank(f"bank-{uuid.uuid4().hex}", "acme", "a", None, VECTOR, DIMENSIONS, bytes=0, created_at=now())
     store.memory_banks.add(bank)
