@@ -57,7 +57,7 @@ class Pair:
 
 
 class Clients:
-    """Clients, one for each of some names, in threads: each has documents of its own, and all have some. And a reader."""
+    """Clients in threads, one for each of some names, with documents of their own and some of all; and a reader."""
 
     def __init__(self, stack: Stack, count: int) -> None:
         self._stack = stack
