@@ -23,7 +23,11 @@ from tests.conftest import CONFIG
 from tests.memory import EMBEDDER, VECTOR, document, write_embedder
 from tests.scripted_engine import DIMENSIONS, ScriptedEngine
 
-CONFIGS = {"vector": VECTOR, "keyvalue": {"type": "keyvalue"}, "keyword": {"type": "keyword"}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "vector": VECTOR,
+    "keyvalue": {"type": "keyvalue"},
+    "keyword": {"type": "keyword"},
+}
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 FRUIT = "Ripe apples are red and sweet"
 STONE = "Granite mountains stand for ages"
