@@ -28,7 +28,13 @@ logger = logging.getLogger("ray.serve")
 SWEEP_S = 24 * 3600.0
 
 
-@serve.deployment(name=NAME, num_replicas=1, max_ongoing_requests=256, ray_actor_options={"num_cpus": 0})
+@serve.deployment(
+    name=NAME,
+    num_replicas=1,
+    max_ongoing_requests=256,
+    ray_actor_options={"num_cpus": 0},
+    health_check_period_s=2,  # nobody writes until it is noticed that the writer has died
+)
 class MemoryWriter:
     """Implements stack.memory_banks.writer.Writer."""
 

@@ -57,7 +57,7 @@ class Pair:
 
 
 class Clients:
-    """One client for each of some names, in a thread of its own, with documents of its own and some of all."""
+    """Clients in threads, one for each of some names, with documents of their own and some of all; and a reader."""
 
     def __init__(self, stack: Stack, count: int) -> None:
         self._stack = stack
@@ -78,8 +78,9 @@ class Clients:
     @contextmanager
     def running(self) -> Iterator[None]:
         """They run until the block ends, or the stack does; then this raises what one of them has found wrong."""
-        with ThreadPoolExecutor(len(self.names)) as pool:
+        with ThreadPoolExecutor(len(self.names) + 1) as pool:
             self._tasks = [pool.submit(self._run, number) for number in range(len(self.names))]
+            self._tasks.append(pool.submit(self._read))
             try:
                 yield
             finally:
@@ -118,6 +119,17 @@ class Clients:
             assert len(set(rows)) == len(rows), "a row is there twice"
             documents = sorted(document_id for document_id, position in rows if position == DOCUMENT)
             assert documents == sorted(one for pair in expected for one in pair.ids)
+
+    def _read(self) -> None:
+        """Reads, all the time, what is written most."""
+        with self._stack.client() as client:
+            while not self._stopped.is_set():
+                for pair in self.shared:
+                    for way in _ways(pair):
+                        try:
+                            assert self._version(client, pair, way)
+                        except httpx.TransportError:
+                            return
 
     def _run(self, number: int) -> None:
         draw = random.Random(number)

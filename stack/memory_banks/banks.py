@@ -10,6 +10,7 @@ import datetime as dt
 import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,8 @@ async def get_documents(
     """Documents as they were given, in the order of the ids. Raises NotFound for the bank, and for those not there."""
     bank = await asyncio.to_thread(find, context, bank_id)
     ids = list(dict.fromkeys(request.document_ids))
-    known = await stored(memory.tables, bank, ids)
+    async with _reading(context, bank):
+        known = await stored(memory.tables, bank, ids)
     _require_known(bank, ids, known, "document_ids")
     return [given(known[one]) for one in ids]
 
@@ -170,8 +172,9 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
     bank = await asyncio.to_thread(find, context, request.bank_id)
     _require_allowed(bank, request.params)
     hits = list[Hit]()
-    if (opened := await memory.tables.get(bank)) is not None:
-        hits = await _hits(context, bank, opened, request)
+    async with _reading(context, bank):
+        if (opened := await memory.tables.get(bank)) is not None:
+            hits = await _hits(context, bank, opened, request)
     return QueryDocumentsResponse(chunks=[_chunk(hit) for hit in hits], scores=[hit.score for hit in hits])
 
 
@@ -184,7 +187,18 @@ async def _begin(
         twice = next(one for number, one in enumerate(ids) if one in ids[:number])
         raise BadInput(f"the document {twice!r} is there twice; allowed: each id once in a call", param="documents")
     bank = await asyncio.to_thread(find, context, bank_id)
-    return bank, await stored(memory.tables, bank, ids)
+    async with _reading(context, bank):
+        return bank, await stored(memory.tables, bank, ids)
+
+
+@asynccontextmanager
+async def _reading(context: Context, bank: MemoryBank) -> AsyncIterator[None]:
+    """A bank that is dropped while it is read is NotFound, where LanceDB misses its files."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError):  # LanceDB's own
+        await asyncio.to_thread(find, context, bank.id)
+        raise
 
 
 async def _write(

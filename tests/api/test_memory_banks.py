@@ -16,13 +16,18 @@ from llama_stack import LlamaStack
 from stack.api.memory_banks import MAX_DOCUMENTS
 from stack.config import Config
 from stack.context import Context
+from stack.memory_banks import banks
 from tests.api.conftest import HERE, URL
 from tests.api.envelope import error_of
 from tests.conftest import CONFIG
 from tests.memory import EMBEDDER, VECTOR, document, write_embedder
 from tests.scripted_engine import DIMENSIONS, ScriptedEngine
 
-CONFIGS = {"vector": VECTOR, "keyvalue": {"type": "keyvalue"}, "keyword": {"type": "keyword"}}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "vector": VECTOR,
+    "keyvalue": {"type": "keyvalue"},
+    "keyword": {"type": "keyword"},
+}
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 FRUIT = "Ripe apples are red and sweet"
 STONE = "Granite mountains stand for ages"
@@ -142,6 +147,21 @@ def test_a_dropped_bank_is_gone_with_its_files(client: TestClient, home: Path, k
     error_of(query(client, bank_id, "a"), 404)
     error_of(insert(client, bank_id, document("a")), 404)
     assert client.get("/memory_banks/list").text == ""
+
+
+def test_a_bank_that_is_dropped_while_it_is_asked_is_404(
+    client: TestClient, app: FastAPI, context: Context, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank_id = create(client, "vector")
+    inserted(client, bank_id, document("a"))
+    embed = engine.embed
+
+    async def dropping(*asked: Any) -> Any:
+        await banks.drop(context, app.state.memory, bank_id)
+        return await embed(*asked)
+
+    monkeypatch.setattr(engine, "embed", dropping)
+    assert error_of(query(client, bank_id, "a"), 404)["param"] == "bank_id"
 
 
 def test_a_name_is_no_id_and_the_error_says_so(client: TestClient) -> None:
