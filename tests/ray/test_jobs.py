@@ -50,28 +50,44 @@ def test_a_running_job_is_cancelled_within_seconds_and_leaves_nothing(
     assert (again.status_code, again.json()["status"]) == (200, "cancelled")
 
 
-def test_logs_stream_from_the_first_line_to_the_last(client: httpx.Client, data: dict[str, Any]) -> None:
-    submit(client, data, "tune-followed")
-    followed: list[str] = []
+@pytest.fixture(scope="module")
+def followed(stack: Stack, data: dict[str, Any]) -> list[str]:
+    """The log of a training that was followed to its end."""
+    lines: list[str] = []
     parameters = {"job_uuid": "tune-followed", "follow": True}
-    with client.stream(
-        "GET", "/post_training/job/logs", params=parameters, headers={"accept": "text/event-stream"}, timeout=300
-    ) as reply:
-        assert reply.headers["content-type"].startswith("text/event-stream")
-        for line in reply.iter_lines():
-            if not followed and line:
-                # The first line comes while the job runs, not at its end.
-                assert status_of(client, "tune-followed")["status"] == "running"
-            if line.startswith("data: {"):
-                followed += json.loads(line[6:])["log_lines"]
-            elif line == "data: [DONE]":
-                break
+    with stack.client() as client:
+        submit(client, data, "tune-followed")
+        with client.stream(
+            "GET", "/post_training/job/logs", params=parameters, headers={"accept": "text/event-stream"}, timeout=300
+        ) as reply:
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            for line in reply.iter_lines():
+                if not lines and line:
+                    # The first line comes while the job runs, not at its end.
+                    assert status_of(client, "tune-followed")["status"] == "running"
+                if line.startswith("data: {"):
+                    lines += json.loads(line[6:])["log_lines"]
+                elif line == "data: [DONE]":
+                    break
+    return lines
+
+
+def test_logs_stream_from_the_first_line_to_the_last(client: httpx.Client, followed: list[str]) -> None:
     assert status_of(client, "tune-followed")["status"] == "completed"
     whole = client.get("/post_training/job/logs", params={"job_uuid": "tune-followed"}).json()
     assert followed == whole["log_lines"]
     assert any("loss=" in line for line in followed)
     # What Ray Train runs to clean up after it has found Ray's dashboard; else the end waits for twelve seconds.
     assert not [line for line in followed if "did not exit" in line or "GetTimeoutError" in line]
+
+
+def test_the_files_of_a_job_are_found_with_sizes_and_hashes(client: httpx.Client, followed: list[str]) -> None:
+    artifacts = client.get("/post_training/job/artifacts", params={"job_uuid": "tune-followed"}).json()
+    (checkpoint,) = artifacts["checkpoints"]
+    for file in checkpoint["files"]:
+        path = Path(checkpoint["path"].removeprefix("file://")) / file["name"]
+        assert path.stat().st_size == file["bytes"]
+        assert len(file["sha256"]) == 64
 
 
 def test_a_job_that_no_node_can_run_says_so_and_blocks_no_other(
@@ -118,14 +134,3 @@ def test_jobs_are_accepted_while_others_run(stack: Stack, client: httpx.Client, 
     listed = client.get("/evaluate/jobs", params={"status": "completed", "limit": 1_000}).json()
     mine = [job["job_uuid"] for job in listed if job["job_uuid"].startswith("at-once-")]
     assert sorted(mine) == sorted(f"at-once-{number}" for number in range(5))
-
-
-def test_the_files_of_a_job_are_found_with_sizes_and_hashes(client: httpx.Client, data: dict[str, Any]) -> None:
-    submit(client, data, "tune-files")
-    assert ended(client, "post_training", "tune-files")["status"] == "completed"
-    artifacts = client.get("/post_training/job/artifacts", params={"job_uuid": "tune-files"}).json()
-    (checkpoint,) = artifacts["checkpoints"]
-    for file in checkpoint["files"]:
-        path = Path(checkpoint["path"].removeprefix("file://")) / file["name"]
-        assert path.stat().st_size == file["bytes"]
-        assert len(file["sha256"]) == 64

@@ -1,6 +1,6 @@
 """Trainings on a running stack with the real model, started together: what they make, load and serve.
 
-What takes no stack is in test_training_runs.py and tests/unit/test_training_worker.py, with a tiny model.
+What takes no stack is in tests/own_ray/test_training_runs.py and tests/unit/test_training_worker.py, with a tiny model.
 """
 
 import json

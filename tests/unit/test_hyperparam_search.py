@@ -1,4 +1,4 @@
-"""The values that a search tries. How it runs trials is in tests/ray/test_hyperparam_search.py."""
+"""The values that a search tries. How it runs trials is in tests/own_ray/test_hyperparam_search.py."""
 
 import warnings
 from typing import Any
