@@ -28,9 +28,7 @@ async def set_up(context: Context, config: GraphBankConfig) -> GraphBankConfig:
 
     Raises NotFound or BadInput for a model that cannot be asked, and BadInput for chunks that are too long for it.
     """
-    name = config.model
-    if name is None:
-        name = (await asyncio.to_thread(context.models.language_models))[0].id
+    name = config.model if config.model is not None else await asyncio.to_thread(_first_model, context)
     try:
         model = await context.models.find(name)
     except (BadInput, NotFound) as error:
@@ -100,6 +98,10 @@ async def _asked(
     message = (await answer_chat(context, body)).message
     is_cut = message.stop_reason == StopReason.out_of_tokens
     return read_answer(str(message.content), chunk, is_cut=is_cut)
+
+
+def _first_model(context: Context) -> str:
+    return context.models.language_models()[0].id
 
 
 def _half(model: Model) -> int:
