@@ -28,7 +28,7 @@ from stack.api.memory_banks import IngestDocumentsRequest
 from stack.config import LanguageModel
 from stack.errors import Conflict, StackError, Unavailable
 from stack.memory_banks import banks, ingestion, serve_writer
-from stack.memory_banks.documents import MAX_JOB_CHUNKS, embed, hash_of, prepare
+from stack.memory_banks.documents import embed, hash_of, prepare
 from stack.memory_banks.ingestion import DOCUMENTS, GivenDocument
 from stack.memory_banks.rows import Document, StoredDocument
 from stack.memory_banks.tables import Tables
@@ -97,7 +97,7 @@ class Ingest(Asker):
         async with self._prepared_at_once:
             bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
             (ready,) = await patiently(
-                lambda: prepare(self._context, bank, [document], [self._expires_at(given)], MAX_JOB_CHUNKS)
+                lambda: prepare(self._context, bank, [document], [self._expires_at(given)], in_job=True)
             )
         await self._writes.one(ready)
         return _result(written=1, chunks=len(ready.chunks), tokens=sum(chunk.tokens for chunk in ready.chunks))

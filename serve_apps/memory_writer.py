@@ -42,10 +42,10 @@ class MemoryWriter:
         tracing.start("memory-writer", config.otlp_address)
         self._lock = _only_writer(config)
         self._writer = BankWriter(config, Store(config.store_url))
-        loop = asyncio.get_running_loop()
+        loop, maintenance_s = asyncio.get_running_loop(), config.memory_banks.maintenance_s
         self._watchers = [
-            loop.create_task(self._every(config.memory_banks.maintenance_s, self._writer.look_after)),
-            loop.create_task(self._every(SWEEP_S, self._sweep)),
+            loop.create_task(self._repeat(self._writer.look_after, self._writer.until_due, maintenance_s)),
+            loop.create_task(self._repeat(self._sweep, asyncio.sleep, SWEEP_S)),
         ]
 
     def check_health(self) -> None:
@@ -63,14 +63,17 @@ class MemoryWriter:
     async def drop(self, bank: MemoryBank) -> None:
         await self._writer.drop(bank)
 
-    async def _every(self, seconds: float, work: Callable[[], Awaitable[Any]]) -> None:
+    async def _repeat(
+        self, work: Callable[[], Awaitable[Any]], until_due: Callable[[float], Awaitable[Any]], seconds: float
+    ) -> None:
+        """Does some work again and again, waiting between for as long as it takes until it is due."""
         while True:
             try:
                 await work()
             except (OSError, StackError, SQLAlchemyError) as error:  # the database or the storage is away
                 words = faults.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
                 logger.warning("the memory banks cannot be looked after: %s", words)
-            await asyncio.sleep(seconds)
+            await until_due(seconds)
 
     async def _sweep(self) -> None:
         for bank_id in await self._writer.sweep():

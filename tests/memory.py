@@ -20,11 +20,16 @@ VECTOR = {"type": "vector", "embedding_model": "embedder", "chunk_size_in_tokens
 def write_embedder(home: Path) -> None:
     """The files of the scripted engine's embedding model: a word is a token."""
     folder = home / "models" / "embedder"
+    write_tokenizer(folder)
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": MAX_WORDS}))
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Of a model in whose words a word is a token."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": MAX_WORDS}))
 
 
 def document(document_id: str, content: Any = "a text", mime_type: str = "text/plain", **metadata: Any) -> Any:

@@ -8,6 +8,7 @@ the table itself, each time in its newest version.
 import asyncio
 import datetime as dt
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -34,7 +35,7 @@ from stack.api.memory_banks import (
 )
 from stack.config import Config
 from stack.context import Context
-from stack.errors import BadInput, Conflict, NotFound
+from stack.errors import BadInput, Conflict, NotFound, Unavailable
 from stack.memory_banks.documents import embed_query, hash_of, prepare, require_chunk_size
 from stack.memory_banks.extraction import set_up
 from stack.memory_banks.graph import GraphQuery
@@ -45,6 +46,8 @@ from stack.memory_banks.search import Bounds, Query, search
 from stack.memory_banks.tables import OpenBank, Tables
 from stack.memory_banks.writer import Writer, bytes_in
 from stack.store import MemoryBank, now
+
+logger = logging.getLogger("ray.serve")
 
 ID = "bank-"
 # How many documents are read at once of those of a whole bank.
@@ -99,13 +102,18 @@ def page(context: Context, after: str | None, limit: int) -> list[api.MemoryBank
 async def drop(context: Context, memory: Memory, bank_id: str) -> str:
     """Forgets a bank and removes all that is in it. Returns its id. Raises NotFound.
 
-    The row goes first: nobody finds the bank any more, whatever becomes of its files, which a sweep removes too. So
-    with Unavailable, too, the bank is gone, and to drop it again is NotFound.
+    The row goes first: nobody finds the bank any more. Where its files cannot be removed now, a sweep of the writer
+    does it later.
     """
     bank = await asyncio.to_thread(find, context, bank_id)
     await asyncio.to_thread(context.store.memory_banks.delete, context.tenant, bank_id)
     memory.tables.forget(bank)
-    await memory.writer.drop(bank)
+    try:
+        await memory.writer.drop(bank)
+    except Unavailable as error:
+        logger.warning(
+            "the files of the memory bank %s, which was dropped, are left to the next sweep: %s", bank_id, error
+        )
     return bank_id
 
 

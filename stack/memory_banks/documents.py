@@ -27,6 +27,8 @@ from stack.store import MemoryBank
 # Of one call, together; and of one document in a job.
 MAX_CHUNKS = 5_000
 MAX_JOB_CHUNKS = 50_000
+# Of one call into a graph bank, which asks a language model about each.
+MAX_GRAPH_CHUNKS = 500
 # How many words a chunk of a keyword bank has, at most.
 KEYWORD_CHUNK_WORDS = 200
 # How many texts the embedding model is asked for at once, and how often at the same time, so that it never waits.
@@ -47,7 +49,7 @@ async def prepare(
     bank: MemoryBank,
     documents: Sequence[MemoryBankDocument],
     expiries: Sequence[dt.datetime | None],
-    max_chunks: int = MAX_CHUNKS,
+    in_job: bool = False,
 ) -> list[Document]:
     """Documents ready to be written, in their order.
 
@@ -56,6 +58,7 @@ async def prepare(
     embedding model's vectors no longer have the length of the bank's.
     """
     had = await contents.contents(context, documents)
+    most = MAX_JOB_CHUNKS if in_job else MAX_GRAPH_CHUNKS if bank.config["type"] == "graph" else MAX_CHUNKS
     loop = asyncio.get_running_loop()
     cut = list[tuple[Chunk, ...]]()
     for number, (document, content) in enumerate(zip(documents, had, strict=True)):
@@ -64,11 +67,9 @@ async def prepare(
         except StackError as error:
             error.param = f"documents.{number}"
             raise
-        if sum(map(len, cut)) > max_chunks:
-            hint = f"; the job {INGEST} takes more" if max_chunks < MAX_JOB_CHUNKS else ""
-            raise TooLarge(
-                f"there are more than {max_chunks} chunks in what is written at once{hint}", param="documents"
-            )
+        if (total := sum(map(len, cut))) > most:
+            hint = "" if in_job else f". The job {INGEST} takes more"
+            raise TooLarge(f"there are {total} chunks; allowed at once: {most}{hint}", param=f"documents.{number}")
     vectors: Sequence[NDArray[np.float32] | None] = [None] * len(cut)
     if bank.config["type"] == "vector":
         vectors = await _embedded(context, bank, cut)

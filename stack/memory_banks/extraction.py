@@ -4,17 +4,16 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from stack.api.memory_banks import INGEST, GraphBankConfig
+from stack.api.memory_banks import GraphBankConfig
 from stack.api.messages import StopReason
 from stack.context import Context
-from stack.errors import BadInput, NotFound, TooLarge
+from stack.errors import BadInput, NotFound
 from stack.inference import answer_chat
 from stack.memory_banks.entities import RESPONSE_FORMAT, question, read_answer
 from stack.memory_banks.rows import Chunk, Graph, Mention, Relation
 from stack.models import Model
 
-# Of one call, together: a model reads each, so they are fewer than those of other banks.
-MAX_CHUNKS = 500
+# How many chunks the model reads at once.
 AT_ONCE = 8
 # An answer that is no JSON is asked for once more, with chance in it.
 TEMPERATURES = (0.0, 0.7)
@@ -49,15 +48,9 @@ async def extract(
 ) -> list[Graph]:
     """What stands in documents, from their chunks, in their order.
 
-    Raises TooLarge for more than MAX_CHUNKS chunks, what asking the model raises, and BadInput for a document of which
+    Raises what asking the model raises, and BadInput for a document of which
     the model's answer is no JSON, twice. Who leaves takes all questions along.
     """
-    if (total := sum(map(len, cut))) > MAX_CHUNKS:
-        raise TooLarge(
-            f"the documents have {total} chunks together; allowed in a graph bank: {MAX_CHUNKS}. The job {INGEST} "
-            "takes more",
-            param="documents",
-        )
     assert config.model is not None
     model = await context.models.find(config.model)
     slots = asyncio.Semaphore(AT_ONCE)

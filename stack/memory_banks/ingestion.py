@@ -130,10 +130,12 @@ def job_artifacts(context: Context, job_uuid: str) -> IngestJobArtifactsResponse
 
 
 def _bank(context: Context, request: IngestDocumentsRequest) -> MemoryBank:
-    """The bank that is written into. Raises NotFound for it, its embedding model, and the bank of the source."""
+    """The bank that is written into. Raises NotFound for it, its model, and the bank of the source."""
     bank = banks.find(context, request.bank_id)
     if bank.config["type"] == "vector":
         context.models.get_embedding_model(bank.config["embedding_model"])
+    if bank.config["type"] == "graph":
+        context.models.get(bank.config["model"])
     if request.source_bank_id is not None:
         require_documents(context, request.source_bank_id, "source_bank_id")
     return bank

@@ -217,7 +217,7 @@ class BankTable:
             raise BadInput(
                 f"the documents' metadata has {len(new)} keys that are new in this bank, which has {keys}; "
                 f"allowed: at most {MAX_KEYS} in all",
-                param="metadata",
+                param="documents",
             )
         await self.rows.add_columns(pa.schema([pa.field(name, pa.string()) for name in new]))
         return await self.rows.schema()

@@ -16,6 +16,7 @@ from llama_stack import LlamaStack
 from stack.api.memory_banks import MAX_DOCUMENTS
 from stack.config import Config
 from stack.context import Context
+from stack.errors import Unavailable
 from stack.memory_banks import banks
 from tests.api.conftest import HERE, URL
 from tests.api.envelope import error_of
@@ -147,6 +148,18 @@ def test_a_dropped_bank_is_gone_with_its_files(client: TestClient, home: Path, k
     error_of(query(client, bank_id, "a"), 404)
     error_of(insert(client, bank_id, document("a")), 404)
     assert client.get("/memory_banks/list").text == ""
+
+
+def test_a_bank_is_dropped_where_its_files_cannot_be_removed_now(
+    client: TestClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(bank: Any) -> None:
+        raise Unavailable("the writer of the memory banks does not answer now")
+
+    bank_id = create(client, "keyvalue")
+    monkeypatch.setattr(app.state.memory.writer, "drop", away)
+    assert client.post("/memory_banks/drop", json={"bank_id": bank_id}).status_code == 200
+    error_of(client.get("/memory_banks/get", params={"bank_id": bank_id}), 404)
 
 
 def test_a_bank_that_is_dropped_while_it_is_asked_is_404(

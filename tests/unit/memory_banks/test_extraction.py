@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 
 from serve_apps.scripted_answers import text_of
-from stack.api.memory_banks import GraphBankConfig
-from stack.config import Config
+from stack.api.memory_banks import GraphBankConfig, MemoryBankDocument
+from stack.config import Config, home
 from stack.context import Context
 from stack.errors import BadInput, NotFound, TooLarge, Unavailable
-from stack.memory_banks import extraction
+from stack.memory_banks.documents import MAX_GRAPH_CHUNKS, prepare
 from stack.memory_banks.entities import RESPONSE_FORMAT
 from stack.memory_banks.extraction import extract, set_up
 from stack.memory_banks.rows import Chunk
+from stack.store import MemoryBank, now
 from tests.conftest import CONFIG
+from tests.memory import write_tokenizer
 from tests.varied_engine import VariedEngine
 
 BANK = GraphBankConfig(type="graph", model="small", chunk_size_in_tokens=8)
@@ -97,10 +99,15 @@ async def test_a_model_that_is_away_is_told(context: Context, engine: VariedEngi
 
 
 async def test_too_many_chunks_are_refused_before_the_model_is_asked(context: Context, engine: VariedEngine) -> None:
-    many = [chunk("Anna", position) for position in range(extraction.MAX_CHUNKS + 1)]
-    with pytest.raises(TooLarge, match="501 chunks together; allowed in a graph bank: 500"):
-        await extract(context, BANK, ["a"], [many])
+    write_tokenizer(home() / "models" / "small")
+    row = MemoryBank("bank-1", "default", "a", None, BANK.model_dump(mode="json"), None, bytes=0, created_at=now())
+    words = " ".join(f"word{number}" for number in range(8 * MAX_GRAPH_CHUNKS + 1))
+    given = MemoryBankDocument(document_id="a", content=words, mime_type="text/plain", metadata={})
+    with pytest.raises(TooLarge, match=f"{MAX_GRAPH_CHUNKS + 1} chunks; allowed at once: {MAX_GRAPH_CHUNKS}. The job"):
+        await prepare(context, row, [given], [None])
     assert engine.answers == 0
+    (ready,) = await prepare(context, row, [given], [None], in_job=True)
+    assert len(ready.chunks) == MAX_GRAPH_CHUNKS + 1
 
 
 async def test_a_bank_is_of_the_first_model_unless_it_names_one(context: Context) -> None:

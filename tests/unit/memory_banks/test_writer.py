@@ -15,7 +15,7 @@ from stack.errors import Conflict, NotFound
 from stack.memory_banks.rows import Chunk, Document
 from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
-from stack.memory_banks.writer import BankWriter
+from stack.memory_banks.writer import CROWDED, BankWriter
 from stack.store import MemoryBank, now
 
 
@@ -245,3 +245,29 @@ async def test_nothing_is_opened_before_it_is_needed(context: Context, home: Pat
     writer = BankWriter(context.config, context.store)
     assert await writer.look_after() == 0
     assert not (home / "memory_banks").exists()
+
+
+async def test_a_deletion_leaves_a_bank_alone_into_which_nothing_was_written(
+    context: Context, writer: BankWriter, bank: MemoryBank, home: Path
+) -> None:
+    assert await writer.delete(bank, ["a"]) == []
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    assert row.written_at is None
+    assert not (home / "memory_banks").exists()
+
+
+async def test_many_commits_do_not_wait_for_the_time_of_maintenance(
+    context: Context, writer: BankWriter, bank: MemoryBank
+) -> None:
+    waiting_for_it = asyncio.create_task(writer.until_due(600))
+    for number in range(CROWDED):
+        assert not waiting_for_it.done()
+        await writer.write(bank, [document(f"{number}")], replace=False)
+    async with asyncio.timeout(30):
+        await waiting_for_it
+    assert await writer.look_after() == 1
+    again = asyncio.create_task(writer.until_due(600))
+    await writer.write(bank, [document("one more")], replace=False)
+    assert not again.done()
+    again.cancel()
