@@ -32,7 +32,7 @@ def evaluation(job_uuid: str, data: Any, metrics: list[str], **changes: Any) -> 
 
 
 def completed(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation that is asked for and awaited."""
+    """The metrics of an evaluation that is asked for, if it was not yet, and awaited."""
     assert client.post(f"/evaluate/{path}", json=body).status_code == 200
     status = ended(client, "evaluate", body["job_uuid"])
     assert status["status"] == "completed", status
@@ -107,9 +107,14 @@ def test_a_row_that_fails_is_told_and_ends_nothing_until_they_are_too_many(stack
 
 
 def test_two_lengths_of_answers_are_compared(client: httpx.Client, capitals: dict[str, Any]) -> None:
-    for length in (1, 16):
-        sampling = {"sampling_params": {"strategy": "greedy", "max_tokens": length}}
-        completed(client, "question_answering/", evaluation(f"length-{length}", capitals, ["f1"], **sampling))
+    bodies = [
+        evaluation(f"length-{length}", capitals, ["f1"], sampling_params={"strategy": "greedy", "max_tokens": length})
+        for length in (1, 16)
+    ]
+    for body in bodies:  # which run together
+        assert client.post("/evaluate/question_answering/", json=body).status_code == 200
+    for body in bodies:
+        completed(client, "question_answering/", body)
     found = client.post("/evaluate/compare", json={"first": "length-1", "second": "length-16"}).json()
     (f1,) = found["metrics"]
     assert f1["difference"]["value"] == pytest.approx(f1["second"]["value"] - f1["first"]["value"])

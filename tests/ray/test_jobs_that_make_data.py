@@ -31,7 +31,7 @@ def prompts(stack: Stack) -> dict[str, Any]:
 
 
 def made(client: httpx.Client, api: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The artifacts of a job, once it is completed."""
+    """The artifacts of a job, once it is completed; it is asked for, if it was not yet."""
     reply = client.post(f"/{api}/jobs", json=body)
     assert reply.status_code == 200, reply.text
     status = ended(client, api, body["job_uuid"])
@@ -145,11 +145,16 @@ def test_a_batch_of_texts_is_embedded(client: httpx.Client, stack: Stack) -> Non
 def test_the_examples_are_right(client: httpx.Client, stack: Stack) -> None:
     """Their bodies, on data of their own."""
     data = samples.dataset(samples.write_rows(stack.home / "data" / "hello.jsonl", samples.dialogs(4)))
-    for file, api in (
-        ("batch_inference.yaml", "batch_inference"),
-        ("generate_synthetic_data.yaml", "synthetic_data_generation"),
-    ):
-        body = yaml.safe_load((EXAMPLES / file).read_text()) | {"dataset": data, "job_uuid": f"of-{file}"}
+    bodies = [
+        (api, yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()) | {"dataset": data, "job_uuid": f"of-{name}"})
+        for name, api in (
+            ("batch_inference", "batch_inference"),
+            ("generate_synthetic_data", "synthetic_data_generation"),
+        )
+    ]
+    for api, body in bodies:  # which run together
+        assert client.post(f"/{api}/jobs", json=body).status_code == 200
+    for api, body in bodies:
         assert made(client, api, body)["metrics"]["failed"] == 0
 
 

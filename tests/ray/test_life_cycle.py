@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +164,20 @@ def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path
 def test_jobs_by_ray_job_submit_show_like_any_other(
     stack: Stack, client: httpx.Client, small: Path, tmp_path: Path
 ) -> None:
-    for kind, api, request in (
+    jobs = (
         ("supervised_fine_tune", "post_training", fine_tuning("tune-by-hand", dataset(small))),
         ("evaluate", "evaluate", evaluation("evaluate-by-hand", dataset(small))),
-    ):
+    )
+
+    def submit(kind: str, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         file = tmp_path / f"{kind}.yaml"
         file.write_text(yaml.safe_dump(request))
-        done = stack.run("ray", "job", "submit", "--", "python", "-m", f"jobs.{kind}", "--config", str(file))
+        return stack.run("ray", "job", "submit", "--", "python", "-m", f"jobs.{kind}", "--config", str(file))
+
+    with ThreadPoolExecutor() as together:
+        submitted = [together.submit(submit, kind, request) for kind, _, request in jobs]
+    for one, (_, api, request) in zip(submitted, jobs, strict=True):
+        done = one.result()
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         assert ended(client, api, request["job_uuid"])["status"] == "completed"
 

@@ -18,6 +18,7 @@ from tests.running_stack import MODEL, Stack, ended, wait_for
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 CSV = "prompt,completion\n" + "".join(f'"What is {n}, plus one?",{n + 1}\n' for n in range(16))
+FORMATS = ("parquet", "json", "jsonl")
 TRAINING = {"n_epochs": 2, "n_iters": 0, "batch_size": 8, "shuffle": True}
 
 
@@ -108,25 +109,31 @@ def test_one_trace_leads_from_the_request_to_the_job(stack: Stack, tuned: dict[s
     assert above[-1].parent_span_id == "b7ad6b7169203331"
 
 
-@pytest.mark.parametrize("name", ["questions.parquet", "questions.json", "questions.jsonl"])
-def test_ray_data_reads_every_format(stack: Stack, http: httpx.Client, name: str) -> None:
+@pytest.fixture(scope="module")
+def evaluated(stack: Stack, http: httpx.Client) -> dict[str, dict[str, Any]]:
+    """The status of evaluations that have ended, of the same rows in files of all formats: they run together."""
     rows = [{"id": number, "prompt": "Say yes.", "completion": "yes"} for number in range(40)]
-    file = stack.home / "data" / name
-    if name.endswith(".parquet"):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-    elif name.endswith(".json"):
-        file.write_text(json.dumps(rows))
-    else:
-        samples.write_rows(file, rows)
-    data = samples.dataset(file, id="number", prompt="text", completion="text")
-    uuid = f"evaluation-{file.suffix[1:]}"
-    request = samples.evaluation(data, job_uuid=uuid, checkpoint=MODEL)
-    reply = http.post("/evaluate/question_answering/", json=request)
-    assert reply.status_code == 200, reply.text
-    status = ended(http, "evaluate", uuid)
+    for name in FORMATS:
+        file = stack.home / "data" / f"questions.{name}"
+        if name == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+        elif name == "json":
+            file.write_text(json.dumps(rows))
+        else:
+            samples.write_rows(file, rows)
+        data = samples.dataset(file, id="number", prompt="text", completion="text")
+        request = samples.evaluation(data, job_uuid=f"evaluation-{name}", checkpoint=MODEL)
+        reply = http.post("/evaluate/question_answering/", json=request)
+        assert reply.status_code == 200, reply.text
+    return {name: ended(http, "evaluate", f"evaluation-{name}") for name in FORMATS}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_ray_data_reads_every_format(http: httpx.Client, evaluated: dict[str, dict[str, Any]], name: str) -> None:
+    status = evaluated[name]
     assert status["status"] == "completed", status
     assert status["metrics"]["examples"] == 40
-    artifacts = http.get("/evaluate/job/artifacts", params={"job_uuid": uuid}).json()
+    artifacts = http.get("/evaluate/job/artifacts", params={"job_uuid": f"evaluation-{name}"}).json()
     results = Path(artifacts["path"].removeprefix("file://")) / "examples.jsonl"
     numbers = sorted(json.loads(line)["row"] for line in results.read_text().splitlines())
     assert numbers == list(range(1, 41))
