@@ -98,7 +98,7 @@ class BankWriter:
         return deleted
 
     async def drop(self, bank: MemoryBank) -> None:
-        await self._in_lane(bank, _Call(lambda: self._tables.remove(bank)))
+        await self._in_lane(bank, _Call(lambda: self._remove(bank)))
 
     async def until_due(self, seconds: float) -> None:
         """Waits so long, or until a bank has so many commits that it slows its queries down."""
@@ -122,11 +122,15 @@ class BankWriter:
         return len(banks)
 
     async def sweep(self) -> list[str]:
-        """Removes the tables of banks that are no more, which a drop that broke off has left. Tells their ids."""
-        left = await asyncio.to_thread(self._left)
-        for bank in left:
-            await self._in_lane(bank, _Call(lambda bank=bank: self._tables.remove(bank)))  # type: ignore[misc]
-        return sorted(bank.id for bank in left)
+        """Removes the tables of dropped banks that a drop which broke off has left. Tells their ids.
+
+        Only what the database says was dropped goes: a folder that no row knows may be another stack's, or of a
+        database that was restored.
+        """
+        left = await asyncio.to_thread(self._store.memory_banks.dropped)
+        for bank in (_gone(*one) for one in left):
+            await self._in_lane(bank, _Call(lambda bank=bank: self._remove(bank)))  # type: ignore[misc]
+        return sorted(bank_id for bank_id, _tenant in left)
 
     async def _in_lane(self, bank: MemoryBank, item: _Item) -> Any:
         """What an item gives that is done in a bank's lane. Who leaves before its turn has done nothing."""
@@ -202,14 +206,10 @@ class BankWriter:
             expires_at = await opened.table.next_expiry()
         await asyncio.to_thread(self._store.memory_banks.maintained, bank, began_at, size, expires_at)
 
-    def _left(self) -> list[MemoryBank]:
-        """The banks that have a folder and no row."""
-        found = {bank_id: tenant for tenant, bank_id in self._tables.folders()}
-        ids = list(found)
-        known = set[str]()
-        for start in range(0, len(ids), 500):
-            known |= self._store.memory_banks.known(ids[start : start + 500])
-        return [_gone(bank_id, tenant) for bank_id, tenant in found.items() if bank_id not in known]
+    async def _remove(self, bank: MemoryBank) -> None:
+        """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""
+        await self._tables.remove(bank)
+        await asyncio.to_thread(self._store.memory_banks.removed, bank.id)
 
 
 async def _commit(opened: OpenBank, ready: dict[_Write, list[Document]]) -> None:
@@ -282,5 +282,5 @@ def _dropped(bank: MemoryBank) -> NotFound:
 
 
 def _gone(bank_id: str, tenant: str) -> MemoryBank:
-    """A bank of which there is nothing left but its folder."""
+    """A bank of which there may be nothing left but its folder."""
     return MemoryBank(bank_id, tenant, "", None, {}, None, 0, "", written_at="")

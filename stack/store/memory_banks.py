@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Engine, case, delete, func, insert, or_, select, tuple_, update
 
 from stack.store.connection import now
-from stack.store.schema import memory_banks
+from stack.store.schema import dropped_memory_banks, memory_banks
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,23 @@ class MemoryBanks:
             return [MemoryBank(**row) for row in connection.execute(query).mappings()]
 
     def delete(self, tenant: str, id: str) -> bool:
-        """False if it is not there."""
+        """False if it is not there. Until `removed`, it is one of those that are `dropped`."""
         with self._engine.begin() as connection:
             query = delete(memory_banks).where(memory_banks.c.tenant == tenant, memory_banks.c.id == id)
-            return connection.execute(query).rowcount == 1
+            if connection.execute(query).rowcount == 0:
+                return False
+            connection.execute(insert(dropped_memory_banks).values(id=id, tenant=tenant))
+            return True
+
+    def dropped(self) -> list[tuple[str, str]]:
+        """The ids of the banks whose files are still to be removed, each with its tenant."""
+        with self._engine.connect() as connection:
+            return [(bank_id, tenant) for bank_id, tenant in connection.execute(select(dropped_memory_banks))]
+
+    def removed(self, id: str) -> None:
+        """Writes down that a dropped bank has no files any more."""
+        with self._engine.begin() as connection:
+            connection.execute(delete(dropped_memory_banks).where(dropped_memory_banks.c.id == id))
 
     def bytes_of(self, tenant: str) -> int:
         """About how much a tenant's banks hold."""

@@ -196,6 +196,14 @@ memory_banks = Table(
     Index("memory_banks_by_expiry", "expires_at"),
 )
 
+# Banks that were dropped, until their files are removed.
+dropped_memory_banks = Table(
+    "dropped_memory_banks",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+)
+
 # What `name` among the files of stack/artifacts.py is, and where it came from.
 artifacts = Table(
     "artifacts",

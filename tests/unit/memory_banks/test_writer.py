@@ -16,7 +16,7 @@ from stack.memory_banks.rows import Chunk, Document
 from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import CROWDED, BankWriter
-from stack.store import MemoryBank, now
+from stack.store import MemoryBank, Store, now
 
 
 def document(document_id: str, text: str = "a text", expires_at: dt.datetime | None = None) -> Document:
@@ -233,10 +233,34 @@ async def test_what_an_interrupted_drop_has_left_is_swept(
     for one in (bank, stays):
         await writer.write(one, [document("a")], replace=False)
     context.store.memory_banks.delete("default", bank.id)
+    assert context.store.memory_banks.dropped() == [(bank.id, "default")]
     assert await writer.sweep() == [bank.id]
     assert await writer.sweep() == []
     assert not list((home / "memory_banks").rglob(f"{bank.id}*"))
     assert await ids_in(context, stays, "a") == ["a"]
+
+
+async def test_a_drop_leaves_nothing_to_be_swept(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    context.store.memory_banks.delete("default", bank.id)
+    await writer.drop(bank)
+    assert context.store.memory_banks.dropped() == []
+    assert not context.store.memory_banks.delete("default", bank.id)
+    assert context.store.memory_banks.dropped() == []
+
+
+async def test_folders_that_the_database_does_not_know_are_left_alone(
+    context: Context, writer: BankWriter, bank: MemoryBank, home: Path
+) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    others = home / "memory_banks" / "photos" / "2026" / "one.jpg"
+    others.parent.mkdir(parents=True)
+    others.write_text("another's")
+    fresh = Store(f"sqlite:///{home}/fresh.db")
+    assert await BankWriter(context.config, fresh).sweep() == []
+    fresh.close()
+    assert others.exists()
+    assert await ids_in(context, bank, "a") == ["a"]
 
 
 async def test_nothing_is_opened_before_it_is_needed(context: Context, home: Path) -> None:

@@ -26,5 +26,11 @@ def upgrade() -> None:
         sa.Column("expires_at", _Time),
         sa.PrimaryKeyConstraint("id", name="pk_memory_banks"),
     )
+    op.create_table(
+        "dropped_memory_banks",
+        sa.Column("id", sa.String(100), nullable=False),
+        sa.Column("tenant", sa.String(63), nullable=False),
+        sa.PrimaryKeyConstraint("id", name="pk_dropped_memory_banks"),
+    )
     op.create_index("memory_banks_by_time", "memory_banks", ["tenant", "created_at", "id"])
     op.create_index("memory_banks_by_expiry", "memory_banks", ["expires_at"])
