@@ -49,7 +49,9 @@ class MemoryWriter:
         ]
 
     def check_health(self) -> None:
-        """Serve restarts a writer that has stopped looking after the banks."""
+        """Serve restarts a writer that has stopped looking after the banks, or that another one has replaced."""
+        if self._writer.is_superseded:
+            raise RuntimeError("another writer of the memory banks has taken over")
         for watcher in self._watchers:
             if watcher.done():
                 watcher.result()
@@ -83,8 +85,8 @@ class MemoryWriter:
 def _only_writer(config: Config) -> TextIO | None:
     """Waits until no other writer of these banks is left on this machine, and keeps others out while it is open.
 
-    While Serve replaces a replica there may be two for a moment. On object storage there is no such lock; there the two
-    are at worst in each other's way, which LanceDB tells.
+    While Serve replaces a replica there may be two for a moment. On object storage there is no such lock, and the epoch
+    of stack/memory_banks/writer.py is all that keeps the older one out.
     """
     if "://" in config.memory_banks_url:
         return None

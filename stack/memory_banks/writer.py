@@ -3,6 +3,12 @@
 LanceDB takes several writers, but they and its compaction get into each other's way (lancedb#725, #1971). So whatever
 changes a bank passes through its lane here, one thing at a time: writes, deletions, maintenance, the end of the bank.
 Banks do not wait for each other.
+
+That there is one is a matter of the database: a new writer takes the next epoch, and one of an earlier epoch is refused
+before it writes anything and again right before a commit. What stays is the commit itself, some tens of milliseconds on
+a local disk: a writer that was replaced between that look and the end of its commit may write beside the new one, and
+where both insert the same document in that moment it is there twice. On one machine a lock (memory_writer.py) closes
+this, too.
 """
 
 import asyncio
@@ -14,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stack.config import Config
-from stack.errors import NotFound, StackError
+from stack.errors import NotFound, StackError, Unavailable
 from stack.memory_banks.rows import Document
 from stack.memory_banks.table import to_write
 from stack.memory_banks.tables import OpenBank, Tables
@@ -80,10 +86,15 @@ _Lane = deque[_Item]
 
 
 class BankWriter:
-    """Implements Writer, in this process, on the event loop of who calls it."""
+    """Implements Writer, in this process, on the event loop of who calls it.
+
+    Making one ends all others on the same database, which raise Unavailable from then on.
+    """
 
     def __init__(self, config: Config, store: Store) -> None:
         self._store = store
+        self._epoch = store.memory_banks.next_writer()
+        self.is_superseded = False  # by another writer, as far as this one has noticed
         self._tables = Tables(config)
         self._lanes: dict[str, _Lane] = {}
         self._tasks = set[asyncio.Task[None]]()
@@ -171,6 +182,7 @@ class BankWriter:
                 ready[write] = to_write(write.documents, there, replace=write.replace)
             except StackError as error:
                 _refuse(write, error)
+        await self._require_current()
         await _commit(opened, ready)
         self._commits[bank.id] += 1
         if self._commits[bank.id] >= CROWDED:
@@ -183,15 +195,24 @@ class BankWriter:
         if row.written_at is None:
             return []
         opened = await self._begin(bank, 0, None)
+        await self._require_current()
         return await opened.table.delete(document_ids)
 
     async def _begin(self, bank: MemoryBank, size: int, expires_at: Any) -> OpenBank:
         """The bank to be written into, after its row says that it is. Raises NotFound if it was dropped."""
-        if not await asyncio.to_thread(self._store.memory_banks.begin_write, bank.id, size, expires_at):
+        if not await asyncio.to_thread(self._store.memory_banks.begin_write, self._epoch, bank.id, size, expires_at):
+            await self._require_current()
             raise _dropped(bank)
         return await self._tables.get_or_create(bank)
 
+    async def _require_current(self) -> None:
+        """Raises Unavailable where another writer has taken over."""
+        if not await asyncio.to_thread(self._store.memory_banks.is_writer, self._epoch):
+            self.is_superseded = True
+            raise Unavailable("another writer of the memory banks has taken over; repeat it")
+
     async def _maintain(self, bank: MemoryBank) -> None:
+        await self._require_current()
         began_at = now()
         self._commits.pop(bank.id, None)
         if not await asyncio.to_thread(self._store.memory_banks.known, [bank.id]):
@@ -204,7 +225,7 @@ class BankWriter:
             await opened.table.maintain()
             size = await asyncio.to_thread(self._tables.size, bank)
             expires_at = await opened.table.next_expiry()
-        await asyncio.to_thread(self._store.memory_banks.maintained, bank, began_at, size, expires_at)
+        await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, began_at, size, expires_at)
 
     async def _remove(self, bank: MemoryBank) -> None:
         """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""

@@ -4,10 +4,10 @@ import datetime as dt
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Engine, case, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Engine, case, delete, func, insert, or_, select, tuple_, update
 
 from stack.store.connection import now
-from stack.store.schema import dropped_memory_banks, memory_banks
+from stack.store.schema import dropped_memory_banks, memory_banks, memory_writers
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,20 @@ class MemoryBanks:
         with self._engine.connect() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def begin_write(self, id: str, size: int, expires_at: dt.datetime | None) -> bool:
-        """Writes down what is about to be written into a bank; False if it is gone. For the writer of all banks.
+    def next_writer(self) -> int:
+        """The epoch of a new writer of all banks, which ends those of the writers before it."""
+        with self._engine.begin() as connection:
+            epoch = int(connection.execute(insert(memory_writers).returning(memory_writers.c.epoch)).scalar_one())
+            connection.execute(delete(memory_writers).where(memory_writers.c.epoch < epoch))
+            return epoch
+
+    def is_writer(self, epoch: int) -> bool:
+        """Whether there is no newer writer than that of this epoch."""
+        with self._engine.connect() as connection:
+            return bool(connection.execute(select(_is_of(epoch))).scalar_one())
+
+    def begin_write(self, epoch: int, id: str, size: int, expires_at: dt.datetime | None) -> bool:
+        """Writes down what is about to be written into a bank; False if it is gone, or another writer has taken over.
 
         It is there before the write is, so that nothing is due that no row tells.
         """
@@ -88,7 +100,7 @@ class MemoryBanks:
         if expires_at is not None:
             values["expires_at"] = _earlier(_time(expires_at))
         with self._engine.begin() as connection:
-            query = update(memory_banks).where(memory_banks.c.id == id).values(**values)
+            query = update(memory_banks).where(memory_banks.c.id == id, _is_of(epoch)).values(**values)
             return connection.execute(query).rowcount == 1
 
     def due(self, limit: int) -> list[MemoryBank]:
@@ -102,21 +114,31 @@ class MemoryBanks:
         with self._engine.connect() as connection:
             return [MemoryBank(**row) for row in connection.execute(query).mappings()]
 
-    def maintained(self, bank: MemoryBank, began_at: str, size: int, expires_at: dt.datetime | None) -> None:
-        """Writes down what maintenance has found: how large a bank is, and when the next of its documents expires."""
+    def maintained(
+        self, epoch: int, bank: MemoryBank, began_at: str, size: int, expires_at: dt.datetime | None
+    ) -> None:
+        """Writes down what maintenance has found: how large a bank is, and when the next of its documents expires.
+
+        Nothing where another writer has taken over.
+        """
         values = {
             "bytes": size,
             "maintained_at": began_at,
             "expires_at": None if expires_at is None else _time(expires_at),
         }
         with self._engine.begin() as connection:
-            connection.execute(update(memory_banks).where(memory_banks.c.id == bank.id).values(**values))
+            query = update(memory_banks).where(memory_banks.c.id == bank.id, _is_of(epoch))
+            connection.execute(query.values(**values))
 
     def known(self, ids: list[str]) -> set[str]:
         """Those of these ids that are banks, of all tenants."""
         query = select(memory_banks.c.id).where(memory_banks.c.id.in_(ids))
         with self._engine.connect() as connection:
             return set(connection.execute(query).scalars())
+
+
+def _is_of(epoch: int) -> ColumnElement[bool]:
+    return select(func.max(memory_writers.c.epoch)).scalar_subquery() == epoch
 
 
 def _earlier(time: str) -> Any:

@@ -196,6 +196,9 @@ memory_banks = Table(
     Index("memory_banks_by_expiry", "expires_at"),
 )
 
+# The writers of banks that there have been lately, by their numbers. Only the last one may write.
+memory_writers = Table("memory_writers", schema, Column("epoch", _Number, primary_key=True, autoincrement=True))
+
 # Banks that were dropped, until their files are removed.
 dropped_memory_banks = Table(
     "dropped_memory_banks",

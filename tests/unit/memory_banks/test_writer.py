@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stack.context import Context
-from stack.errors import Conflict, NotFound
+from stack.errors import Conflict, NotFound, Unavailable
 from stack.memory_banks.rows import Chunk, Document
 from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
@@ -198,6 +198,49 @@ async def test_another_writer_goes_on_with_what_is_there(
     other = BankWriter(context.config, context.store)
     await other.write(bank, [document("b")], replace=False)  # the row that it is given is from before the first write
     assert await ids_in(context, bank, "a", "b") == ["a", "b"]
+
+
+async def test_a_writer_that_was_replaced_writes_no_more(
+    context: Context, writer: BankWriter, bank: MemoryBank
+) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    other = BankWriter(context.config, context.store)
+    for late in (writer.write(bank, [document("b")], replace=False), writer.delete(bank, ["a"])):
+        with pytest.raises(Unavailable, match="another writer"):
+            await late
+    assert writer.is_superseded
+    assert await ids_in(context, bank, "a", "b") == ["a"]
+    await other.write(bank, [document("b")], replace=False)
+    assert not other.is_superseded
+
+
+async def test_a_writer_that_is_replaced_while_it_prepares_a_commit_does_not_make_it(
+    context: Context, writer: BankWriter, bank: MemoryBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that insert the same document, of which each has seen that it is not there."""
+    has_looked, may_go, hashes = asyncio.Event(), asyncio.Event(), BankTable.hashes
+
+    async def waits(table: BankTable, document_ids: Sequence[str]) -> dict[str, str]:
+        there = await hashes(table, document_ids)
+        has_looked.set()
+        async with asyncio.timeout(30):
+            await may_go.wait()
+        return there
+
+    with monkeypatch.context() as slow:
+        slow.setattr(BankTable, "hashes", waits)
+        first = asyncio.create_task(writer.write(bank, [document("a")], replace=False))
+        async with asyncio.timeout(30):
+            await has_looked.wait()
+    await BankWriter(context.config, context.store).write(bank, [document("a")], replace=False)
+    may_go.set()
+    with pytest.raises(Unavailable, match="another writer"):
+        await first
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    opened = await Tables(context.config).get(row)
+    assert opened is not None
+    assert (await opened.table.counts()).documents == 1
 
 
 async def test_expired_documents_go_and_the_others_stay(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
