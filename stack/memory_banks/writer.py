@@ -12,6 +12,7 @@ this, too.
 """
 
 import asyncio
+import datetime as dt
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,9 +23,9 @@ from typing import Any, Protocol
 from stack.config import Config
 from stack.errors import NotFound, StackError, Unavailable
 from stack.memory_banks.rows import Document
-from stack.memory_banks.table import to_write
+from stack.memory_banks.table import KEEP_VERSIONS, to_write
 from stack.memory_banks.tables import OpenBank, Tables
-from stack.store import MemoryBank, Store, now
+from stack.store import MemoryBank, Store
 
 logger = logging.getLogger("ray.serve")
 
@@ -121,7 +122,8 @@ class BankWriter:
         """Maintains the banks that need it, one after another, each between its writes; tells how many.
 
         Expired documents go, what was written becomes fewer and larger files, the indexes take it in, and old versions
-        are cleaned up. A bank where that fails is tried again with the next pass.
+        are cleaned up; those of the last minutes later, in a maintenance of their own. A bank where that fails is tried
+        again with the next pass.
         """
         self._is_crowded.clear()
         banks = await asyncio.to_thread(self._store.memory_banks.due, AT_ONCE)
@@ -173,8 +175,7 @@ class BankWriter:
         return await self._write(bank, [item for item in items if isinstance(item, _Write)])
 
     async def _write(self, bank: MemoryBank, writes: Sequence[_Write]) -> None:
-        expiries = [one.expires_at for write in writes for one in write.documents if one.expires_at is not None]
-        opened = await self._begin(bank, sum(write.size for write in writes), min(expiries, default=None))
+        opened = await self._begin(bank, sum(write.size for write in writes))
         there = await opened.table.hashes([one for write in writes for one in write.ids])
         ready: dict[_Write, list[Document]] = {}
         for write in writes:
@@ -194,13 +195,13 @@ class BankWriter:
             raise _dropped(bank)
         if row.written_at is None:
             return []
-        opened = await self._begin(bank, 0, None)
+        opened = await self._begin(bank, 0)
         await self._require_current()
         return await opened.table.delete(document_ids)
 
-    async def _begin(self, bank: MemoryBank, size: int, expires_at: Any) -> OpenBank:
+    async def _begin(self, bank: MemoryBank, size: int) -> OpenBank:
         """The bank to be written into, after its row says that it is. Raises NotFound if it was dropped."""
-        if not await asyncio.to_thread(self._store.memory_banks.begin_write, self._epoch, bank.id, size, expires_at):
+        if not await asyncio.to_thread(self._store.memory_banks.begin_write, self._epoch, bank.id, size):
             await self._require_current()
             raise _dropped(bank)
         return await self._tables.get_or_create(bank)
@@ -213,19 +214,21 @@ class BankWriter:
 
     async def _maintain(self, bank: MemoryBank) -> None:
         await self._require_current()
-        began_at = now()
         self._commits.pop(bank.id, None)
-        if not await asyncio.to_thread(self._store.memory_banks.known, [bank.id]):
+        row = await asyncio.to_thread(self._store.memory_banks.get, bank.tenant, bank.id)
+        if row is None:
             return  # it was dropped meanwhile
-        size, expires_at = 0, None
-        if (opened := await self._tables.get(bank)) is not None:
-            await opened.table.delete_expired()
+        size, due_at = 0, None
+        if (opened := await self._tables.get(row)) is not None:
+            due_at = await opened.table.next_expiry()  # asked first: none may expire between this and the deletion
+            expired = await opened.table.delete_expired()
             if opened.graph is not None:
                 await opened.graph.maintain(opened.table)
             await opened.table.maintain()
             size = await asyncio.to_thread(self._tables.size, bank)
-            expires_at = await opened.table.next_expiry()
-        await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, began_at, size, expires_at)
+            if expired or _is_new(row):
+                due_at = min(filter(None, (due_at, _now() + _until_old())))
+        await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, size, due_at)
 
     async def _remove(self, bank: MemoryBank) -> None:
         """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""
@@ -296,6 +299,20 @@ def bytes_in(documents: Sequence[Document]) -> int:
         if document.graph is not None:
             total += (len(document.graph.mentions) + len(document.graph.relations)) * ROW_BYTES
     return total
+
+
+def _is_new(bank: MemoryBank) -> bool:
+    """Whether something was written into a bank so lately that what it replaced is still kept."""
+    return bank.written_at is not None and dt.datetime.fromisoformat(bank.written_at) > _now() - _until_old()
+
+
+def _until_old() -> dt.timedelta:
+    """After how long the versions that a bank has now are cleaned up, but for the newest."""
+    return KEEP_VERSIONS + dt.timedelta(seconds=1)
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
 
 
 def _dropped(bank: MemoryBank) -> NotFound:

@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import hashlib
+import random
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,14 +246,14 @@ async def test_a_writer_that_is_replaced_while_it_prepares_a_commit_does_not_mak
 
 async def test_expired_documents_go_and_the_others_stay(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
     then = dt.datetime.now(dt.UTC)
-    past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(hours=1)
+    past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(minutes=5)
     await writer.write(bank, [document("old", expires_at=past), document("new", expires_at=future)], replace=False)
     assert await ids_in(context, bank, "old", "new") == ["new"]
     assert await writer.look_after() == 1
     row = context.store.memory_banks.get("default", bank.id)
     assert row is not None
-    assert row.expires_at is not None
-    assert abs(dt.datetime.fromisoformat(row.expires_at) - future) < dt.timedelta(seconds=1)
+    assert row.due_at is not None
+    assert abs(dt.datetime.fromisoformat(row.due_at) - future) < dt.timedelta(seconds=1)
     assert row.bytes > 0
     assert await writer.look_after() == 0
 
@@ -267,6 +268,27 @@ async def test_only_banks_in_which_something_is_due_are_looked_after(
     assert await writer.look_after() == 0
     await writer.delete(bank, ["a"])
     assert await writer.look_after() == 1
+
+
+async def test_what_was_deleted_leaves_the_files_and_the_quota_though_nothing_is_written_any_more(
+    context: Context, writer: BankWriter, bank: MemoryBank, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stack.memory_banks.table.KEEP_VERSIONS", dt.timedelta(seconds=1))
+    monkeypatch.setattr("stack.memory_banks.writer.KEEP_VERSIONS", dt.timedelta(seconds=1))
+    secret = random.Random(0).randbytes(100_000).hex()
+    await writer.write(bank, [document("a", secret), document("b")], replace=False)
+    await writer.delete(bank, ["a"])
+    assert await writer.look_after() == 1
+    assert context.store.memory_banks.bytes_of("default") > 200_000
+    async with asyncio.timeout(60):
+        while await writer.look_after() == 0:
+            await writer.until_due(0.1)
+    assert context.store.memory_banks.bytes_of("default") < 100_000
+    assert sum(file.stat().st_size for file in (home / "memory_banks").rglob("*") if file.is_file()) < 100_000
+    assert await ids_in(context, bank, "a", "b") == ["b"]
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    assert row.due_at is None, "nothing is left to be cleaned up"
 
 
 async def test_what_an_interrupted_drop_has_left_is_swept(

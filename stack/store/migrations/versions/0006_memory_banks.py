@@ -23,8 +23,7 @@ def upgrade() -> None:
         sa.Column("bytes", sa.BigInteger(), nullable=False),
         sa.Column("created_at", _Time, nullable=False),
         sa.Column("written_at", _Time),
-        sa.Column("maintained_at", _Time),
-        sa.Column("expires_at", _Time),
+        sa.Column("due_at", _Time),
         sa.PrimaryKeyConstraint("id", name="pk_memory_banks"),
     )
     op.create_table(
@@ -38,4 +37,4 @@ def upgrade() -> None:
         sa.Column("epoch", _Number, primary_key=True, autoincrement=True),
     )
     op.create_index("memory_banks_by_time", "memory_banks", ["tenant", "created_at", "id"])
-    op.create_index("memory_banks_by_expiry", "memory_banks", ["expires_at"])
+    op.create_index("memory_banks_by_due", "memory_banks", ["due_at"])
