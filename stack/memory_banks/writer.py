@@ -25,15 +25,16 @@ from stack.errors import NotFound, StackError, Unavailable
 from stack.memory_banks.rows import Document
 from stack.memory_banks.table import KEEP_VERSIONS, to_write
 from stack.memory_banks.tables import OpenBank, Tables
-from stack.store import MemoryBank, Store
+from stack.store import MemoryBank, Store, now
 
 logger = logging.getLogger("ray.serve")
 
 # Of one commit.
 MAX_DOCUMENTS = 2_000
 MAX_BYTES = 128 * 2**20
-# Of the banks in which something is due, as many are looked at in one pass.
+# Of the banks in which something is due, as many are read from the database at once, and as many looked after.
 AT_ONCE = 100
+BANKS_AT_ONCE = 4
 # A query takes 0.15 ms for each commit that has not been put together with others: after so many of a bank, the next
 # maintenance does not wait for its time.
 CROWDED = 40
@@ -119,20 +120,19 @@ class BankWriter:
                 await self._is_crowded.wait()
 
     async def look_after(self) -> int:
-        """Maintains the banks that need it, one after another, each between its writes; tells how many.
+        """Maintains the banks that need it, a few at once, each between its writes; tells how many it has tried.
 
         Expired documents go, what was written becomes fewer and larger files, the indexes take it in, and old versions
-        are cleaned up; those of the last minutes later, in a maintenance of their own. A bank where that fails is tried
-        again with the next pass.
+        are cleaned up; those of the last minutes later, in a maintenance of their own. A bank where that fails, which
+        is logged, is tried again by the next call.
         """
         self._is_crowded.clear()
-        banks = await asyncio.to_thread(self._store.memory_banks.due, AT_ONCE)
-        for bank in banks:
-            try:
-                await self._in_lane(bank, _Call(lambda bank=bank: self._maintain(bank)))  # type: ignore[misc]
-            except (StackError, OSError, RuntimeError, ValueError) as error:  # LanceDB's own are of the last two
-                logger.warning("the memory bank %s cannot be maintained: %s", bank.id, error)
-        return len(banks)
+        began_at, tried = now(), 0
+        while banks := await asyncio.to_thread(self._store.memory_banks.take_due, AT_ONCE, began_at):
+            await self._require_current()
+            await self._in_each(banks, self._maintain, "maintained")
+            tried += len(banks)
+        return tried
 
     async def sweep(self) -> list[str]:
         """Removes the tables of dropped banks that a drop which broke off has left. Tells their ids.
@@ -140,10 +140,27 @@ class BankWriter:
         Only what the database says was dropped goes: a folder that no row knows may be another stack's, or of a
         database that was restored.
         """
-        left = await asyncio.to_thread(self._store.memory_banks.dropped)
-        for bank in (_gone(*one) for one in left):
-            await self._in_lane(bank, _Call(lambda bank=bank: self._remove(bank)))  # type: ignore[misc]
-        return sorted(bank_id for bank_id, _tenant in left)
+        left = [_gone(*one) for one in await asyncio.to_thread(self._store.memory_banks.dropped)]
+        return sorted(bank.id for bank in await self._in_each(left, self._remove, "removed"))
+
+    async def _in_each(
+        self, banks: Sequence[MemoryBank], work: Callable[[MemoryBank], Awaitable[None]], what: str
+    ) -> list[MemoryBank]:
+        """Does some work in the lanes of a few banks at once. Tells in which it has not failed."""
+        few = asyncio.Semaphore(BANKS_AT_ONCE)
+
+        async def do(bank: MemoryBank) -> None:
+            async with few:
+                await self._in_lane(bank, _Call(lambda: work(bank)))
+
+        done = []
+        errors = await asyncio.gather(*map(do, banks), return_exceptions=True)
+        for bank, error in zip(banks, errors, strict=True):
+            if error is None:
+                done.append(bank)
+            else:  # whatever it is: the other banks are looked after all the same
+                logger.error("the memory bank %s cannot be %s", bank.id, what, exc_info=error)
+        return done
 
     async def _in_lane(self, bank: MemoryBank, item: _Item) -> Any:
         """What an item gives that is done in a bank's lane. Who leaves before its turn has done nothing."""

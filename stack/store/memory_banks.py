@@ -15,6 +15,7 @@ class MemoryBank:
     """A bank. `config` is that of its kind, by its `type`; `dimensions` is the length of its vectors, if it has some.
 
     `bytes` is about how large it is. From `due_at` on it is to be maintained, if that is not None.
+    `tried_at` is when that was last begun.
     """
 
     id: str
@@ -27,6 +28,7 @@ class MemoryBank:
     created_at: str
     written_at: str | None = None
     due_at: str | None = None
+    tried_at: str | None = None
 
 
 class MemoryBanks:
@@ -101,12 +103,20 @@ class MemoryBanks:
             query = update(memory_banks).where(memory_banks.c.id == id, _is_of(epoch)).values(**values)
             return connection.execute(query).rowcount == 1
 
-    def due(self, limit: int) -> list[MemoryBank]:
-        """Banks of all tenants that are to be maintained, those first that have been for the longest time."""
+    def take_due(self, limit: int, before: str) -> list[MemoryBank]:
+        """Banks of all tenants that are to be maintained, and were last tried before some time: the longest ago first.
+
+        They count as tried from now on, so that those in which it fails do not stand before the others.
+        """
         columns = memory_banks.c
-        query = select(memory_banks).where(columns.due_at <= now()).order_by(columns.due_at, columns.id).limit(limit)
-        with self._engine.connect() as connection:
-            return [MemoryBank(**row) for row in connection.execute(query).mappings()]
+        untried = columns.tried_at.is_(None) | (columns.tried_at < before)
+        query = select(memory_banks).where(columns.due_at <= now(), untried)
+        query = query.order_by(func.coalesce(columns.tried_at, ""), columns.due_at, columns.id).limit(limit)
+        with self._engine.begin() as connection:
+            banks = [MemoryBank(**row) for row in connection.execute(query).mappings()]
+            taken = update(memory_banks).where(columns.id.in_([bank.id for bank in banks]))
+            connection.execute(taken.values(tried_at=now()))
+            return banks
 
     def maintained(self, epoch: int, bank: MemoryBank, size: int, due_at: dt.datetime | None) -> None:
         """Writes down what maintenance has found: how large a bank is, and when it is to be maintained again, if ever.

@@ -177,7 +177,7 @@ models = Table(
 )
 
 # Banks of documents. Their rows lie in LanceDB tables (stack/memory_banks/); `bytes` is about how large those are, and
-# from `due_at` on they are to be maintained.
+# from `due_at` on they are to be maintained, which was tried last at `tried_at`.
 memory_banks = Table(
     "memory_banks",
     schema,
@@ -191,6 +191,7 @@ memory_banks = Table(
     Column("created_at", _Time, nullable=False),
     Column("written_at", _Time),
     Column("due_at", _Time),
+    Column("tried_at", _Time),
     Index("memory_banks_by_time", "tenant", "created_at", "id"),
     Index("memory_banks_by_due", "due_at"),
 )

@@ -8,8 +8,10 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from sqlalchemy.exc import SQLAlchemyError
 
 from stack.context import Context
 from stack.errors import Conflict, NotFound, Unavailable
@@ -268,6 +270,56 @@ async def test_only_banks_in_which_something_is_due_are_looked_after(
     assert await writer.look_after() == 0
     await writer.delete(bank, ["a"])
     assert await writer.look_after() == 1
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a commit conflict"), KeyError("a column"), SQLAlchemyError("away")])
+async def test_a_bank_whose_maintenance_fails_is_told_and_tried_again_and_holds_up_no_other(
+    context: Context, writer: BankWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Any
+) -> None:
+    monkeypatch.setattr("stack.memory_banks.writer.AT_ONCE", 2)
+    banks = sorted((add_bank(context) for _ in range(5)), key=lambda bank: bank.id)
+    for bank in banks:
+        await writer.write(bank, [document("a")], replace=False)
+    broken, maintain = {bank.id for bank in banks[:3]}, BankTable.maintain
+    tried: list[str] = []
+
+    async def fails(table: BankTable) -> None:
+        folder = urlsplit(await table.rows.uri()).path.split("/")[-2]
+        tried.append(folder)
+        if folder in broken:
+            raise error
+        await maintain(table)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(BankTable, "maintain", fails)
+        assert await writer.look_after() == 5
+        assert sorted(tried) == [bank.id for bank in banks], "each once"
+        tried.clear()
+        assert await writer.look_after() == 3
+        assert set(tried) == broken
+    told = [record for record in caplog.records if record.exc_info and record.exc_info[1] is error]
+    assert len(told) == 6
+    assert await writer.look_after() == 3
+    assert await writer.look_after() == 0
+
+
+async def test_a_bank_whose_files_cannot_be_removed_is_swept_later(
+    context: Context, writer: BankWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banks = [add_bank(context) for _ in range(2)]
+    for bank in banks:
+        context.store.memory_banks.delete("default", bank.id)
+    remove = Tables.remove
+
+    async def fails(tables: Tables, bank: MemoryBank) -> None:
+        if bank.id == banks[0].id:
+            raise OSError("the disk is gone")
+        await remove(tables, bank)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Tables, "remove", fails)
+        assert await writer.sweep() == [banks[1].id]
+    assert await writer.sweep() == [banks[0].id]
 
 
 async def test_what_was_deleted_leaves_the_files_and_the_quota_though_nothing_is_written_any_more(

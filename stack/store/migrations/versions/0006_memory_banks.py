@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("created_at", _Time, nullable=False),
         sa.Column("written_at", _Time),
         sa.Column("due_at", _Time),
+        sa.Column("tried_at", _Time),
         sa.PrimaryKeyConstraint("id", name="pk_memory_banks"),
     )
     op.create_table(
