@@ -102,6 +102,8 @@ class BankWriter:
         self._tasks = set[asyncio.Task[None]]()
         self._commits = Counter[str]()  # of each bank since it was maintained
         self._is_crowded = asyncio.Event()
+        self._builds: dict[str, asyncio.Task[None]] = {}  # of the banks whose index of vectors is being built
+        self._one_build = asyncio.Lock()
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
         await self._in_lane(bank, _Write(documents, replace, bytes_in(documents)))
@@ -123,8 +125,8 @@ class BankWriter:
         """Maintains the banks that need it, a few at once, each between its writes; tells how many it has tried.
 
         Expired documents go, what was written becomes fewer and larger files, the indexes take it in, and old versions
-        are cleaned up; those of the last minutes later, in a maintenance of their own. A bank where that fails, which
-        is logged, is tried again by the next call.
+        are cleaned up; those of the last minutes later, in a maintenance of their own. An index of vectors that is to
+        be built is only begun. A bank where something fails, which is logged, is tried again by the next call.
         """
         self._is_crowded.clear()
         began_at, tried = now(), 0
@@ -134,13 +136,19 @@ class BankWriter:
             tried += len(banks)
         return tried
 
+    async def until_built(self) -> None:
+        """Waits until no index is being built."""
+        while self._builds:
+            await asyncio.wait(self._builds.values())
+
     async def sweep(self) -> list[str]:
         """Removes the tables of dropped banks that a drop which broke off has left. Tells their ids.
 
         Only what the database says was dropped goes: a folder that no row knows may be another stack's, or of a
         database that was restored.
         """
-        left = [_gone(*one) for one in await asyncio.to_thread(self._store.memory_banks.dropped)]
+        dropped = await asyncio.to_thread(self._store.memory_banks.dropped)
+        left = [_gone(*one) for one in dropped if one[0] not in self._builds]
         return sorted(bank.id for bank in await self._in_each(left, self._remove, "removed"))
 
     async def _in_each(
@@ -235,6 +243,8 @@ class BankWriter:
         row = await asyncio.to_thread(self._store.memory_banks.get, bank.tenant, bank.id)
         if row is None:
             return  # it was dropped meanwhile
+        if bank.id in self._builds:
+            return  # it is due until the index is there
         size, due_at = 0, None
         if (opened := await self._tables.get(row)) is not None:
             due_at = await opened.table.next_expiry()  # asked first: none may expire between this and the deletion
@@ -245,10 +255,30 @@ class BankWriter:
             size = await asyncio.to_thread(self._tables.size, bank)
             if expired or _is_new(row):
                 due_at = min(filter(None, (due_at, _now() + _until_old())))
+            if await opened.table.lacks_index():
+                due_at = _now()
+                self._begin_build(bank, opened)
         await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, size, due_at)
+
+    def _begin_build(self, bank: MemoryBank, opened: OpenBank) -> None:
+        """Builds a bank's index of vectors beside its lane, so that writes do not wait for it; one of all at a time."""
+
+        async def build() -> None:
+            async with self._one_build:
+                await opened.table.index_vectors()
+
+        def end(build: asyncio.Task[None]) -> None:
+            del self._builds[bank.id]
+            if not build.cancelled() and (error := build.exception()) is not None:
+                logger.error("the index of the memory bank %s cannot be built", bank.id, exc_info=error)
+
+        self._builds[bank.id] = asyncio.create_task(build())
+        self._builds[bank.id].add_done_callback(end)
 
     async def _remove(self, bank: MemoryBank) -> None:
         """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""
+        if bank.id in self._builds:
+            return  # it still writes files; a sweep removes them all
         await self._tables.remove(bank)
         await asyncio.to_thread(self._store.memory_banks.removed, bank.id)
 

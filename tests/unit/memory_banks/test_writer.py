@@ -20,6 +20,8 @@ from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import CROWDED, BankWriter
 from stack.store import MemoryBank, Store, now
+from tests.unit.memory_banks.documents import DIMENSIONS
+from tests.unit.memory_banks.documents import document as with_vectors
 
 
 def document(document_id: str, text: str = "a text", expires_at: dt.datetime | None = None) -> Document:
@@ -320,6 +322,103 @@ async def test_a_bank_whose_files_cannot_be_removed_is_swept_later(
         failing.setattr(Tables, "remove", fails)
         assert await writer.sweep() == [banks[1].id]
     assert await writer.sweep() == [banks[0].id]
+
+
+class Build:
+    """The building of an index, which waits until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_begun, self.may_go = asyncio.Event(), asyncio.Event()
+        build = BankTable.index_vectors
+
+        async def waits(table: BankTable) -> None:
+            self.has_begun.set()
+            async with asyncio.timeout(60):
+                await self.may_go.wait()
+            await build(table)
+
+        monkeypatch.setattr("stack.memory_banks.table.INDEX_FROM", 300)
+        monkeypatch.setattr(BankTable, "index_vectors", waits)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    return Build(monkeypatch)
+
+
+async def vector_bank(context: Context, writer: BankWriter, build: Build) -> MemoryBank:
+    """One whose index is being built."""
+    bank = MemoryBank(f"bank-{uuid.uuid4().hex}", "default", "a", None, {"type": "vector"}, DIMENSIONS, 0, now())
+    context.store.memory_banks.add(bank)
+    await writer.write(bank, [with_vectors(f"d{n}", f"the text {n}") for n in range(300)], replace=False)
+    assert await writer.look_after() == 1
+    async with asyncio.timeout(30):
+        await build.has_begun.wait()
+    return bank
+
+
+async def vector_indices(context: Context, bank: MemoryBank) -> list[str]:
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    opened = await Tables(context.config).get(row)
+    assert opened is not None
+    return [index.name for index in await opened.table.rows.list_indices() if index.name.startswith("vectors")]
+
+
+async def test_a_bank_is_written_and_others_are_maintained_while_its_index_is_built(
+    context: Context, writer: BankWriter, bank: MemoryBank, build: Build
+) -> None:
+    large = await vector_bank(context, writer, build)
+    await writer.write(large, [with_vectors("late", "zebra")], replace=False)
+    assert await writer.delete(large, ["d0"]) == ["d0"]
+    await writer.write(bank, [document("a")], replace=False)
+    await writer.look_after()
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    assert row.due_at is not None
+    assert row.due_at > now(), "it is maintained"
+    assert await vector_indices(context, large) == []
+    build.may_go.set()
+    await writer.until_built()
+    assert await vector_indices(context, large) == ["vectors_of_300"]
+    assert await ids_in(context, large, "late", "d0", "d1") == ["d1", "late"]
+    assert await writer.look_after() == 1, "what was written meanwhile"
+    assert await writer.look_after() == 0
+
+
+async def test_a_bank_that_is_dropped_while_its_index_is_built_leaves_no_files(
+    context: Context, writer: BankWriter, build: Build, home: Path
+) -> None:
+    large = await vector_bank(context, writer, build)
+    context.store.memory_banks.delete("default", large.id)
+    await writer.drop(large)
+    assert await writer.sweep() == []
+    build.may_go.set()
+    await writer.until_built()
+    assert await writer.sweep() == [large.id]
+    assert not list((home / "memory_banks").rglob(f"{large.id}*"))
+
+
+async def test_an_index_that_cannot_be_built_is_told_and_tried_again(
+    context: Context,
+    writer: BankWriter,
+    build: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fails(_table: BankTable) -> None:
+        build.has_begun.set()
+        raise RuntimeError("a commit conflict")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(BankTable, "index_vectors", fails)
+        large = await vector_bank(context, writer, build)
+        await writer.until_built()
+    assert "cannot be built" in caplog.text
+    build.may_go.set()
+    assert await writer.look_after() == 1
+    await writer.until_built()
+    assert await vector_indices(context, large) == ["vectors_of_300"]
 
 
 async def test_what_was_deleted_leaves_the_files_and_the_quota_though_nothing_is_written_any_more(
