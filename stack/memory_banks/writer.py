@@ -13,6 +13,7 @@ this, too.
 
 import asyncio
 import datetime as dt
+import json
 import logging
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -340,8 +341,10 @@ def bytes_in(documents: Sequence[Document]) -> int:
     """About how many bytes documents take in a table."""
     total = 0
     for document in documents:
-        total += len(document.content) + ROW_BYTES
-        total += sum(len(chunk.text) + ROW_BYTES for chunk in document.chunks)
+        # Each row has the metadata twice: as JSON, and in columns of their own.
+        metadata = len(json.dumps(document.metadata, ensure_ascii=False).encode())
+        total += (1 + len(document.chunks)) * (2 * metadata + ROW_BYTES)
+        total += len(document.content.encode()) + sum(len(chunk.text.encode()) for chunk in document.chunks)
         total += document.vectors.nbytes if document.vectors is not None else 0
         if document.graph is not None:
             total += (len(document.graph.mentions) + len(document.graph.relations)) * ROW_BYTES

@@ -6,6 +6,7 @@ import hashlib
 import random
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,7 +19,7 @@ from stack.errors import Conflict, NotFound, Unavailable
 from stack.memory_banks.rows import Chunk, Document
 from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
-from stack.memory_banks.writer import CROWDED, BankWriter
+from stack.memory_banks.writer import CROWDED, BankWriter, bytes_in
 from stack.store import MemoryBank, Store, now
 from tests.unit.memory_banks.documents import DIMENSIONS
 from tests.unit.memory_banks.documents import document as with_vectors
@@ -322,6 +323,15 @@ async def test_a_bank_whose_files_cannot_be_removed_is_swept_later(
         failing.setattr(Tables, "remove", fails)
         assert await writer.sweep() == [banks[1].id]
     assert await writer.sweep() == [banks[0].id]
+
+
+def test_what_a_document_takes_is_counted_in_bytes_and_with_its_metadata_in_each_row() -> None:
+    plain = with_vectors("a", "one. two. three")
+    assert bytes_in([with_vectors("a", "one. two. drüü")]) == bytes_in([plain]) + 2, "in the content and in a chunk"
+    tagged = replace(plain, metadata={"tag": "ä" * 5_000})
+    assert bytes_in([tagged]) - bytes_in([plain]) >= 4 * 2 * 10_000
+    assert bytes_in([plain, tagged]) == bytes_in([plain]) + bytes_in([tagged])
+    assert bytes_in([plain]) - bytes_in([replace(plain, vectors=None)]) == 3 * DIMENSIONS * 4
 
 
 class Build:
