@@ -30,6 +30,7 @@ logger = logging.getLogger("ray.serve")
     name=NAME,
     num_replicas=1,
     max_ongoing_requests=256,
+    max_queued_requests=256,  # of each gateway; beyond them it is Unavailable
     ray_actor_options={"num_cpus": 0},
     health_check_period_s=2,  # nobody writes until it is noticed that the writer has died
 )

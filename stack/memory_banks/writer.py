@@ -33,6 +33,8 @@ logger = logging.getLogger("ray.serve")
 # Of one commit.
 MAX_DOCUMENTS = 2_000
 MAX_BYTES = 128 * 2**20
+# Of all writes that wait or are under way. One that is larger is taken when nothing else is there.
+MAX_WAITING_BYTES = 512 * 2**20
 # Of the banks in which something is due, as many are read from the database at once, and as many looked after.
 AT_ONCE = 100
 BANKS_AT_ONCE = 4
@@ -100,6 +102,7 @@ class BankWriter:
         self.is_superseded = False  # by another writer, as far as this one has noticed
         self._tables = Tables(config)
         self._lanes: dict[str, _Lane] = {}
+        self._waiting_bytes = 0
         self._tasks = set[asyncio.Task[None]]()
         self._commits = Counter[str]()  # of each bank since it was maintained
         self._is_crowded = asyncio.Event()
@@ -107,7 +110,14 @@ class BankWriter:
         self._one_build = asyncio.Lock()
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
-        await self._in_lane(bank, _Write(documents, replace, bytes_in(documents)))
+        size = bytes_in(documents)
+        if self._waiting_bytes and self._waiting_bytes + size > MAX_WAITING_BYTES:
+            raise Unavailable("the writer of the memory banks has more to write than it can hold; repeat it")
+        self._waiting_bytes += size
+        try:
+            await self._in_lane(bank, _Write(documents, replace, size))
+        finally:
+            self._waiting_bytes -= size
 
     async def delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
         deleted: list[str] = await self._in_lane(bank, _Call(lambda: self._delete(bank, document_ids)))

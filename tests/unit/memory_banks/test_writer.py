@@ -334,6 +334,21 @@ def test_what_a_document_takes_is_counted_in_bytes_and_with_its_metadata_in_each
     assert bytes_in([plain]) - bytes_in([replace(plain, vectors=None)]) == 3 * DIMENSIONS * 4
 
 
+async def test_more_than_the_writer_can_hold_is_to_be_repeated(
+    context: Context, writer: BankWriter, bank: MemoryBank, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = bytes_in([document("first"), document("n0"), document("n1")])
+    monkeypatch.setattr("stack.memory_banks.writer.MAX_WAITING_BYTES", most)
+    first = await begin(commits, writer, bank)
+    others = await waiting(writer, *(writer.write(bank, [document(f"n{n}")], replace=False) for n in range(2)))
+    with pytest.raises(Unavailable, match="more to write than it can hold"):
+        await writer.write(bank, [document("n2")], replace=False)
+    commits.may_go.set()
+    await asyncio.gather(first, *others)
+    await writer.write(bank, [document("large", "x" * most)], replace=False)
+    assert await ids_in(context, bank, "n0", "n1", "n2", "large") == ["large", "n0", "n1"]
+
+
 class Build:
     """The building of an index, which waits until it is let go."""
 
