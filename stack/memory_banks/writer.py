@@ -13,16 +13,18 @@ this, too.
 
 import asyncio
 import datetime as dt
+import errno
 import json
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from stack import disk
 from stack.config import Config
-from stack.errors import NotFound, StackError, Unavailable
+from stack.errors import NotFound, StackError, StorageFull, Unavailable
 from stack.memory_banks.rows import Document
 from stack.memory_banks.table import KEEP_VERSIONS, to_write
 from stack.memory_banks.tables import OpenBank, Tables
@@ -30,6 +32,7 @@ from stack.store import MemoryBank, Store, now
 
 logger = logging.getLogger("ray.serve")
 
+DISK = "the disk of the memory banks"
 # Of one commit.
 MAX_DOCUMENTS = 2_000
 MAX_BYTES = 128 * 2**20
@@ -51,7 +54,7 @@ class Writer(Protocol):
     `write` writes documents: with `replace` in the place of those that are there, else as new ones, where those that
     are there already, just so, stay as they are. It raises Conflict for an id that is taken by another document, and
     NotFound for one to be replaced that is not there; nothing is written then. `delete` tells which documents it has
-    deleted. All raise NotFound for a bank that was dropped, and Unavailable.
+    deleted. All raise NotFound for a bank that was dropped, Unavailable, and StorageFull.
     """
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None: ...
@@ -206,9 +209,10 @@ class BankWriter:
 
     async def _do(self, bank: MemoryBank, items: Sequence[_Item]) -> Any:
         """Does a call, or writes in one commit."""
-        if isinstance(items[0], _Call):
-            return await items[0].work()
-        return await self._write(bank, [item for item in items if isinstance(item, _Write)])
+        with _telling_full():
+            if isinstance(items[0], _Call):
+                return await items[0].work()
+            return await self._write(bank, [item for item in items if isinstance(item, _Write)])
 
     async def _write(self, bank: MemoryBank, writes: Sequence[_Write]) -> None:
         opened = await self._begin(bank, sum(write.size for write in writes))
@@ -373,6 +377,18 @@ def _until_old() -> dt.timedelta:
 
 def _now() -> dt.datetime:
     return dt.datetime.now(dt.UTC)
+
+
+@contextmanager
+def _telling_full() -> Iterator[None]:
+    """Raises StorageFull where the disk is. LanceDB's errors have the number of the system's in their text alone."""
+    try:
+        with disk.telling_full(DISK):
+            yield
+    except (OSError, RuntimeError) as error:
+        if not any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise StorageFull(f"{DISK} is full") from error
 
 
 def _dropped(bank: MemoryBank) -> NotFound:

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime as dt
+import errno
 import hashlib
 import random
 import uuid
@@ -15,7 +16,7 @@ import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
 from stack.context import Context
-from stack.errors import Conflict, NotFound, Unavailable
+from stack.errors import Conflict, NotFound, StorageFull, Unavailable
 from stack.memory_banks.rows import Chunk, Document
 from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
@@ -183,6 +184,25 @@ async def test_what_fails_for_another_reason_is_told_to_all_and_the_bank_goes_on
                 await writer.write(bank, [document("a")], replace=False)
     await writer.write(bank, [document("a")], replace=False)
     assert await ids_in(context, bank, "a") == ["a"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # As LanceDB tells it.
+        RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), structural.rs:191:9"),
+    ],
+)
+async def test_a_disk_that_is_full_is_told(
+    writer: BankWriter, bank: MemoryBank, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(BankTable, "put", full)
+    with pytest.raises(StorageFull, match="the disk of the memory banks is full"):
+        await writer.write(bank, [document("a")], replace=False)
 
 
 async def test_a_bank_that_was_dropped_is_not_made_again_by_a_write_that_comes_late(
