@@ -143,9 +143,9 @@ class BankWriter:
         be built is only begun. A bank where something fails, which is logged, is tried again by the next call.
         """
         self._is_crowded.clear()
+        await self._require_current()
         began_at, tried = now(), 0
         while banks := await asyncio.to_thread(self._store.memory_banks.take_due, AT_ONCE, began_at):
-            await self._require_current()
             await self._in_each(banks, self._maintain, "maintained")
             tried += len(banks)
         return tried
