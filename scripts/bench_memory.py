@@ -322,6 +322,7 @@ async def quality() -> Figures:
         bank = await here.bank()
         await here.writer.write(bank, ready, replace=False)
         await here.writer.look_after()
+        await here.writer.until_built()
         for mode in ("vector", "keyword", "hybrid"):
             found[mode] = []
             for question in questions:
@@ -595,6 +596,7 @@ async def fill(here: Here, bank: MemoryBank, texts: list[str], vectors: Vectors)
     for first in range(0, len(documents), DOCUMENTS_A_WRITE):
         await here.writer.write(bank, documents[first : first + DOCUMENTS_A_WRITE], replace=False)
     await here.writer.look_after()
+    await here.writer.until_built()
 
 
 async def fill_banks(folder: Path) -> None:

@@ -8,9 +8,9 @@ says where something is due, so nothing is lost when one dies. No bank is opened
 import asyncio
 import fcntl
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
@@ -25,13 +25,12 @@ from stack.store import MemoryBank, Store, faults
 
 logger = logging.getLogger("ray.serve")
 
-SWEEP_S = 24 * 3600.0
-
 
 @serve.deployment(
     name=NAME,
     num_replicas=1,
     max_ongoing_requests=256,
+    max_queued_requests=256,  # of each gateway; beyond them it is Unavailable
     ray_actor_options={"num_cpus": 0},
     health_check_period_s=2,  # nobody writes until it is noticed that the writer has died
 )
@@ -42,17 +41,14 @@ class MemoryWriter:
         tracing.start("memory-writer", config.otlp_address)
         self._lock = _only_writer(config)
         self._writer = BankWriter(config, Store(config.store_url))
-        loop, maintenance_s = asyncio.get_running_loop(), config.memory_banks.maintenance_s
-        self._watchers = [
-            loop.create_task(self._repeat(self._writer.look_after, self._writer.until_due, maintenance_s)),
-            loop.create_task(self._repeat(self._sweep, asyncio.sleep, SWEEP_S)),
-        ]
+        self._watcher = asyncio.get_running_loop().create_task(self._look_after(config.memory_banks.maintenance_s))
 
     def check_health(self) -> None:
-        """Serve restarts a writer that has stopped looking after the banks."""
-        for watcher in self._watchers:
-            if watcher.done():
-                watcher.result()
+        """Serve restarts a writer that has stopped looking after the banks, or that another one has replaced."""
+        if self._writer.is_superseded:
+            raise RuntimeError("another writer of the memory banks has taken over")
+        if self._watcher.done():
+            self._watcher.result()
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
         await self._writer.write(bank, documents, replace)
@@ -63,28 +59,24 @@ class MemoryWriter:
     async def drop(self, bank: MemoryBank) -> None:
         await self._writer.drop(bank)
 
-    async def _repeat(
-        self, work: Callable[[], Awaitable[Any]], until_due: Callable[[float], Awaitable[Any]], seconds: float
-    ) -> None:
-        """Does some work again and again, waiting between for as long as it takes until it is due."""
+    async def _look_after(self, seconds: float) -> None:
+        """Looks after the banks again and again, waiting so long between, or until one needs it."""
         while True:
             try:
-                await work()
-            except (OSError, StackError, SQLAlchemyError) as error:  # the database or the storage is away
+                for bank_id in await self._writer.sweep():
+                    logger.info("the table of the memory bank %s, which a drop has left, is removed", bank_id)
+                await self._writer.look_after()
+            except (OSError, StackError, SQLAlchemyError) as error:  # the database is away
                 words = faults.reason(error) if isinstance(error, SQLAlchemyError) else str(error)
                 logger.warning("the memory banks cannot be looked after: %s", words)
-            await until_due(seconds)
-
-    async def _sweep(self) -> None:
-        for bank_id in await self._writer.sweep():
-            logger.info("the table of the memory bank %s, which an interrupted drop has left, is removed", bank_id)
+            await self._writer.until_due(seconds)
 
 
 def _only_writer(config: Config) -> TextIO | None:
     """Waits until no other writer of these banks is left on this machine, and keeps others out while it is open.
 
-    While Serve replaces a replica there may be two for a moment. On object storage there is no such lock; there the two
-    are at worst in each other's way, which LanceDB tells.
+    While Serve replaces a replica there may be two for a moment. On object storage there is no such lock, and the epoch
+    of stack/memory_banks/writer.py is all that keeps the older one out.
     """
     if "://" in config.memory_banks_url:
         return None

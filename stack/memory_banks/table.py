@@ -185,12 +185,28 @@ class BankTable:
         return int(found.num_rows)
 
     async def maintain(self) -> None:
-        """Puts small files together, brings the indices up to date, builds the one of vectors, drops old versions.
+        """Puts small files together, brings the indices up to date, drops old versions.
 
         It must not run beside a write: the one of the two that commits last might fail.
         """
-        await self._index_vectors()
+        for replaced in (await self._built_for())[:-1]:
+            await self.rows.drop_index(f"{_VECTOR_INDEX}{replaced}")
         await self.rows.optimize(cleanup_older_than=KEEP_VERSIONS)
+
+    async def lacks_index(self) -> bool:
+        """Whether there are enough vectors for an approximate index, or many more than it was built for."""
+        if self.dimensions is None:
+            return False
+        return await self._chunks() >= max(INDEX_FROM, REBUILD_AT * max(await self._built_for(), default=0))
+
+    async def index_vectors(self) -> None:
+        """Builds the approximate index of vectors; `maintain` drops the one that it replaces.
+
+        It takes minutes for a large bank. It may run beside writes, and must not beside `maintain`, which puts the
+        files together that it reads.
+        """
+        name = f"{_VECTOR_INDEX}{await self._chunks()}"
+        await self.rows.create_index("vector", config=_vector_index(), name=name)
 
     async def columns(self) -> frozenset[str]:
         return frozenset((await self.rows.schema()).names)
@@ -239,18 +255,14 @@ class BankTable:
                 param="documents",
             )
 
-    async def _index_vectors(self) -> None:
-        """Builds the approximate index of vectors where there are enough, or many more than it was built for."""
-        if self.dimensions is None:
-            return
-        chunks = (await self.counts()).chunks
-        old = [index.name for index in await self.rows.list_indices() if index.name.startswith(_VECTOR_INDEX)]
-        built_for = max((int(name.removeprefix(_VECTOR_INDEX)) for name in old), default=0)
-        if chunks < max(INDEX_FROM, REBUILD_AT * built_for):
-            return
-        await self.rows.create_index("vector", config=_vector_index(), name=f"{_VECTOR_INDEX}{chunks}")
-        for name in old:
-            await self.rows.drop_index(name)
+    async def _chunks(self) -> int:
+        """How many chunks there are, those of expired documents among them."""
+        return await self.rows.count_rows(f"position <> {DOCUMENT}")
+
+    async def _built_for(self) -> list[int]:
+        """For how many chunks each index of vectors was built, the newest last."""
+        names = [index.name for index in await self.rows.list_indices()]
+        return sorted(int(name.removeprefix(_VECTOR_INDEX)) for name in names if name.startswith(_VECTOR_INDEX))
 
 
 def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace: bool) -> list[Document]:

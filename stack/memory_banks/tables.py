@@ -6,7 +6,6 @@ Each bank has a folder of its own, in which there are its tables once something 
 import asyncio
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import fsspec
@@ -73,15 +72,6 @@ class Tables:
         """Closes the tables of a bank, if they are open."""
         self._open.pop(bank.id, None)
 
-    def folders(self) -> Iterator[tuple[str, str]]:
-        """The tenant and the id of each bank that has a folder."""
-        files, root = fsspec.core.url_to_fs(self._root, use_listings_cache=False)
-        if not files.exists(root):
-            return
-        for tenant in _folders_in(files, root):
-            for folder in _folders_in(files, tenant):
-                yield tenant.rsplit("/", 1)[-1], folder.rsplit("/", 1)[-1]
-
     def size(self, bank: MemoryBank) -> int:
         """How many bytes the files of a bank have, those of its old versions among them."""
         files, path = fsspec.core.url_to_fs(self._address(bank), use_listings_cache=False)
@@ -113,10 +103,6 @@ def _words(bank: MemoryBank) -> Words:
         return Words()
     config = KeywordBankConfig.model_validate(bank.config)
     return Words(language=config.language.value, stem=config.stem)
-
-
-def _folders_in(files: fsspec.AbstractFileSystem, path: str) -> list[str]:
-    return [one["name"].rstrip("/") for one in files.ls(path, detail=True) if one["type"] == "directory"]
 
 
 def storage_options() -> dict[str, str]:

@@ -3,30 +3,44 @@
 LanceDB takes several writers, but they and its compaction get into each other's way (lancedb#725, #1971). So whatever
 changes a bank passes through its lane here, one thing at a time: writes, deletions, maintenance, the end of the bank.
 Banks do not wait for each other.
+
+That there is one is a matter of the database: a new writer takes the next epoch, and one of an earlier epoch is refused
+before it writes anything and again right before a commit. What stays is the commit itself, some tens of milliseconds on
+a local disk: a writer that was replaced between that look and the end of its commit may write beside the new one, and
+where both insert the same document in that moment it is there twice. On one machine a lock (memory_writer.py) closes
+this, too.
 """
 
 import asyncio
+import datetime as dt
+import errno
+import json
 import logging
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from stack import disk
 from stack.config import Config
-from stack.errors import NotFound, StackError
+from stack.errors import NotFound, StackError, StorageFull, Unavailable
 from stack.memory_banks.rows import Document
-from stack.memory_banks.table import to_write
+from stack.memory_banks.table import KEEP_VERSIONS, to_write
 from stack.memory_banks.tables import OpenBank, Tables
 from stack.store import MemoryBank, Store, now
 
 logger = logging.getLogger("ray.serve")
 
+DISK = "the disk of the memory banks"
 # Of one commit.
 MAX_DOCUMENTS = 2_000
 MAX_BYTES = 128 * 2**20
-# Of the banks in which something is due, as many are looked at in one pass.
+# Of all writes that wait or are under way. One that is larger is taken when nothing else is there.
+MAX_WAITING_BYTES = 512 * 2**20
+# Of the banks in which something is due, as many are read from the database at once, and as many looked after.
 AT_ONCE = 100
+BANKS_AT_ONCE = 4
 # A query takes 0.15 ms for each commit that has not been put together with others: after so many of a bank, the next
 # maintenance does not wait for its time.
 CROWDED = 40
@@ -40,7 +54,7 @@ class Writer(Protocol):
     `write` writes documents: with `replace` in the place of those that are there, else as new ones, where those that
     are there already, just so, stay as they are. It raises Conflict for an id that is taken by another document, and
     NotFound for one to be replaced that is not there; nothing is written then. `delete` tells which documents it has
-    deleted. All raise NotFound for a bank that was dropped, and Unavailable.
+    deleted. All raise NotFound for a bank that was dropped, Unavailable, and StorageFull.
     """
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None: ...
@@ -80,25 +94,40 @@ _Lane = deque[_Item]
 
 
 class BankWriter:
-    """Implements Writer, in this process, on the event loop of who calls it."""
+    """Implements Writer, in this process, on the event loop of who calls it.
+
+    Making one ends all others on the same database, which raise Unavailable from then on.
+    """
 
     def __init__(self, config: Config, store: Store) -> None:
         self._store = store
+        self._epoch = store.memory_banks.next_writer()
+        self.is_superseded = False  # by another writer, as far as this one has noticed
         self._tables = Tables(config)
         self._lanes: dict[str, _Lane] = {}
+        self._waiting_bytes = 0
         self._tasks = set[asyncio.Task[None]]()
         self._commits = Counter[str]()  # of each bank since it was maintained
         self._is_crowded = asyncio.Event()
+        self._builds: dict[str, asyncio.Task[None]] = {}  # of the banks whose index of vectors is being built
+        self._one_build = asyncio.Lock()
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
-        await self._in_lane(bank, _Write(documents, replace, bytes_in(documents)))
+        size = bytes_in(documents)
+        if self._waiting_bytes and self._waiting_bytes + size > MAX_WAITING_BYTES:
+            raise Unavailable("the writer of the memory banks has more to write than it can hold; repeat it")
+        self._waiting_bytes += size
+        try:
+            await self._in_lane(bank, _Write(documents, replace, size))
+        finally:
+            self._waiting_bytes -= size
 
     async def delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
         deleted: list[str] = await self._in_lane(bank, _Call(lambda: self._delete(bank, document_ids)))
         return deleted
 
     async def drop(self, bank: MemoryBank) -> None:
-        await self._in_lane(bank, _Call(lambda: self._tables.remove(bank)))
+        await self._in_lane(bank, _Call(lambda: self._remove(bank)))
 
     async def until_due(self, seconds: float) -> None:
         """Waits so long, or until a bank has so many commits that it slows its queries down."""
@@ -107,26 +136,53 @@ class BankWriter:
                 await self._is_crowded.wait()
 
     async def look_after(self) -> int:
-        """Maintains the banks that need it, one after another, each between its writes; tells how many.
+        """Maintains the banks that need it, a few at once, each between its writes; tells how many it has tried.
 
         Expired documents go, what was written becomes fewer and larger files, the indexes take it in, and old versions
-        are cleaned up. A bank where that fails is tried again with the next pass.
+        are cleaned up; those of the last minutes later, in a maintenance of their own. An index of vectors that is to
+        be built is only begun. A bank where something fails, which is logged, is tried again by the next call.
         """
         self._is_crowded.clear()
-        banks = await asyncio.to_thread(self._store.memory_banks.due, AT_ONCE)
-        for bank in banks:
-            try:
-                await self._in_lane(bank, _Call(lambda bank=bank: self._maintain(bank)))  # type: ignore[misc]
-            except (StackError, OSError, RuntimeError, ValueError) as error:  # LanceDB's own are of the last two
-                logger.warning("the memory bank %s cannot be maintained: %s", bank.id, error)
-        return len(banks)
+        await self._require_current()
+        began_at, tried = now(), 0
+        while banks := await asyncio.to_thread(self._store.memory_banks.take_due, AT_ONCE, began_at):
+            await self._in_each(banks, self._maintain, "maintained")
+            tried += len(banks)
+        return tried
+
+    async def until_built(self) -> None:
+        """Waits until no index is being built."""
+        while self._builds:
+            await asyncio.wait(self._builds.values())
 
     async def sweep(self) -> list[str]:
-        """Removes the tables of banks that are no more, which a drop that broke off has left. Tells their ids."""
-        left = await asyncio.to_thread(self._left)
-        for bank in left:
-            await self._in_lane(bank, _Call(lambda bank=bank: self._tables.remove(bank)))  # type: ignore[misc]
-        return sorted(bank.id for bank in left)
+        """Removes the tables of dropped banks that a drop which broke off has left. Tells their ids.
+
+        Only what the database says was dropped goes: a folder that no row knows may be another stack's, or of a
+        database that was restored.
+        """
+        dropped = await asyncio.to_thread(self._store.memory_banks.dropped)
+        left = [_gone(*one) for one in dropped if one[0] not in self._builds]
+        return sorted(bank.id for bank in await self._in_each(left, self._remove, "removed"))
+
+    async def _in_each(
+        self, banks: Sequence[MemoryBank], work: Callable[[MemoryBank], Awaitable[None]], what: str
+    ) -> list[MemoryBank]:
+        """Does some work in the lanes of a few banks at once. Tells in which it has not failed."""
+        few = asyncio.Semaphore(BANKS_AT_ONCE)
+
+        async def do(bank: MemoryBank) -> None:
+            async with few:
+                await self._in_lane(bank, _Call(lambda: work(bank)))
+
+        done = []
+        errors = await asyncio.gather(*map(do, banks), return_exceptions=True)
+        for bank, error in zip(banks, errors, strict=True):
+            if error is None:
+                done.append(bank)
+            else:  # whatever it is: the other banks are looked after all the same
+                logger.error("the memory bank %s cannot be %s", bank.id, what, exc_info=error)
+        return done
 
     async def _in_lane(self, bank: MemoryBank, item: _Item) -> Any:
         """What an item gives that is done in a bank's lane. Who leaves before its turn has done nothing."""
@@ -153,13 +209,13 @@ class BankWriter:
 
     async def _do(self, bank: MemoryBank, items: Sequence[_Item]) -> Any:
         """Does a call, or writes in one commit."""
-        if isinstance(items[0], _Call):
-            return await items[0].work()
-        return await self._write(bank, [item for item in items if isinstance(item, _Write)])
+        with _telling_full():
+            if isinstance(items[0], _Call):
+                return await items[0].work()
+            return await self._write(bank, [item for item in items if isinstance(item, _Write)])
 
     async def _write(self, bank: MemoryBank, writes: Sequence[_Write]) -> None:
-        expiries = [one.expires_at for write in writes for one in write.documents if one.expires_at is not None]
-        opened = await self._begin(bank, sum(write.size for write in writes), min(expiries, default=None))
+        opened = await self._begin(bank, sum(write.size for write in writes))
         there = await opened.table.hashes([one for write in writes for one in write.ids])
         ready: dict[_Write, list[Document]] = {}
         for write in writes:
@@ -167,6 +223,7 @@ class BankWriter:
                 ready[write] = to_write(write.documents, there, replace=write.replace)
             except StackError as error:
                 _refuse(write, error)
+        await self._require_current()
         await _commit(opened, ready)
         self._commits[bank.id] += 1
         if self._commits[bank.id] >= CROWDED:
@@ -178,38 +235,67 @@ class BankWriter:
             raise _dropped(bank)
         if row.written_at is None:
             return []
-        opened = await self._begin(bank, 0, None)
+        opened = await self._begin(bank, 0)
+        await self._require_current()
         return await opened.table.delete(document_ids)
 
-    async def _begin(self, bank: MemoryBank, size: int, expires_at: Any) -> OpenBank:
+    async def _begin(self, bank: MemoryBank, size: int) -> OpenBank:
         """The bank to be written into, after its row says that it is. Raises NotFound if it was dropped."""
-        if not await asyncio.to_thread(self._store.memory_banks.begin_write, bank.id, size, expires_at):
+        if not await asyncio.to_thread(self._store.memory_banks.begin_write, self._epoch, bank.id, size):
+            await self._require_current()
             raise _dropped(bank)
         return await self._tables.get_or_create(bank)
 
+    async def _require_current(self) -> None:
+        """Raises Unavailable where another writer has taken over."""
+        if not await asyncio.to_thread(self._store.memory_banks.is_writer, self._epoch):
+            self.is_superseded = True
+            raise Unavailable("another writer of the memory banks has taken over; repeat it")
+
     async def _maintain(self, bank: MemoryBank) -> None:
-        began_at = now()
+        await self._require_current()
         self._commits.pop(bank.id, None)
-        if not await asyncio.to_thread(self._store.memory_banks.known, [bank.id]):
+        row = await asyncio.to_thread(self._store.memory_banks.get, bank.tenant, bank.id)
+        if row is None:
             return  # it was dropped meanwhile
-        size, expires_at = 0, None
-        if (opened := await self._tables.get(bank)) is not None:
-            await opened.table.delete_expired()
+        if bank.id in self._builds:
+            return  # it is due until the index is there
+        size, due_at = 0, None
+        if (opened := await self._tables.get(row)) is not None:
+            due_at = await opened.table.next_expiry()  # asked first: none may expire between this and the deletion
+            expired = await opened.table.delete_expired()
             if opened.graph is not None:
                 await opened.graph.maintain(opened.table)
             await opened.table.maintain()
             size = await asyncio.to_thread(self._tables.size, bank)
-            expires_at = await opened.table.next_expiry()
-        await asyncio.to_thread(self._store.memory_banks.maintained, bank, began_at, size, expires_at)
+            if expired or _is_new(row):
+                due_at = min(filter(None, (due_at, _now() + _until_old())))
+            if await opened.table.lacks_index():
+                due_at = _now()
+                self._begin_build(bank, opened)
+        await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, size, due_at)
 
-    def _left(self) -> list[MemoryBank]:
-        """The banks that have a folder and no row."""
-        found = {bank_id: tenant for tenant, bank_id in self._tables.folders()}
-        ids = list(found)
-        known = set[str]()
-        for start in range(0, len(ids), 500):
-            known |= self._store.memory_banks.known(ids[start : start + 500])
-        return [_gone(bank_id, tenant) for bank_id, tenant in found.items() if bank_id not in known]
+    def _begin_build(self, bank: MemoryBank, opened: OpenBank) -> None:
+        """Builds a bank's index of vectors beside its lane, so that writes do not wait for it; one of all at a time."""
+
+        async def build() -> None:
+            async with self._one_build:
+                await opened.table.index_vectors()
+
+        def end(build: asyncio.Task[None]) -> None:
+            del self._builds[bank.id]
+            if not build.cancelled() and (error := build.exception()) is not None:
+                logger.error("the index of the memory bank %s cannot be built", bank.id, exc_info=error)
+
+        self._builds[bank.id] = asyncio.create_task(build())
+        self._builds[bank.id].add_done_callback(end)
+
+    async def _remove(self, bank: MemoryBank) -> None:
+        """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""
+        if bank.id in self._builds:
+            return  # it still writes files; a sweep removes them all
+        await self._tables.remove(bank)
+        await asyncio.to_thread(self._store.memory_banks.removed, bank.id)
 
 
 async def _commit(opened: OpenBank, ready: dict[_Write, list[Document]]) -> None:
@@ -269,12 +355,40 @@ def bytes_in(documents: Sequence[Document]) -> int:
     """About how many bytes documents take in a table."""
     total = 0
     for document in documents:
-        total += len(document.content) + ROW_BYTES
-        total += sum(len(chunk.text) + ROW_BYTES for chunk in document.chunks)
+        # Each row has the metadata twice: as JSON, and in columns of their own.
+        metadata = len(json.dumps(document.metadata, ensure_ascii=False).encode())
+        total += (1 + len(document.chunks)) * (2 * metadata + ROW_BYTES)
+        total += len(document.content.encode()) + sum(len(chunk.text.encode()) for chunk in document.chunks)
         total += document.vectors.nbytes if document.vectors is not None else 0
         if document.graph is not None:
             total += (len(document.graph.mentions) + len(document.graph.relations)) * ROW_BYTES
     return total
+
+
+def _is_new(bank: MemoryBank) -> bool:
+    """Whether something was written into a bank so lately that what it replaced is still kept."""
+    return bank.written_at is not None and dt.datetime.fromisoformat(bank.written_at) > _now() - _until_old()
+
+
+def _until_old() -> dt.timedelta:
+    """After how long the versions that a bank has now are cleaned up, but for the newest."""
+    return KEEP_VERSIONS + dt.timedelta(seconds=1)
+
+
+def _now() -> dt.datetime:
+    return dt.datetime.now(dt.UTC)
+
+
+@contextmanager
+def _telling_full() -> Iterator[None]:
+    """Raises StorageFull where the disk is. LanceDB's errors have the number of the system's in their text alone."""
+    try:
+        with disk.telling_full(DISK):
+            yield
+    except (OSError, RuntimeError) as error:
+        if not any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise
+        raise StorageFull(f"{DISK} is full") from error
 
 
 def _dropped(bank: MemoryBank) -> NotFound:
@@ -282,5 +396,5 @@ def _dropped(bank: MemoryBank) -> NotFound:
 
 
 def _gone(bank_id: str, tenant: str) -> MemoryBank:
-    """A bank of which there is nothing left but its folder."""
+    """A bank of which there may be nothing left but its folder."""
     return MemoryBank(bank_id, tenant, "", None, {}, None, 0, "", written_at="")

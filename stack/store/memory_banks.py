@@ -4,17 +4,18 @@ import datetime as dt
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sqlalchemy import Engine, case, delete, func, insert, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Engine, delete, func, insert, select, tuple_, update
 
 from stack.store.connection import now
-from stack.store.schema import memory_banks
+from stack.store.schema import dropped_memory_banks, memory_banks, memory_writers
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryBank:
     """A bank. `config` is that of its kind, by its `type`; `dimensions` is the length of its vectors, if it has some.
 
-    `bytes` is about how large it is. Documents of it expire from `expires_at` on, if it is not None.
+    `bytes` is about how large it is. From `due_at` on it is to be maintained, if that is not None.
+    `tried_at` is when that was last begun.
     """
 
     id: str
@@ -26,8 +27,8 @@ class MemoryBank:
     bytes: int
     created_at: str
     written_at: str | None = None
-    maintained_at: str | None = None
-    expires_at: str | None = None
+    due_at: str | None = None
+    tried_at: str | None = None
 
 
 class MemoryBanks:
@@ -55,10 +56,23 @@ class MemoryBanks:
             return [MemoryBank(**row) for row in connection.execute(query).mappings()]
 
     def delete(self, tenant: str, id: str) -> bool:
-        """False if it is not there."""
+        """False if it is not there. Until `removed`, it is one of those that are `dropped`."""
         with self._engine.begin() as connection:
             query = delete(memory_banks).where(memory_banks.c.tenant == tenant, memory_banks.c.id == id)
-            return connection.execute(query).rowcount == 1
+            if connection.execute(query).rowcount == 0:
+                return False
+            connection.execute(insert(dropped_memory_banks).values(id=id, tenant=tenant))
+            return True
+
+    def dropped(self) -> list[tuple[str, str]]:
+        """The ids of the banks whose files are still to be removed, each with its tenant."""
+        with self._engine.connect() as connection:
+            return [(bank_id, tenant) for bank_id, tenant in connection.execute(select(dropped_memory_banks))]
+
+    def removed(self, id: str) -> None:
+        """Writes down that a dropped bank has no files any more."""
+        with self._engine.begin() as connection:
+            connection.execute(delete(dropped_memory_banks).where(dropped_memory_banks.c.id == id))
 
     def bytes_of(self, tenant: str) -> int:
         """About how much a tenant's banks hold."""
@@ -66,50 +80,57 @@ class MemoryBanks:
         with self._engine.connect() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def begin_write(self, id: str, size: int, expires_at: dt.datetime | None) -> bool:
-        """Writes down what is about to be written into a bank; False if it is gone. For the writer of all banks.
+    def next_writer(self) -> int:
+        """The epoch of a new writer of all banks, which ends those of the writers before it."""
+        with self._engine.begin() as connection:
+            epoch = int(connection.execute(insert(memory_writers).returning(memory_writers.c.epoch)).scalar_one())
+            connection.execute(delete(memory_writers).where(memory_writers.c.epoch < epoch))
+            return epoch
+
+    def is_writer(self, epoch: int) -> bool:
+        """Whether there is no newer writer than that of this epoch."""
+        with self._engine.connect() as connection:
+            return bool(connection.execute(select(_is_of(epoch))).scalar_one())
+
+    def begin_write(self, epoch: int, id: str, size: int) -> bool:
+        """Writes down what is about to be written into a bank; False if it is gone, or another writer has taken over.
 
         It is there before the write is, so that nothing is due that no row tells.
         """
-        values: dict[str, Any] = {"bytes": memory_banks.c.bytes + size, "written_at": now()}
-        if expires_at is not None:
-            values["expires_at"] = _earlier(_time(expires_at))
+        time = now()
+        values = {"bytes": memory_banks.c.bytes + size, "written_at": time, "due_at": time}
         with self._engine.begin() as connection:
-            query = update(memory_banks).where(memory_banks.c.id == id).values(**values)
+            query = update(memory_banks).where(memory_banks.c.id == id, _is_of(epoch)).values(**values)
             return connection.execute(query).rowcount == 1
 
-    def due(self, limit: int) -> list[MemoryBank]:
-        """Banks of all tenants, in which something was written since they were maintained, or has expired."""
+    def take_due(self, limit: int, before: str) -> list[MemoryBank]:
+        """Banks of all tenants that are to be maintained, and were last tried before some time: the longest ago first.
+
+        They count as tried from now on, so that those in which it fails do not stand before the others.
+        """
         columns = memory_banks.c
-        written = columns.written_at.is_not(None) & (
-            columns.maintained_at.is_(None) | (columns.written_at >= columns.maintained_at)
-        )
-        query = select(memory_banks).where(or_(written, columns.expires_at <= now()))
-        query = query.order_by(func.coalesce(columns.maintained_at, ""), columns.id).limit(limit)
-        with self._engine.connect() as connection:
-            return [MemoryBank(**row) for row in connection.execute(query).mappings()]
-
-    def maintained(self, bank: MemoryBank, began_at: str, size: int, expires_at: dt.datetime | None) -> None:
-        """Writes down what maintenance has found: how large a bank is, and when the next of its documents expires."""
-        values = {
-            "bytes": size,
-            "maintained_at": began_at,
-            "expires_at": None if expires_at is None else _time(expires_at),
-        }
+        untried = columns.tried_at.is_(None) | (columns.tried_at < before)
+        query = select(memory_banks).where(columns.due_at <= now(), untried)
+        query = query.order_by(func.coalesce(columns.tried_at, ""), columns.due_at, columns.id).limit(limit)
         with self._engine.begin() as connection:
-            connection.execute(update(memory_banks).where(memory_banks.c.id == bank.id).values(**values))
+            banks = [MemoryBank(**row) for row in connection.execute(query).mappings()]
+            taken = update(memory_banks).where(columns.id.in_([bank.id for bank in banks]))
+            connection.execute(taken.values(tried_at=now()))
+            return banks
 
-    def known(self, ids: list[str]) -> set[str]:
-        """Those of these ids that are banks, of all tenants."""
-        query = select(memory_banks.c.id).where(memory_banks.c.id.in_(ids))
-        with self._engine.connect() as connection:
-            return set(connection.execute(query).scalars())
+    def maintained(self, epoch: int, bank: MemoryBank, size: int, due_at: dt.datetime | None) -> None:
+        """Writes down what maintenance has found: how large a bank is, and when it is to be maintained again, if ever.
+
+        Nothing where another writer has taken over.
+        """
+        values = {"bytes": size, "due_at": None if due_at is None else _time(due_at)}
+        with self._engine.begin() as connection:
+            query = update(memory_banks).where(memory_banks.c.id == bank.id, _is_of(epoch))
+            connection.execute(query.values(**values))
 
 
-def _earlier(time: str) -> Any:
-    """The earlier of a bank's time of expiry, which it may not have, and another one."""
-    before = memory_banks.c.expires_at
-    return case((before.is_(None) | (before > time), time), else_=before)
+def _is_of(epoch: int) -> ColumnElement[bool]:
+    return select(func.max(memory_writers.c.epoch)).scalar_subquery() == epoch
 
 
 def _time(time: dt.datetime) -> str:

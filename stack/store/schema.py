@@ -177,7 +177,7 @@ models = Table(
 )
 
 # Banks of documents. Their rows lie in LanceDB tables (stack/memory_banks/); `bytes` is about how large those are, and
-# `expires_at` when the next of their documents does. Where `written_at` is later than `maintained_at`, work is due.
+# from `due_at` on they are to be maintained, which was tried last at `tried_at`.
 memory_banks = Table(
     "memory_banks",
     schema,
@@ -190,10 +190,21 @@ memory_banks = Table(
     Column("bytes", BigInteger, nullable=False),
     Column("created_at", _Time, nullable=False),
     Column("written_at", _Time),
-    Column("maintained_at", _Time),
-    Column("expires_at", _Time),
+    Column("due_at", _Time),
+    Column("tried_at", _Time),
     Index("memory_banks_by_time", "tenant", "created_at", "id"),
-    Index("memory_banks_by_expiry", "expires_at"),
+    Index("memory_banks_by_due", "due_at"),
+)
+
+# The writers of banks that there have been lately, by their numbers. Only the last one may write.
+memory_writers = Table("memory_writers", schema, Column("epoch", _Number, primary_key=True, autoincrement=True))
+
+# Banks that were dropped, until their files are removed.
+dropped_memory_banks = Table(
+    "dropped_memory_banks",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
 )
 
 # What `name` among the files of stack/artifacts.py is, and where it came from.

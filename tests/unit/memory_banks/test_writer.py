@@ -2,21 +2,28 @@
 
 import asyncio
 import datetime as dt
+import errno
 import hashlib
+import random
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
+from sqlalchemy.exc import SQLAlchemyError
 
 from stack.context import Context
-from stack.errors import Conflict, NotFound
+from stack.errors import Conflict, NotFound, StorageFull, Unavailable
 from stack.memory_banks.rows import Chunk, Document
 from stack.memory_banks.table import BankTable
 from stack.memory_banks.tables import Tables
-from stack.memory_banks.writer import CROWDED, BankWriter
-from stack.store import MemoryBank, now
+from stack.memory_banks.writer import CROWDED, BankWriter, bytes_in
+from stack.store import MemoryBank, Store, now
+from tests.unit.memory_banks.documents import DIMENSIONS
+from tests.unit.memory_banks.documents import document as with_vectors
 
 
 def document(document_id: str, text: str = "a text", expires_at: dt.datetime | None = None) -> Document:
@@ -179,6 +186,25 @@ async def test_what_fails_for_another_reason_is_told_to_all_and_the_bank_goes_on
     assert await ids_in(context, bank, "a") == ["a"]
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        # As LanceDB tells it.
+        RuntimeError("lance error: LanceError(IO): No space left on device (os error 28), structural.rs:191:9"),
+    ],
+)
+async def test_a_disk_that_is_full_is_told(
+    writer: BankWriter, bank: MemoryBank, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def full(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(BankTable, "put", full)
+    with pytest.raises(StorageFull, match="the disk of the memory banks is full"):
+        await writer.write(bank, [document("a")], replace=False)
+
+
 async def test_a_bank_that_was_dropped_is_not_made_again_by_a_write_that_comes_late(
     context: Context, writer: BankWriter, bank: MemoryBank, home: Path
 ) -> None:
@@ -200,16 +226,59 @@ async def test_another_writer_goes_on_with_what_is_there(
     assert await ids_in(context, bank, "a", "b") == ["a", "b"]
 
 
+async def test_a_writer_that_was_replaced_writes_no_more(
+    context: Context, writer: BankWriter, bank: MemoryBank
+) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    other = BankWriter(context.config, context.store)
+    for late in (writer.write(bank, [document("b")], replace=False), writer.delete(bank, ["a"])):
+        with pytest.raises(Unavailable, match="another writer"):
+            await late
+    assert writer.is_superseded
+    assert await ids_in(context, bank, "a", "b") == ["a"]
+    await other.write(bank, [document("b")], replace=False)
+    assert not other.is_superseded
+
+
+async def test_a_writer_that_is_replaced_while_it_prepares_a_commit_does_not_make_it(
+    context: Context, writer: BankWriter, bank: MemoryBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that insert the same document, of which each has seen that it is not there."""
+    has_looked, may_go, hashes = asyncio.Event(), asyncio.Event(), BankTable.hashes
+
+    async def waits(table: BankTable, document_ids: Sequence[str]) -> dict[str, str]:
+        there = await hashes(table, document_ids)
+        has_looked.set()
+        async with asyncio.timeout(30):
+            await may_go.wait()
+        return there
+
+    with monkeypatch.context() as slow:
+        slow.setattr(BankTable, "hashes", waits)
+        first = asyncio.create_task(writer.write(bank, [document("a")], replace=False))
+        async with asyncio.timeout(30):
+            await has_looked.wait()
+    await BankWriter(context.config, context.store).write(bank, [document("a")], replace=False)
+    may_go.set()
+    with pytest.raises(Unavailable, match="another writer"):
+        await first
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    opened = await Tables(context.config).get(row)
+    assert opened is not None
+    assert (await opened.table.counts()).documents == 1
+
+
 async def test_expired_documents_go_and_the_others_stay(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
     then = dt.datetime.now(dt.UTC)
-    past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(hours=1)
+    past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(minutes=5)
     await writer.write(bank, [document("old", expires_at=past), document("new", expires_at=future)], replace=False)
     assert await ids_in(context, bank, "old", "new") == ["new"]
     assert await writer.look_after() == 1
     row = context.store.memory_banks.get("default", bank.id)
     assert row is not None
-    assert row.expires_at is not None
-    assert abs(dt.datetime.fromisoformat(row.expires_at) - future) < dt.timedelta(seconds=1)
+    assert row.due_at is not None
+    assert abs(dt.datetime.fromisoformat(row.due_at) - future) < dt.timedelta(seconds=1)
     assert row.bytes > 0
     assert await writer.look_after() == 0
 
@@ -226,6 +295,198 @@ async def test_only_banks_in_which_something_is_due_are_looked_after(
     assert await writer.look_after() == 1
 
 
+@pytest.mark.parametrize("error", [RuntimeError("a commit conflict"), KeyError("a column"), SQLAlchemyError("away")])
+async def test_a_bank_whose_maintenance_fails_is_told_and_tried_again_and_holds_up_no_other(
+    context: Context, writer: BankWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Any
+) -> None:
+    monkeypatch.setattr("stack.memory_banks.writer.AT_ONCE", 2)
+    banks = sorted((add_bank(context) for _ in range(5)), key=lambda bank: bank.id)
+    for bank in banks:
+        await writer.write(bank, [document("a")], replace=False)
+    broken, maintain = {bank.id for bank in banks[:3]}, BankTable.maintain
+    tried: list[str] = []
+
+    async def fails(table: BankTable) -> None:
+        folder = urlsplit(await table.rows.uri()).path.split("/")[-2]
+        tried.append(folder)
+        if folder in broken:
+            raise error
+        await maintain(table)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(BankTable, "maintain", fails)
+        assert await writer.look_after() == 5
+        assert sorted(tried) == [bank.id for bank in banks], "each once"
+        tried.clear()
+        assert await writer.look_after() == 3
+        assert set(tried) == broken
+    told = [record for record in caplog.records if record.exc_info and record.exc_info[1] is error]
+    assert len(told) == 6
+    assert await writer.look_after() == 3
+    assert await writer.look_after() == 0
+
+
+async def test_a_bank_whose_files_cannot_be_removed_is_swept_later(
+    context: Context, writer: BankWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banks = [add_bank(context) for _ in range(2)]
+    for bank in banks:
+        context.store.memory_banks.delete("default", bank.id)
+    remove = Tables.remove
+
+    async def fails(tables: Tables, bank: MemoryBank) -> None:
+        if bank.id == banks[0].id:
+            raise OSError("the disk is gone")
+        await remove(tables, bank)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Tables, "remove", fails)
+        assert await writer.sweep() == [banks[1].id]
+    assert await writer.sweep() == [banks[0].id]
+
+
+def test_what_a_document_takes_is_counted_in_bytes_and_with_its_metadata_in_each_row() -> None:
+    plain = with_vectors("a", "one. two. three")
+    assert bytes_in([with_vectors("a", "one. two. drüü")]) == bytes_in([plain]) + 2, "in the content and in a chunk"
+    tagged = replace(plain, metadata={"tag": "ä" * 5_000})
+    assert bytes_in([tagged]) - bytes_in([plain]) >= 4 * 2 * 10_000
+    assert bytes_in([plain, tagged]) == bytes_in([plain]) + bytes_in([tagged])
+    assert bytes_in([plain]) - bytes_in([replace(plain, vectors=None)]) == 3 * DIMENSIONS * 4
+
+
+async def test_more_than_the_writer_can_hold_is_to_be_repeated(
+    context: Context, writer: BankWriter, bank: MemoryBank, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = bytes_in([document("first"), document("n0"), document("n1")])
+    monkeypatch.setattr("stack.memory_banks.writer.MAX_WAITING_BYTES", most)
+    first = await begin(commits, writer, bank)
+    others = await waiting(writer, *(writer.write(bank, [document(f"n{n}")], replace=False) for n in range(2)))
+    with pytest.raises(Unavailable, match="more to write than it can hold"):
+        await writer.write(bank, [document("n2")], replace=False)
+    commits.may_go.set()
+    await asyncio.gather(first, *others)
+    await writer.write(bank, [document("large", "x" * most)], replace=False)
+    assert await ids_in(context, bank, "n0", "n1", "n2", "large") == ["large", "n0", "n1"]
+
+
+class Build:
+    """The building of an index, which waits until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.has_begun, self.may_go = asyncio.Event(), asyncio.Event()
+        build = BankTable.index_vectors
+
+        async def waits(table: BankTable) -> None:
+            self.has_begun.set()
+            async with asyncio.timeout(60):
+                await self.may_go.wait()
+            await build(table)
+
+        monkeypatch.setattr("stack.memory_banks.table.INDEX_FROM", 300)
+        monkeypatch.setattr(BankTable, "index_vectors", waits)
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> Build:
+    return Build(monkeypatch)
+
+
+async def vector_bank(context: Context, writer: BankWriter, build: Build) -> MemoryBank:
+    """One whose index is being built."""
+    bank = MemoryBank(f"bank-{uuid.uuid4().hex}", "default", "a", None, {"type": "vector"}, DIMENSIONS, 0, now())
+    context.store.memory_banks.add(bank)
+    await writer.write(bank, [with_vectors(f"d{n}", f"the text {n}") for n in range(300)], replace=False)
+    assert await writer.look_after() == 1
+    async with asyncio.timeout(30):
+        await build.has_begun.wait()
+    return bank
+
+
+async def vector_indices(context: Context, bank: MemoryBank) -> list[str]:
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    opened = await Tables(context.config).get(row)
+    assert opened is not None
+    return [index.name for index in await opened.table.rows.list_indices() if index.name.startswith("vectors")]
+
+
+async def test_a_bank_is_written_and_others_are_maintained_while_its_index_is_built(
+    context: Context, writer: BankWriter, bank: MemoryBank, build: Build
+) -> None:
+    large = await vector_bank(context, writer, build)
+    await writer.write(large, [with_vectors("late", "zebra")], replace=False)
+    assert await writer.delete(large, ["d0"]) == ["d0"]
+    await writer.write(bank, [document("a")], replace=False)
+    await writer.look_after()
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    assert row.due_at is not None
+    assert row.due_at > now(), "it is maintained"
+    assert await vector_indices(context, large) == []
+    build.may_go.set()
+    await writer.until_built()
+    assert await vector_indices(context, large) == ["vectors_of_300"]
+    assert await ids_in(context, large, "late", "d0", "d1") == ["d1", "late"]
+    assert await writer.look_after() == 1, "what was written meanwhile"
+    assert await writer.look_after() == 0
+
+
+async def test_a_bank_that_is_dropped_while_its_index_is_built_leaves_no_files(
+    context: Context, writer: BankWriter, build: Build, home: Path
+) -> None:
+    large = await vector_bank(context, writer, build)
+    context.store.memory_banks.delete("default", large.id)
+    await writer.drop(large)
+    assert await writer.sweep() == []
+    build.may_go.set()
+    await writer.until_built()
+    assert await writer.sweep() == [large.id]
+    assert not list((home / "memory_banks").rglob(f"{large.id}*"))
+
+
+async def test_an_index_that_cannot_be_built_is_told_and_tried_again(
+    context: Context,
+    writer: BankWriter,
+    build: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fails(_table: BankTable) -> None:
+        build.has_begun.set()
+        raise RuntimeError("a commit conflict")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(BankTable, "index_vectors", fails)
+        large = await vector_bank(context, writer, build)
+        await writer.until_built()
+    assert "cannot be built" in caplog.text
+    build.may_go.set()
+    assert await writer.look_after() == 1
+    await writer.until_built()
+    assert await vector_indices(context, large) == ["vectors_of_300"]
+
+
+async def test_what_was_deleted_leaves_the_files_and_the_quota_though_nothing_is_written_any_more(
+    context: Context, writer: BankWriter, bank: MemoryBank, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stack.memory_banks.table.KEEP_VERSIONS", dt.timedelta(seconds=1))
+    monkeypatch.setattr("stack.memory_banks.writer.KEEP_VERSIONS", dt.timedelta(seconds=1))
+    secret = random.Random(0).randbytes(100_000).hex()
+    await writer.write(bank, [document("a", secret), document("b")], replace=False)
+    await writer.delete(bank, ["a"])
+    assert await writer.look_after() == 1
+    assert context.store.memory_banks.bytes_of("default") > 200_000
+    async with asyncio.timeout(60):
+        while await writer.look_after() == 0:
+            await writer.until_due(0.1)
+    assert context.store.memory_banks.bytes_of("default") < 100_000
+    assert sum(file.stat().st_size for file in (home / "memory_banks").rglob("*") if file.is_file()) < 100_000
+    assert await ids_in(context, bank, "a", "b") == ["b"]
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    assert row.due_at is None, "nothing is left to be cleaned up"
+
+
 async def test_what_an_interrupted_drop_has_left_is_swept(
     context: Context, writer: BankWriter, bank: MemoryBank, home: Path
 ) -> None:
@@ -233,10 +494,34 @@ async def test_what_an_interrupted_drop_has_left_is_swept(
     for one in (bank, stays):
         await writer.write(one, [document("a")], replace=False)
     context.store.memory_banks.delete("default", bank.id)
+    assert context.store.memory_banks.dropped() == [(bank.id, "default")]
     assert await writer.sweep() == [bank.id]
     assert await writer.sweep() == []
     assert not list((home / "memory_banks").rglob(f"{bank.id}*"))
     assert await ids_in(context, stays, "a") == ["a"]
+
+
+async def test_a_drop_leaves_nothing_to_be_swept(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    context.store.memory_banks.delete("default", bank.id)
+    await writer.drop(bank)
+    assert context.store.memory_banks.dropped() == []
+    assert not context.store.memory_banks.delete("default", bank.id)
+    assert context.store.memory_banks.dropped() == []
+
+
+async def test_folders_that_the_database_does_not_know_are_left_alone(
+    context: Context, writer: BankWriter, bank: MemoryBank, home: Path
+) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    others = home / "memory_banks" / "photos" / "2026" / "one.jpg"
+    others.parent.mkdir(parents=True)
+    others.write_text("another's")
+    fresh = Store(f"sqlite:///{home}/fresh.db")
+    assert await BankWriter(context.config, fresh).sweep() == []
+    fresh.close()
+    assert others.exists()
+    assert await ids_in(context, bank, "a") == ["a"]
 
 
 async def test_nothing_is_opened_before_it_is_needed(context: Context, home: Path) -> None:
