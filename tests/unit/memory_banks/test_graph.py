@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,22 @@ async def test_a_graph_without_its_document_is_not_seen(tmp_path: Path) -> None:
     assert await bank.find("Anna", hops=3) == [("a", 0, 2.0)]
 
 
+async def test_the_graph_of_an_update_is_not_seen_before_its_document_is(tmp_path: Path) -> None:
+    """Of the same address, with the same hash, another content was had."""
+    bank = await Bank.create(tmp_path)
+    old = document("a", CHAIN[0])
+    new = replace(document("a", ("Zoe", "is", "far"), ("Anna", "met", "Zoe")), hash=old.hash)
+    await bank.write(old)
+    await bank.graph.put([new])
+    assert await bank.find("Anna", hops=3) == [("a", 0, 2.0)]
+    assert await bank.find("Zoe") == []
+    await bank.table.write([new], replace=True)
+    assert await bank.find("Zoe") == [("a", 0, 2.0), ("a", 1, 2.0)]
+    assert await bank.find("Bob") == []
+    assert await bank.graph.maintain(bank.table) == 1
+    assert await bank.find("Anna") == [("a", 1, 2.0), ("a", 0, 0.5)]
+
+
 async def test_what_was_deleted_or_has_expired_is_not_seen(tmp_path: Path) -> None:
     bank = await Bank.create(tmp_path)
     past = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
@@ -116,7 +133,7 @@ async def test_what_was_deleted_or_has_expired_is_not_seen(tmp_path: Path) -> No
 
 async def test_maintenance_removes_what_is_of_no_document(tmp_path: Path) -> None:
     bank = await Bank.create(tmp_path)
-    same = ("Same", "as", "other")  # of one hash in two documents, one of which goes
+    same = ("Same", "as", "other")  # in two documents, one of which goes
     await bank.write(document("a", same), document("b", same), document("c", CHAIN[0]))
     await bank.write(document("c", CHAIN[1]), replace=True)
     await bank.table.delete(["b"])
@@ -129,10 +146,12 @@ async def test_maintenance_removes_what_is_of_no_document(tmp_path: Path) -> Non
 
 async def test_a_write_that_is_repeated_leaves_one_graph(tmp_path: Path) -> None:
     bank = await Bank.create(tmp_path)
-    await bank.graph.put([document("a", CHAIN[0], CHAIN[1])])  # and the writer dies
-    await bank.write(document("a", CHAIN[0], CHAIN[1]))
-    await bank.write(document("a", CHAIN[0], CHAIN[1]))
-    assert (len(await bank.rows("nodes")), len(await bank.rows("edges"))) == (4, 2)
+    given = document("a", CHAIN[0], CHAIN[1])
+    await bank.graph.put([given])  # and the writer dies
+    await bank.write(given, document("b", CHAIN[2]))
+    await bank.write(given, replace=True)
+    assert (len(await bank.rows("nodes")), len(await bank.rows("edges"))) == (6, 3)
+    assert await bank.find("Anna") == [("a", 0, 2.0), ("a", 1, 0.5)]
 
 
 async def test_a_filter_hides_what_only_other_documents_lead_to(tmp_path: Path) -> None:
