@@ -135,13 +135,17 @@ class BankTable:
         for document in documents:
             self._require_vectors(document)
         schema = await self._with_columns(documents)
+        rows = await asyncio.to_thread(arrow.rows, documents, schema, await self.rows.version())
+        ids = _any_of([document.document_id for document in documents])
+        # "null" lets documents' own rows be without a vector; all others have been looked at.
+        if not await self.rows.query().where(ids).select(["position"]).limit(1).to_list():
+            await self.rows.add(rows, on_bad_vectors="null")
+            return
+        # It joins the whole table: 100 ms where there are 12,000 rows, and adding to them takes 5.
         merge = self.rows.merge_insert(["document_id", "position"])
         merge = merge.when_matched_update_all().when_not_matched_insert_all()
         # The chunks of the old text that the new one has no longer.
-        merge = merge.when_not_matched_by_source_delete(_any_of([document.document_id for document in documents]))
-        # "null" lets documents' own rows be without a vector; all others have been looked at.
-        rows = await asyncio.to_thread(arrow.rows, documents, schema, await self.rows.version())
-        await merge.execute(rows, on_bad_vectors="null")
+        await merge.when_not_matched_by_source_delete(ids).execute(rows, on_bad_vectors="null")
 
     async def delete(self, document_ids: Sequence[str]) -> list[str]:
         """Deletes documents in one commit. Returns the ids of those that were there."""

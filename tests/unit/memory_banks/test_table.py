@@ -11,6 +11,7 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+from lancedb import AsyncTable
 
 from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import table as table_module
@@ -159,6 +160,23 @@ async def test_two_thousand_documents_are_one_commit(bank: BankTable) -> None:
     assert len(await bank.documents([f"d{at}" for at in range(2_000)])) == 2_000
     assert len(await bank.delete([f"d{at}" for at in range(1, 3_000)])) == 1_999
     assert await bank.counts() == Counts(1, 2)
+
+
+async def test_new_documents_are_not_compared_with_all_that_there_is(
+    bank: BankTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    await bank.write([document("old", expires_at=past)], replace=False)
+    with monkeypatch.context() as without_merging:
+        without_merging.delattr(AsyncTable, "merge_insert")
+        await bank.write([document("a", "one. two", metadata={"k": 1}), document("b")], replace=False)
+        with pytest.raises(AttributeError):
+            await bank.write([document("old", "new"), document("c")], replace=False)
+    # What has expired has rows, which make way.
+    await bank.write([document("old", "new"), document("c")], replace=False)
+    assert await texts(bank, "a") == ["one", "two"]
+    assert await texts(bank, "old") == ["new"]
+    assert await bank.rows.count_rows() == 3 + 4 + 2 + 4
 
 
 async def test_deleting_names_what_was_there(bank: BankTable) -> None:
