@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 from lancedb.expr import Expr, col, lit
 from lancedb.index import BTree
 
+from stack.errors import Unavailable
 from stack.memory_banks import arrow, filters
 from stack.memory_banks.arrow import CHUNK_COLUMNS, DOCUMENT, Found
 from stack.memory_banks.entities import key_of, names_in
@@ -38,7 +39,8 @@ MAX_ROWS = 20_000
 # Of one expression.
 MAX_LITERALS = 1_000
 MAX_PLACES = 50
-PIN_TRIES = 5
+# Each write and each maintenance of a bank changes its graph.
+PIN_TRIES = 20
 
 T = TypeVar("T")
 _Place = tuple[str, int]  # a document's id, and the position of a chunk in it
@@ -122,7 +124,8 @@ class BankGraph:
     async def snapshot(self) -> "Snapshot":
         """The bank as it is now, in three tables that stay as they are.
 
-        What is removed while they are opened may be of the bank's held version: then they are opened again.
+        What is removed while they are opened may be of the bank's held version: then they are opened again. Raises
+        Unavailable where that is so each time.
         """
         held = await lancedb.connect_async(self._address, storage_options=dict(self._options or {}))
         for _ in range(PIN_TRIES):
@@ -130,8 +133,8 @@ class BankGraph:
             bank = await held.open_table(TABLE)
             nodes, edges = await held.open_table(NODES), await held.open_table(EDGES)
             if [await nodes.version(), await edges.version()] == before:
-                break
-        return Snapshot(BankTable(bank, None), nodes, edges)
+                return Snapshot(BankTable(bank, None), nodes, edges)
+        raise Unavailable(f"the bank has changed {PIN_TRIES} times while it was opened; try again")
 
 
 class Snapshot:
@@ -154,9 +157,7 @@ class Snapshot:
     async def chunks(self, places: Iterable[_Place]) -> dict[_Place, Found]:
         found: dict[_Place, Found] = {}
         for some in _batches(places, MAX_PLACES):
-            at = [(col("document_id") == lit(id_)) & (col("position") == lit(position)) for id_, position in some]
-            query = self.bank.rows.query().where(filters.any_of(at)).select(list(CHUNK_COLUMNS))
-            read = await query.to_arrow()
+            read = await self.bank.rows.query().where(_at(some)).select(list(CHUNK_COLUMNS)).to_arrow()
             found |= {one.key: one for one in arrow.found(read, repeat(0.0, read.num_rows))}
         return found
 
@@ -250,6 +251,12 @@ def _rows(document: Document, name: str) -> list[dict[str, Any]]:
 
 def _place(row: Mapping[str, Any]) -> _Place:
     return row["document_id"], row["position"]
+
+
+def _at(places: Sequence[_Place]) -> Expr:
+    """Rows at places. The list of ids is what LanceDB looks up in an index, which it does not do with those of places."""
+    at = [(col("document_id") == lit(id_)) & (col("position") == lit(position)) for id_, position in places]
+    return _any_of("document_id", {id_ for id_, _ in places}) & filters.any_of(at)
 
 
 def _any_of(column: str, values: Iterable[str]) -> Expr:

@@ -4,12 +4,17 @@ import asyncio
 import datetime as dt
 import hashlib
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
+from lancedb import AsyncTable
+
 from stack.api.filters import Equality
+from stack.errors import Unavailable
 from stack.memory_banks.entities import key_of
-from stack.memory_banks.graph import BankGraph, GraphQuery, find
+from stack.memory_banks.graph import BankGraph, GraphQuery, _at, find
 from stack.memory_banks.rows import Chunk, Document, Graph, Hit, Mention, Relation
 from stack.memory_banks.table import BankTable, Words
 
@@ -180,6 +185,32 @@ async def test_what_a_client_writes_is_never_a_part_of_a_condition(tmp_path: Pat
     await bank.write(document(odd, (odd, "is", "Odd")), document("b", CHAIN[0]))
     assert await bank.find(odd) == [(odd, 0, 2.0)]
     assert await bank.find("y' OR '1' = '1") == []
+
+
+async def test_chunks_are_looked_up_in_the_index_of_ids(tmp_path: Path) -> None:
+    bank = await Bank.create(tmp_path)
+    await bank.write(*(document(f"d{at}", *CHAIN) for at in range(3)))
+    await bank.table.maintain()
+    plan = await bank.table.rows.query().where(_at([("d0", 1), ("d2", 0)])).explain_plan()
+    assert "ScalarIndexQuery" in plan
+    chunks = await (await bank.graph.snapshot()).chunks([("d0", 1), ("d2", 0), ("none", 0)])
+    assert {place: found.text for place, found in chunks.items()} == {
+        ("d0", 1): "Bob owns Cafe", ("d2", 0): "Anna knows Bob",
+    }  # fmt: skip
+
+
+async def test_a_bank_that_changes_each_time_it_is_opened_is_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = await Bank.create(tmp_path)
+    versions = count()
+
+    async def version(_: AsyncTable) -> int:
+        return next(versions)
+
+    monkeypatch.setattr(AsyncTable, "version", version)
+    with pytest.raises(Unavailable, match="has changed 20 times"):
+        await bank.find("Anna")
 
 
 async def test_each_query_sees_a_document_as_it_was_or_as_it_is(tmp_path: Path) -> None:
