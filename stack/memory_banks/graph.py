@@ -254,7 +254,7 @@ def _place(row: Mapping[str, Any]) -> _Place:
 
 
 def _at(places: Sequence[_Place]) -> Expr:
-    """Rows at places. The list of ids is what LanceDB looks up in an index, which it does not do with those of places."""
+    """Rows at places. LanceDB looks the list of ids up in their index, which it does not do with the ids of places."""
     at = [(col("document_id") == lit(id_)) & (col("position") == lit(position)) for id_, position in places]
     return _any_of("document_id", {id_ for id_, _ in places}) & filters.any_of(at)
 

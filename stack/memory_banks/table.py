@@ -82,18 +82,21 @@ class BankTable:
 
     @classmethod
     async def create(
-        cls, address: str, dimensions: int | None, words: Words, storage_options: Mapping[str, str] | None = None
+        cls, address: str, dimensions: int | None, words: Words | None, storage_options: Mapping[str, str] | None = None
     ) -> Self:
-        """Makes the table in a folder or at an address of object storage; one that is there already is opened."""
+        """Makes the table in a folder or at an address of object storage; one that is there already is opened.
+
+        Without `words` it cannot be asked by keyword.
+        """
         connection = await connect(address, storage_options)
         try:
             rows = await open_table(connection, TABLE)
         except NotFound:
             rows = await connection.create_table(TABLE, schema=arrow.schema(dimensions), exist_ok=True)
         indices = {index.name for index in await rows.list_indices()}
-        if _WORDS_INDEX not in indices:
+        if words is not None and _WORDS_INDEX not in indices:
             await rows.create_index("text", config=_words_index(words), name=_WORDS_INDEX)
-        if _IDS_INDEX not in indices:
+        if _IDS_INDEX not in indices:  # as the last: where it is, all is
             await rows.create_index("document_id", config=BTree(), name=_IDS_INDEX)
         return cls(rows, dimensions)
 
@@ -104,7 +107,7 @@ class BankTable:
         Raises NotFound where there is none, and for one whose making has not ended, in which nothing is yet.
         """
         rows = await open_table(await connect(address, storage_options), TABLE)
-        if not {_WORDS_INDEX, _IDS_INDEX} <= {index.name for index in await rows.list_indices()}:
+        if _IDS_INDEX not in {index.name for index in await rows.list_indices()}:
             raise NotFound("this bank has not been made to its end")
         schema = await rows.schema()
         vector = schema.field("vector").type if "vector" in schema.names else None

@@ -16,7 +16,7 @@ from stack.errors import Unavailable
 from stack.memory_banks.entities import key_of
 from stack.memory_banks.graph import BankGraph, GraphQuery, _at, find
 from stack.memory_banks.rows import Chunk, Document, Graph, Hit, Mention, Relation
-from stack.memory_banks.table import BankTable, Words
+from stack.memory_banks.table import BankTable
 
 Triple = tuple[str, str, str]
 
@@ -29,7 +29,7 @@ class Bank:
 
     @classmethod
     async def create(cls, folder: Path) -> "Bank":
-        table = await BankTable.create(str(folder), None, Words())
+        table = await BankTable.create(str(folder), None, None)
         return cls(table, await BankGraph.create(str(folder)))
 
     async def write(self, *documents: Document, replace: bool = False) -> None:
