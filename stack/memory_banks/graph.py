@@ -31,7 +31,6 @@ from stack.memory_banks.search import Bounds, shown
 from stack.memory_banks.table import KEEP_VERSIONS, TABLE, BankTable, connect, open_table, unexpired
 
 NODES, EDGES = "nodes", "edges"
-MAX_HOPS = 3
 # From how many entities a hop goes on, at most: those that the most relations lead to.
 MAX_ENTITIES = 500
 # How many mentions, and how many relations of a hop, a query reads at most. Of more, LanceDB gives any so many.
@@ -57,7 +56,7 @@ _INDEXED = {NODES: ("key", "writing"), EDGES: ("source", "target", "writing")}
 class GraphQuery(Bounds):
     """A query: of `entities` by their names, or of those whose names stand in `text`, where there are none.
 
-    `hops` is how many relations an entity may be away from them, 1 to MAX_HOPS.
+    `hops` is how many relations an entity may be away from them, from 1 on.
     """
 
     text: str = ""

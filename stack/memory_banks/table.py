@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Literal, Self
+from typing import Self
 
 import lancedb
 import numpy as np
@@ -29,6 +29,7 @@ import pyarrow as pa
 from lancedb.expr import Expr, col, lit
 from lancedb.index import FTS, BTree, HnswSq
 
+from stack.api.memory_banks import Language
 from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import arrow, filters
 from stack.memory_banks.arrow import DOCUMENT
@@ -50,12 +51,6 @@ _WORDS_INDEX, _IDS_INDEX = "words", "documents"
 _VECTOR_INDEX = "vectors_of_"
 
 
-Language = Literal[
-    "Arabic", "Danish", "Dutch", "English", "Finnish", "French", "German", "Greek", "Hungarian", "Italian",
-    "Norwegian", "Portuguese", "Romanian", "Russian", "Spanish", "Swedish", "Tamil", "Turkish",
-]  # fmt: skip
-
-
 @dataclass(frozen=True, slots=True)
 class Words:
     """How texts are cut into the words that a keyword search looks for.
@@ -63,7 +58,7 @@ class Words:
     With `stem`, words of the language are found in all their forms, and its stop words are not looked for.
     """
 
-    language: Language = "English"
+    language: Language = Language.english
     stem: bool = True
 
 

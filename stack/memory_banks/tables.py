@@ -112,7 +112,7 @@ def _words(bank: MemoryBank) -> Words | None:
     match bank.config["type"]:
         case "keyword":
             config = KeywordBankConfig.model_validate(bank.config)
-            return Words(language=config.language.value, stem=config.stem)
+            return Words(language=config.language, stem=config.stem)
         case "vector":
             return Words()
         case _:

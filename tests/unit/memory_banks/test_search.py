@@ -1,18 +1,19 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
 from stack.api.filters import Filter
+from stack.api.memory_banks import Language
 from stack.errors import BadInput
 from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
 from stack.memory_banks.rows import Hit
 from stack.memory_banks.search import Bounds, Query, fuse, search
-from stack.memory_banks.table import BankTable, Language, Words
+from stack.memory_banks.table import BankTable, Words
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
 TEXTS = {
@@ -69,7 +70,7 @@ async def test_no_text_is_a_wrong_query(bank: BankTable, text: str) -> None:
 
 
 async def test_languages_have_their_own_forms_and_stop_words(tmp_path: Path) -> None:
-    bank = await BankTable.create(str(tmp_path / "de"), None, Words("German"))
+    bank = await BankTable.create(str(tmp_path / "de"), None, Words(Language.german))
     await bank.write([document("a", "die Häuser. und der Wald", dimensions=None)], replace=False)
     assert shown(await search(bank, Query("keyword", "Haus häusern"))) == ["die Häuser"]
     assert await search(bank, Query("keyword", "und")) == []
@@ -79,7 +80,7 @@ async def test_languages_have_their_own_forms_and_stop_words(tmp_path: Path) -> 
     assert shown(await search(exact, Query("keyword", "the"))) == ["the houses"]
 
 
-@pytest.mark.parametrize("language", get_args(Language))
+@pytest.mark.parametrize("language", Language)
 async def test_words_are_found_in_texts_of_each_language(tmp_path: Path, language: Language) -> None:
     bank = await BankTable.create(str(tmp_path), None, Words(language))
     texts = {
