@@ -267,7 +267,10 @@ def to_write(documents: Sequence[Document], there: Mapping[str, str], *, replace
     for document in documents:
         known = there.get(document.document_id)
         if replace and known is None:
-            raise NotFound(f"document {document.document_id!r} is not in this bank; allowed: ids of documents in it")
+            raise NotFound(
+                f"document {document.document_id!r} is not in this bank; allowed: ids of documents in it",
+                param="documents",
+            )
         if not replace and known not in (None, document.hash):
             raise Conflict(
                 f"document {document.document_id!r} is in this bank with another content; "

@@ -106,8 +106,9 @@ async def test_an_update_leaves_nothing_of_the_old_text(bank: BankTable) -> None
 
 async def test_an_update_of_what_is_not_there_writes_nothing(bank: BankTable) -> None:
     await bank.write([document("a")], replace=False)
-    with pytest.raises(NotFound, match="document 'none' is not in this bank"):
+    with pytest.raises(NotFound, match="document 'none' is not in this bank") as refused:
         await bank.write([document("a", "new"), document("none")], replace=True)
+    assert refused.value.param == "documents"
     assert await texts(bank, "a") == ["one", "two", "three"]
 
 
