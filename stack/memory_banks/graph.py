@@ -192,7 +192,7 @@ async def find(graph: BankGraph, query: GraphQuery) -> list[Hit]:
     The score of a chunk is the sum of 2^-d over the entities that it mentions and of 2^-h over the relations that it
     states. Chunks of the same score come in the order of their documents' ids and positions.
 
-    With a filter it is as if the bank had those documents alone that pass it.
+    With a filter it is as if the bank had those documents alone that pass it. Raises Unavailable as `snapshot` does.
     """
     held = await graph.snapshot()
     condition = None if query.filter is None else filters.expression(query.filter, await held.bank.columns())
