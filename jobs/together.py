@@ -13,8 +13,8 @@ R = TypeVar("R")
 class Together(Generic[T, R]):
     """What comes while `do` is at others waits, and is done next, all together, but for more than `most`.
 
-    `do` gives what comes of each, in their order; a StackError among it is raised to who waits for that one, and one
-    that it raises to all of them. So nobody waits for company, and the slower it is, the more is done at once.
+    `do` gives what comes of each, in their order; a StackError among it is raised to who waits for that one, and
+    whatever it raises to all of them. So nobody waits for company, and the slower it is, the more is done at once.
     """
 
     def __init__(self, do: Callable[[list[T]], Awaitable[Sequence[R | StackError]]], most: int) -> None:
@@ -34,12 +34,10 @@ class Together(Generic[T, R]):
 
     async def _next(self) -> None:
         taken, self._waiting = self._waiting[: self._most], self._waiting[self._most :]
-        try:
-            found: Sequence[R | StackError] = await self._do([item for item, _ in taken])
-        except StackError as error:
-            found = [error] * len(taken)
-        for (_, done), one in zip(taken, found, strict=True):
-            if isinstance(one, StackError):
+        (found,) = await asyncio.gather(self._do([item for item, _ in taken]), return_exceptions=True)
+        outcomes = [found] * len(taken) if isinstance(found, BaseException) else found
+        for (_, done), one in zip(taken, outcomes, strict=True):
+            if isinstance(one, BaseException):
                 done.set_exception(one)
             else:
                 done.set_result(one)

@@ -22,6 +22,7 @@ MAX_TTL_S = 100 * 366 * 24 * 3_600
 MAX_CHUNK_TOKENS = 8_192
 MAX_ENTITIES = 100
 MAX_ENTITY_NAME = 200
+MAX_HOPS = 3
 INGEST = "/memory_banks/ingest"
 
 BankId = Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
@@ -249,7 +250,7 @@ class QueryParams(Wire):
     neighbours: Annotated[int, Field(ge=0, le=10)] = 0
     prefix: bool = False
     entities: Annotated[list[EntityName], at_most(MAX_ENTITIES)] = []
-    hops: Annotated[int, Field(ge=1, le=3)] | None = None
+    hops: Annotated[int, Field(ge=1, le=MAX_HOPS)] | None = None
 
 
 QueryText = Annotated[str, Field(max_length=MAX_QUERY), AfterValidator(without_nul)]

@@ -79,6 +79,7 @@ def schema(dimensions: int | None) -> pa.Schema:
         pa.field("mime_type", pa.string()),  # of documents
         pa.field("metadata", pa.string()),  # of documents, as JSON
         pa.field("hash", pa.string()),  # of documents
+        pa.field("writing", pa.string()),  # of documents
     ]
     if dimensions is not None:
         fields.append(pa.field("vector", pa.list_(pa.float32(), dimensions)))  # of chunks
@@ -132,6 +133,7 @@ def _rows_of(document: Document, written: int) -> list[dict[str, Any]]:
         "mime_type": document.mime_type,
         "metadata": _json(document.metadata),
         "hash": document.hash,
+        "writing": document.writing,
     }
     of_all = {"written": written, "expires_at": expires_at, "metadata": document.metadata}
     chunks = [

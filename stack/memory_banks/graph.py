@@ -1,14 +1,15 @@
 """The graph of a bank: entities, where they are mentioned, and their relations, in two tables beside the bank's own.
 
-Rows of the graph name the writing of a document that they were extracted from, by its id and its hash, and count only
-as long as the bank's table has just that. They are written before the document is, so a document is there with its
-whole graph or not at all; what a writing, a deletion or an expiry leaves behind is seen by nobody, and `maintain`
-removes it.
+Rows of the graph name the writing of a document that they were extracted from (Document.writing), and count only as
+long as the bank's table has the document of just that one. They are written before the document is, so a document is
+there with its whole graph or not at all; what a writing, a deletion or an expiry leaves behind is seen by nobody, and
+`maintain` removes it.
 
 A query is of one version of the bank: that of its table is held first, then those of the graph, in which there is all
 that belongs to it.
 """
 
+import asyncio
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,9 +18,11 @@ from typing import Any, Self, TypeVar
 
 import lancedb
 import pyarrow as pa
+import pyarrow.compute as pc
 from lancedb.expr import Expr, col, lit
 from lancedb.index import BTree
 
+from stack.errors import Unavailable
 from stack.memory_banks import arrow, filters
 from stack.memory_banks.arrow import CHUNK_COLUMNS, DOCUMENT, Found
 from stack.memory_banks.entities import key_of, names_in
@@ -28,7 +31,6 @@ from stack.memory_banks.search import Bounds, shown
 from stack.memory_banks.table import KEEP_VERSIONS, TABLE, BankTable, connect, open_table, unexpired
 
 NODES, EDGES = "nodes", "edges"
-MAX_HOPS = 3
 # From how many entities a hop goes on, at most: those that the most relations lead to.
 MAX_ENTITIES = 500
 # How many mentions, and how many relations of a hop, a query reads at most. Of more, LanceDB gives any so many.
@@ -36,14 +38,13 @@ MAX_ROWS = 20_000
 # Of one expression.
 MAX_LITERALS = 1_000
 MAX_PLACES = 50
-PIN_TRIES = 5
+# Each write and each maintenance of a bank changes its graph.
+PIN_TRIES = 20
 
 T = TypeVar("T")
 _Place = tuple[str, int]  # a document's id, and the position of a chunk in it
 _ORIGIN = [
     pa.field("document_id", pa.string(), nullable=False),
-    pa.field("hash", pa.string(), nullable=False),
-    # Both in one, to be asked by.
     pa.field("writing", pa.string(), nullable=False),
     pa.field("position", pa.int32(), nullable=False),
 ]
@@ -55,7 +56,7 @@ _INDEXED = {NODES: ("key", "writing"), EDGES: ("source", "target", "writing")}
 class GraphQuery(Bounds):
     """A query: of `entities` by their names, or of those whose names stand in `text`, where there are none.
 
-    `hops` is how many relations an entity may be away from them, 1 to MAX_HOPS.
+    `hops` is how many relations an entity may be away from them, from 1 on.
     """
 
     text: str = ""
@@ -92,15 +93,18 @@ class BankGraph:
         return cls(address, storage_options, {name: await open_table(connection, name) for name in (NODES, EDGES)})
 
     async def put(self, documents: Sequence[Document]) -> None:
-        """Writes what was extracted from documents, each in place of what the same writing had. Readers see it when the
-        bank's table has the documents."""
-        for name in (NODES, EDGES):
-            table = self._tables[name]
-            rows = pa.Table.from_pylist([row for one in documents for row in _rows(one, name)], await table.schema())
-            on = ["writing", "position", *(("key",) if name == NODES else _TEXTS[EDGES])]
-            merge = table.merge_insert(on).when_matched_update_all().when_not_matched_insert_all()
-            written = _any_of("writing", [_writing(one.document_id, one.hash) for one in documents])
-            await merge.when_not_matched_by_source_delete(written).execute(rows)
+        """Writes what was extracted from documents. Readers see it when the bank's table has the documents.
+
+        A writing that is there already, of a call that is repeated, is there as a whole, and stays.
+        """
+        for name, table in self._tables.items():
+            there = set[str]()
+            for some in _batches([one.writing for one in documents], MAX_LITERALS):
+                read = await table.query().where(_any_of("writing", some)).select(["writing"]).to_arrow()
+                there |= set(read["writing"].unique().to_pylist())
+            rows = [row for one in documents if one.writing not in there for row in _rows(one, name)]
+            if rows:
+                await table.add(pa.Table.from_pylist(rows, await table.schema()))
 
     async def maintain(self, bank: BankTable) -> int:
         """Removes what is of no document of the bank any more, and does for the tables what BankTable.maintain does.
@@ -119,7 +123,8 @@ class BankGraph:
     async def snapshot(self) -> "Snapshot":
         """The bank as it is now, in three tables that stay as they are.
 
-        What is removed while they are opened may be of the bank's held version: then they are opened again.
+        What is removed while they are opened may be of the bank's held version: then they are opened again. Raises
+        Unavailable where that is so each time.
         """
         held = await lancedb.connect_async(self._address, storage_options=dict(self._options or {}))
         for _ in range(PIN_TRIES):
@@ -127,8 +132,8 @@ class BankGraph:
             bank = await held.open_table(TABLE)
             nodes, edges = await held.open_table(NODES), await held.open_table(EDGES)
             if [await nodes.version(), await edges.version()] == before:
-                break
-        return Snapshot(BankTable(bank, None), nodes, edges)
+                return Snapshot(BankTable(bank, None), nodes, edges)
+        raise Unavailable(f"the bank has changed {PIN_TRIES} times while it was opened; try again")
 
 
 class Snapshot:
@@ -138,7 +143,7 @@ class Snapshot:
         self.bank = bank
         self._nodes = nodes
         self._edges = edges
-        self._hashes: dict[str, str | None] = {}
+        self._writings: dict[str, str | None] = {}
 
     async def mentions(self, keys: Collection[str], condition: Expr | None) -> list[dict[str, Any]]:
         """Where entities are mentioned."""
@@ -151,9 +156,7 @@ class Snapshot:
     async def chunks(self, places: Iterable[_Place]) -> dict[_Place, Found]:
         found: dict[_Place, Found] = {}
         for some in _batches(places, MAX_PLACES):
-            at = [(col("document_id") == lit(id_)) & (col("position") == lit(position)) for id_, position in some]
-            query = self.bank.rows.query().where(filters.any_of(at)).select(list(CHUNK_COLUMNS))
-            read = await query.to_arrow()
+            read = await self.bank.rows.query().where(_at(some)).select(list(CHUNK_COLUMNS)).to_arrow()
             found |= {one.key: one for one in arrow.found(read, repeat(0.0, read.num_rows))}
         return found
 
@@ -164,21 +167,21 @@ class Snapshot:
         rows: list[dict[str, Any]] = []
         for some in _batches(keys, MAX_LITERALS):
             asked = filters.any_of([_any_of(column, some) for column in columns])
-            names = [*_TEXTS[NODES if table is self._nodes else EDGES], "document_id", "hash", "position"]
+            names = [*_TEXTS[NODES if table is self._nodes else EDGES], "document_id", "writing", "position"]
             query = table.query().where(asked).select(names).limit(MAX_ROWS - len(rows))
             rows += (await query.to_arrow()).to_pylist()
             if len(rows) == MAX_ROWS:
                 break
-        await self._look_up({row["document_id"] for row in rows}.difference(self._hashes), condition)
-        return [row for row in rows if self._hashes[row["document_id"]] == row["hash"]]
+        await self._look_up({row["document_id"] for row in rows}.difference(self._writings), condition)
+        return [row for row in rows if self._writings[row["document_id"]] == row["writing"]]
 
     async def _look_up(self, document_ids: Collection[str], condition: Expr | None) -> None:
         for some in _batches(document_ids, MAX_LITERALS):
             asked = _any_of("document_id", some) & (col("position") == lit(DOCUMENT)) & unexpired()
             query = self.bank.rows.query().where(asked if condition is None else asked & condition)
-            read = await query.select(["document_id", "hash"]).to_arrow()
-            self._hashes |= dict.fromkeys(some)
-            self._hashes |= dict(zip(read["document_id"].to_pylist(), read["hash"].to_pylist(), strict=True))
+            read = await query.select(["document_id", "writing"]).to_arrow()
+            self._writings |= dict.fromkeys(some)
+            self._writings |= dict(zip(read["document_id"].to_pylist(), read["writing"].to_pylist(), strict=True))
 
 
 async def find(graph: BankGraph, query: GraphQuery) -> list[Hit]:
@@ -189,7 +192,7 @@ async def find(graph: BankGraph, query: GraphQuery) -> list[Hit]:
     The score of a chunk is the sum of 2^-d over the entities that it mentions and of 2^-h over the relations that it
     states. Chunks of the same score come in the order of their documents' ids and positions.
 
-    With a filter it is as if the bank had those documents alone that pass it.
+    With a filter it is as if the bank had those documents alone that pass it. Raises Unavailable as `snapshot` does.
     """
     held = await graph.snapshot()
     condition = None if query.filter is None else filters.expression(query.filter, await held.bank.columns())
@@ -225,35 +228,34 @@ async def _scored(held: Snapshot, names: Collection[str], hops: int, condition: 
 
 async def _stale(table: Any, bank: BankTable) -> set[str]:
     """The writings in a table of the graph that are not in the bank's table, or no longer."""
-    writings: dict[str, tuple[str, str]] = {}
-    async for batch in await table.query().select(["document_id", "hash", "writing"]).to_batches():
-        for row in batch.to_pylist():
-            writings[row["writing"]] = (row["document_id"], row["hash"])
-    there: dict[str, str] = {}
-    for some in _batches({document_id for document_id, _ in writings.values()}, MAX_LITERALS):
-        there |= await bank.hashes(some)
-    return {writing for writing, (document_id, hash_) in writings.items() if there.get(document_id) != hash_}
+    there = await _writings(bank.rows.query().where(col("position") == lit(DOCUMENT)))
+    in_graph = await _writings(table.query())
+    return set(await asyncio.to_thread(lambda: in_graph.filter(pc.invert(pc.is_in(in_graph, there))).to_pylist()))
+
+
+async def _writings(query: Any) -> pa.Array:
+    """The different writings of the rows that a query finds."""
+    parts = [batch["writing"].unique() async for batch in await query.select(["writing"]).to_batches()]
+    return await asyncio.to_thread(lambda: pa.chunked_array(parts, pa.string()).unique())
 
 
 def _rows(document: Document, name: str) -> list[dict[str, Any]]:
     """What a table of the graph has of a document."""
     if document.graph is None:
         return []
-    origin = {
-        "document_id": document.document_id,
-        "hash": document.hash,
-        "writing": _writing(document.document_id, document.hash),
-    }
+    origin = {"document_id": document.document_id, "writing": document.writing}
     entries = document.graph.mentions if name == NODES else document.graph.relations
     return [origin | asdict(entry) for entry in entries]
 
 
-def _writing(document_id: str, hash_: str) -> str:
-    return f"{hash_}/{document_id}"
-
-
 def _place(row: Mapping[str, Any]) -> _Place:
     return row["document_id"], row["position"]
+
+
+def _at(places: Sequence[_Place]) -> Expr:
+    """Rows at places. LanceDB looks the list of ids up in their index, which it does not do with the ids of places."""
+    at = [(col("document_id") == lit(id_)) & (col("position") == lit(position)) for id_, position in places]
+    return _any_of("document_id", {id_ for id_, _ in places}) & filters.any_of(at)
 
 
 def _any_of(column: str, values: Iterable[str]) -> Expr:

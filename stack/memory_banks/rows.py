@@ -1,6 +1,7 @@
 """What is written into memory banks and found in them."""
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, field
 from datetime import datetime
 
 import numpy as np
@@ -62,6 +63,8 @@ class Document:
     chunks: tuple[Chunk, ...]
     vectors: NDArray[np.float32] | None  # (chunks, dimensions); vector banks only
     graph: Graph | None = None  # graph banks only
+    # The id of this making of it: of the same address, another content may be had the next time.
+    writing: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,12 +97,16 @@ def _has_graph(bank: MemoryBank) -> bool:
     return bool(bank.config["type"] == "graph")
 
 
-def _words(bank: MemoryBank) -> Words:
-    """How words are found: those of keyword banks say it."""
-    if bank.config["type"] != "keyword":
-        return Words()
-    config = KeywordBankConfig.model_validate(bank.config)
-    return Words(language=config.language.value, stem=config.stem)
+def _words(bank: MemoryBank) -> Words | None:
+    """How words are found, in banks that are asked for them: keyword banks say it."""
+    match bank.config["type"]:
+        case "keyword":
+            config = KeywordBankConfig.model_validate(bank.config)
+            return Words(language=config.language, stem=config.stem)
+        case "vector":
+            return Words()
+        case _:
+            return None
 
 
 def storage_options() -> dict[str, str]:

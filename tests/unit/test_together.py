@@ -19,12 +19,15 @@ class Doubles:
         self.asked: list[list[int]] = []
         self.may_go = asyncio.Event()
         self.is_away = False
+        self.is_broken = False
 
     async def __call__(self, numbers: list[int]) -> list[int | BadInput]:
         self.asked.append(numbers)
         await self.may_go.wait()
         if self.is_away:
             raise Unavailable("away")
+        if self.is_broken:
+            raise OSError("the disk is gone")
         return [BadInput(f"{one} is odd") if one % 2 else 2 * one for one in numbers]
 
 
@@ -60,3 +63,16 @@ async def test_what_fails_for_all_is_told_to_all_and_the_next_is_tried_again() -
     assert await together.one(2) == 4
     with pytest.raises(BadInput):
         await together.one(3)
+
+
+async def test_an_error_that_nobody_has_foreseen_is_told_to_all_as_well() -> None:
+    do = Doubles()
+    do.is_broken = True
+    together = Together[int, int](do, most=10)
+    asked = [asyncio.create_task(together.one(number)) for number in range(3)]
+    await asyncio.sleep(0)
+    do.may_go.set()
+    async with asyncio.timeout(30):
+        found = await asyncio.gather(*asked, return_exceptions=True)
+    assert [str(one) for one in found] == ["the disk is gone"] * 3
+    assert do.asked == [[0], [1, 2]]

@@ -3,14 +3,20 @@
 import asyncio
 import datetime as dt
 import hashlib
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
+from lancedb import AsyncTable
+
 from stack.api.filters import Equality
+from stack.errors import Unavailable
 from stack.memory_banks.entities import key_of
-from stack.memory_banks.graph import BankGraph, GraphQuery, find
+from stack.memory_banks.graph import BankGraph, GraphQuery, _at, find
 from stack.memory_banks.rows import Chunk, Document, Graph, Hit, Mention, Relation
-from stack.memory_banks.table import BankTable, Words
+from stack.memory_banks.table import BankTable
 
 Triple = tuple[str, str, str]
 
@@ -23,7 +29,7 @@ class Bank:
 
     @classmethod
     async def create(cls, folder: Path) -> "Bank":
-        table = await BankTable.create(str(folder), None, Words())
+        table = await BankTable.create(str(folder), None, None)
         return cls(table, await BankGraph.create(str(folder)))
 
     async def write(self, *documents: Document, replace: bool = False) -> None:
@@ -105,6 +111,22 @@ async def test_a_graph_without_its_document_is_not_seen(tmp_path: Path) -> None:
     assert await bank.find("Anna", hops=3) == [("a", 0, 2.0)]
 
 
+async def test_the_graph_of_an_update_is_not_seen_before_its_document_is(tmp_path: Path) -> None:
+    """Of the same address, with the same hash, another content was had."""
+    bank = await Bank.create(tmp_path)
+    old = document("a", CHAIN[0])
+    new = replace(document("a", ("Zoe", "is", "far"), ("Anna", "met", "Zoe")), hash=old.hash)
+    await bank.write(old)
+    await bank.graph.put([new])
+    assert await bank.find("Anna", hops=3) == [("a", 0, 2.0)]
+    assert await bank.find("Zoe") == []
+    await bank.table.write([new], replace=True)
+    assert await bank.find("Zoe") == [("a", 0, 2.0), ("a", 1, 2.0)]
+    assert await bank.find("Bob") == []
+    assert await bank.graph.maintain(bank.table) == 1
+    assert await bank.find("Anna") == [("a", 1, 2.0), ("a", 0, 0.5)]
+
+
 async def test_what_was_deleted_or_has_expired_is_not_seen(tmp_path: Path) -> None:
     bank = await Bank.create(tmp_path)
     past = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=1)
@@ -116,7 +138,7 @@ async def test_what_was_deleted_or_has_expired_is_not_seen(tmp_path: Path) -> No
 
 async def test_maintenance_removes_what_is_of_no_document(tmp_path: Path) -> None:
     bank = await Bank.create(tmp_path)
-    same = ("Same", "as", "other")  # of one hash in two documents, one of which goes
+    same = ("Same", "as", "other")  # in two documents, one of which goes
     await bank.write(document("a", same), document("b", same), document("c", CHAIN[0]))
     await bank.write(document("c", CHAIN[1]), replace=True)
     await bank.table.delete(["b"])
@@ -129,10 +151,12 @@ async def test_maintenance_removes_what_is_of_no_document(tmp_path: Path) -> Non
 
 async def test_a_write_that_is_repeated_leaves_one_graph(tmp_path: Path) -> None:
     bank = await Bank.create(tmp_path)
-    await bank.graph.put([document("a", CHAIN[0], CHAIN[1])])  # and the writer dies
-    await bank.write(document("a", CHAIN[0], CHAIN[1]))
-    await bank.write(document("a", CHAIN[0], CHAIN[1]))
-    assert (len(await bank.rows("nodes")), len(await bank.rows("edges"))) == (4, 2)
+    given = document("a", CHAIN[0], CHAIN[1])
+    await bank.graph.put([given])  # and the writer dies
+    await bank.write(given, document("b", CHAIN[2]))
+    await bank.write(given, replace=True)
+    assert (len(await bank.rows("nodes")), len(await bank.rows("edges"))) == (6, 3)
+    assert await bank.find("Anna") == [("a", 0, 2.0), ("a", 1, 0.5)]
 
 
 async def test_a_filter_hides_what_only_other_documents_lead_to(tmp_path: Path) -> None:
@@ -161,6 +185,32 @@ async def test_what_a_client_writes_is_never_a_part_of_a_condition(tmp_path: Pat
     await bank.write(document(odd, (odd, "is", "Odd")), document("b", CHAIN[0]))
     assert await bank.find(odd) == [(odd, 0, 2.0)]
     assert await bank.find("y' OR '1' = '1") == []
+
+
+async def test_chunks_are_looked_up_in_the_index_of_ids(tmp_path: Path) -> None:
+    bank = await Bank.create(tmp_path)
+    await bank.write(*(document(f"d{at}", *CHAIN) for at in range(3)))
+    await bank.table.maintain()
+    plan = await bank.table.rows.query().where(_at([("d0", 1), ("d2", 0)])).explain_plan()
+    assert "ScalarIndexQuery" in plan
+    chunks = await (await bank.graph.snapshot()).chunks([("d0", 1), ("d2", 0), ("none", 0)])
+    assert {place: found.text for place, found in chunks.items()} == {
+        ("d0", 1): "Bob owns Cafe", ("d2", 0): "Anna knows Bob",
+    }  # fmt: skip
+
+
+async def test_a_bank_that_changes_each_time_it_is_opened_is_unavailable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = await Bank.create(tmp_path)
+    versions = count()
+
+    async def version(_: AsyncTable) -> int:
+        return next(versions)
+
+    monkeypatch.setattr(AsyncTable, "version", version)
+    with pytest.raises(Unavailable, match="has changed 20 times"):
+        await bank.find("Anna")
 
 
 async def test_each_query_sees_a_document_as_it_was_or_as_it_is(tmp_path: Path) -> None:

@@ -1,18 +1,19 @@
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
 from stack.api.filters import Filter
+from stack.api.memory_banks import Language
 from stack.errors import BadInput
 from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
 from stack.memory_banks.rows import Hit
 from stack.memory_banks.search import Bounds, Query, fuse, search
-from stack.memory_banks.table import BankTable, Language, Words
+from stack.memory_banks.table import BankTable, Words
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
 TEXTS = {
@@ -69,7 +70,7 @@ async def test_no_text_is_a_wrong_query(bank: BankTable, text: str) -> None:
 
 
 async def test_languages_have_their_own_forms_and_stop_words(tmp_path: Path) -> None:
-    bank = await BankTable.create(str(tmp_path / "de"), None, Words("German"))
+    bank = await BankTable.create(str(tmp_path / "de"), None, Words(Language.german))
     await bank.write([document("a", "die Häuser. und der Wald", dimensions=None)], replace=False)
     assert shown(await search(bank, Query("keyword", "Haus häusern"))) == ["die Häuser"]
     assert await search(bank, Query("keyword", "und")) == []
@@ -79,7 +80,7 @@ async def test_languages_have_their_own_forms_and_stop_words(tmp_path: Path) -> 
     assert shown(await search(exact, Query("keyword", "the"))) == ["the houses"]
 
 
-@pytest.mark.parametrize("language", get_args(Language))
+@pytest.mark.parametrize("language", Language)
 async def test_words_are_found_in_texts_of_each_language(tmp_path: Path, language: Language) -> None:
     bank = await BankTable.create(str(tmp_path), None, Words(language))
     texts = {
@@ -139,12 +140,11 @@ async def test_neighbours_come_in_the_order_of_the_document_and_none_twice(bank:
     runs = [hit.chunk.position for hit in hits]
     assert runs.index(6) + 1 == runs.index(7) == runs.index(8) - 1
     assert {hit.score for hit in hits} == {hit.score for hit in await search(bank, replace(query, neighbours=0))}
-    assert (
-        await search(bank, replace(query, neighbours=10, max_chunks=1, max_tokens=4))
-        == (await search(bank, replace(query, neighbours=10, max_chunks=1)))[
-            : len(await search(bank, replace(query, neighbours=10, max_chunks=1, max_tokens=4)))
-        ]
-    )
+    whole = await search(bank, replace(query, neighbours=10, max_chunks=1))
+    assert [hit.chunk.position for hit in whole] == list(range(10))
+    cut = await search(bank, replace(query, neighbours=10, max_chunks=1, max_tokens=4))
+    assert [hit.chunk.tokens for hit in whole[:4]] == [1, 2, 2, 1]
+    assert cut == whole[:2]
     (alone,) = await search(bank, Query("keyword", "hot"))
     assert [hit.chunk.position for hit in await search(bank, Query("keyword", "hot", neighbours=5))] == [0, 1]
     assert alone.chunk.position == 0

@@ -11,12 +11,17 @@ from textwrap import dedent
 
 import numpy as np
 import pytest
+from lancedb import AsyncTable
 
+from stack.config import Config
 from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import table as table_module
 from stack.memory_banks.keyvalue import by_keys, by_prefix
 from stack.memory_banks.search import Bounds, Query, search
 from stack.memory_banks.table import BankTable, Counts, Words, to_write
+from stack.memory_banks.tables import Tables
+from stack.store import MemoryBank, now
+from tests.conftest import CONFIG
 from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
 
 REPOSITORY = Path(__file__).parents[3]
@@ -101,8 +106,9 @@ async def test_an_update_leaves_nothing_of_the_old_text(bank: BankTable) -> None
 
 async def test_an_update_of_what_is_not_there_writes_nothing(bank: BankTable) -> None:
     await bank.write([document("a")], replace=False)
-    with pytest.raises(NotFound, match="document 'none' is not in this bank"):
+    with pytest.raises(NotFound, match="document 'none' is not in this bank") as refused:
         await bank.write([document("a", "new"), document("none")], replace=True)
+    assert refused.value.param == "documents"
     assert await texts(bank, "a") == ["one", "two", "three"]
 
 
@@ -159,6 +165,23 @@ async def test_two_thousand_documents_are_one_commit(bank: BankTable) -> None:
     assert len(await bank.documents([f"d{at}" for at in range(2_000)])) == 2_000
     assert len(await bank.delete([f"d{at}" for at in range(1, 3_000)])) == 1_999
     assert await bank.counts() == Counts(1, 2)
+
+
+async def test_new_documents_are_not_compared_with_all_that_there_is(
+    bank: BankTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    await bank.write([document("old", expires_at=past)], replace=False)
+    with monkeypatch.context() as without_merging:
+        without_merging.delattr(AsyncTable, "merge_insert")
+        await bank.write([document("a", "one. two", metadata={"k": 1}), document("b")], replace=False)
+        with pytest.raises(AttributeError):
+            await bank.write([document("old", "new"), document("c")], replace=False)
+    # What has expired has rows, which make way.
+    await bank.write([document("old", "new"), document("c")], replace=False)
+    assert await texts(bank, "a") == ["one", "two"]
+    assert await texts(bank, "old") == ["new"]
+    assert await bank.rows.count_rows() == 3 + 4 + 2 + 4
 
 
 async def test_deleting_names_what_was_there(bank: BankTable) -> None:
@@ -247,6 +270,22 @@ async def test_many_banks_are_opened_by_their_manifests(tmp_path: Path) -> None:
     assert {index.name for index in await again.rows.list_indices()} == {"words", "documents"}
 
 
+@pytest.mark.parametrize(("kind", "indices"), [
+    ("vector", {"documents", "words"}), ("keyword", {"documents", "words"}), ("keyvalue", {"documents"}),
+    ("graph", {"documents"}),
+])  # fmt: skip
+async def test_words_are_indexed_where_they_are_asked_for(home: Path, kind: str, indices: set[str]) -> None:
+    config = Config.parse(CONFIG | {"store": f"sqlite:///{home}/stack.db"}, "the test's")
+    bank = MemoryBank(f"bank-{kind}", "acme", "a", None, {"type": kind}, None, bytes=0, created_at=now(), written_at="")
+    made = await Tables(config).get_or_create(bank)
+    await made.table.write([document("a", dimensions=None)], replace=False)
+    await made.table.maintain()
+    opened = await Tables(config).get(bank)
+    assert opened is not None
+    assert {index.name for index in await opened.table.rows.list_indices()} == indices
+    assert await texts(opened.table, "a") == ["one", "two", "three"]
+
+
 async def test_a_bank_is_opened_again_with_all_that_it_has_got(bank: BankTable, tmp_path: Path) -> None:
     await bank.write([document("a", metadata={"n": 1})], replace=False)
     again = await BankTable.create(str(tmp_path / "bank"), DIMENSIONS, Words())
@@ -260,10 +299,13 @@ async def test_a_bank_whose_making_was_cut_off_is_not_there_and_is_made_to_its_e
     if lost == "table":
         (tmp_path / "bank" / "bank.lance" / "_transactions").mkdir(parents=True)
     else:
-        await (await BankTable.create(address, DIMENSIONS, Words())).rows.drop_index(lost)
+        made = await BankTable.create(address, DIMENSIONS, Words())
+        for index in dict.fromkeys((lost, "documents")):  # this one is made last
+            await made.rows.drop_index(index)
     with pytest.raises(NotFound):
         await BankTable.open(address)
     bank = await BankTable.create(address, DIMENSIONS, Words())
+    assert {index.name for index in await bank.rows.list_indices()} == {"words", "documents"}
     await bank.write([document("a", "one. two")], replace=False)
     assert len(await search(await BankTable.open(address), Query("keyword", "one"))) == 1
 
