@@ -30,7 +30,7 @@ from stack.errors import Conflict, StackError, Unavailable
 from stack.memory_banks import banks, ingestion, serve_writer
 from stack.memory_banks.documents import embed, hash_of, prepare
 from stack.memory_banks.ingestion import DOCUMENTS, GivenDocument
-from stack.memory_banks.rows import Document, StoredDocument
+from stack.memory_banks.rows import Document, Known, StoredDocument
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import Writer, bytes_in
 
@@ -77,7 +77,7 @@ class Ingest(Asker):
         self._tables = Tables(self._context.config)
         self._writer: Writer | None = None
         self._prepared_at_once = asyncio.Semaphore(PREPARED_AT_ONCE)
-        self._known: Together[str, StoredDocument | None] = Together(self._look_up, MOST_AT_ONCE)
+        self._known: Together[str, Known | None] = Together(self._look_up, MOST_AT_ONCE)
         self._writes: Together[Document, None] = Together(self._write, MOST_AT_ONCE)
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -114,12 +114,12 @@ class Ingest(Asker):
             return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=ttl)
         return dt.datetime.fromisoformat(given.expires_at) if given.expires_at is not None else None
 
-    async def _look_up(self, ids: Sequence[str]) -> list[StoredDocument | None]:
-        """Those of the documents that are in the bank."""
+    async def _look_up(self, ids: Sequence[str]) -> list[Known | None]:
+        """What is to know of those of the documents that are in the bank."""
 
         # Anew, as the bank's row says whether something was ever written into it.
         bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
-        known = await banks.stored(self._tables, bank, ids)
+        known = await banks.known(self._tables, bank, ids)
         return [known.get(one) for one in ids]
 
     async def _write(self, documents: Sequence[Document]) -> list[None | StackError]:
