@@ -21,10 +21,12 @@ import ray.data
 from jobs import bank_source, dataset_source, driver, made_data
 from jobs.asking import Asker, asked, patiently
 from jobs.made_data import Registered
+from jobs.room import Room
 from jobs.row_log import Bounds, RowLog, complete, write_rows
 from jobs.together import Together
 from stack import datasets, jobs, made_datasets, quotas
-from stack.api.memory_banks import IngestDocumentsRequest
+from stack.addresses import address_in
+from stack.api.memory_banks import Address, IngestDocumentsRequest, MemoryBankDocument
 from stack.config import LanguageModel
 from stack.errors import Conflict, StackError, Unavailable
 from stack.memory_banks import banks, ingestion, serve_writer
@@ -33,12 +35,16 @@ from stack.memory_banks.ingestion import DOCUMENTS, GivenDocument
 from stack.memory_banks.rows import Document, Known, StoredDocument
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import Writer, bytes_in
+from stack.store import MemoryBank
 
 # How many documents are looked up or written at once, and how many bytes of them are.
 MOST_AT_ONCE = 128
 WRITE_BYTES = 32 * 2**20
-# How many are read, cut and embedded at once: all there is of them is in memory.
+# How many are read, cut and embedded at once, and how many bytes of them are in memory, to the end of their write.
 PREPARED_AT_ONCE = 32
+PREPARED_BYTES = 256 * 2**20
+# For how large a document is taken of which only the address is known.
+ADDRESS_BYTES = 16 * 2**20
 _COUNTS = ("written", "unchanged", "chunks", "tokens")
 
 
@@ -77,6 +83,7 @@ class Ingest(Asker):
         self._tables = Tables(self._context.config)
         self._writer: Writer | None = None
         self._prepared_at_once = asyncio.Semaphore(PREPARED_AT_ONCE)
+        self._room = Room(PREPARED_BYTES)
         self._known: Together[str, Known | None] = Together(self._look_up, MOST_AT_ONCE)
         self._writes: Together[Document, None] = Together(self._write, MOST_AT_ONCE)
 
@@ -94,12 +101,18 @@ class Ingest(Asker):
             if known.hash != hash_of(document):
                 raise _taken(document.document_id, self._request.bank_id)
             return _result(unchanged=1)
-        async with self._prepared_at_once:
-            bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
-            (ready,) = await patiently(
-                lambda: prepare(self._context, bank, [document], [self._expires_at(given)], in_job=True)
-            )
-        await self._writes.one(ready)
+        bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
+        taken = _expected_bytes(bank, document)
+        await self._room.take(taken)
+        try:
+            async with self._prepared_at_once:
+                (ready,) = await patiently(
+                    lambda: prepare(self._context, bank, [document], [self._expires_at(given)], in_job=True)
+                )
+            taken = self._room.change(taken, bytes_in([ready]))
+            await self._writes.one(ready)
+        finally:
+            self._room.change(taken, 0)
         return _result(written=1, chunks=len(ready.chunks), tokens=sum(chunk.tokens for chunk in ready.chunks))
 
     async def _try_to_embed(self) -> dict[str, Any]:
@@ -156,6 +169,13 @@ def errors(log: RowLog) -> Iterator[dict[str, Any]]:
         if (error := line["error"]) is not None:
             about = {"document_id": line["value"]["id"], "row": line["row"]}
             yield about | {"code": error["code"], "message": error["message"]}
+
+
+def _expected_bytes(bank: MemoryBank, document: MemoryBankDocument) -> int:
+    """About how many bytes a document will have when it is ready to be written."""
+    content = document.content
+    address = isinstance(content, Address) or (isinstance(content, str) and address_in(content, "upload") is not None)
+    return ADDRESS_BYTES if address else ingestion.bytes_in_bank(bank, sum(map(len, content)), 1)
 
 
 def _result(**counts: int) -> dict[str, Any]:

@@ -167,6 +167,14 @@ def test_documents_of_a_batch_are_written_together(context: Context, home: Path,
     assert len(writer.written) < 40
 
 
+def test_no_more_documents_are_prepared_than_there_is_room_for_until_they_are_written(
+    context: Context, home: Path, writer: Noting, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "PREPARED_BYTES", 1)
+    run(context, request(bank(context), texts(home, 6)))
+    assert [len(part) for part in writer.written] == [1] * 6
+
+
 @pytest.mark.parametrize("kind", ["keyvalue", "keyword"])
 def test_banks_of_every_kind_take_documents(
     context: Context, home: Path, memory: Memory, here: None, engine: VariedEngine, kind: str
