@@ -12,6 +12,7 @@ import datetime as dt
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -26,13 +27,14 @@ from jobs.row_log import Bounds, RowLog, complete, write_rows
 from jobs.together import Together
 from stack import datasets, jobs, made_datasets, quotas
 from stack.addresses import address_in
-from stack.api.memory_banks import Address, IngestDocumentsRequest, MemoryBankDocument
+from stack.api.memory_banks import Address, GraphBankConfig, IngestDocumentsRequest, MemoryBankDocument
 from stack.config import LanguageModel
-from stack.errors import Conflict, StackError, Unavailable
+from stack.errors import BadInput, Conflict, StackError, Unavailable
 from stack.memory_banks import banks, ingestion, serve_writer
 from stack.memory_banks.documents import embed, hash_of, prepare
+from stack.memory_banks.extraction import extract
 from stack.memory_banks.ingestion import DOCUMENTS, GivenDocument
-from stack.memory_banks.rows import Document, Known, StoredDocument
+from stack.memory_banks.rows import Chunk, Document, Known, StoredDocument
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import Writer, bytes_in
 from stack.store import MemoryBank
@@ -45,6 +47,8 @@ PREPARED_AT_ONCE = 32
 PREPARED_BYTES = 256 * 2**20
 # For how large a document is taken of which only the address is known.
 ADDRESS_BYTES = 16 * 2**20
+# What a model answers if it is there at all.
+HARMLESS = "Hello"
 _COUNTS = ("written", "unchanged", "chunks", "tokens")
 
 
@@ -93,7 +97,7 @@ class Ingest(Asker):
 
     async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
         if not value:  # what is harmless: where the writer is away, `_gone` says it
-            return await self._try_to_embed()
+            return await self._try_model()
         given = GivenDocument(**value)
         document = given.document()
         known = await self._known.one(document.document_id)
@@ -115,10 +119,15 @@ class Ingest(Asker):
             self._room.change(taken, 0)
         return _result(written=1, chunks=len(ready.chunks), tokens=sum(chunk.tokens for chunk in ready.chunks))
 
-    async def _try_to_embed(self) -> dict[str, Any]:
+    async def _try_model(self) -> dict[str, Any]:
         bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
         if bank.config["type"] == "vector":
-            await patiently(lambda: embed(self._context, bank, ["Hello"]))
+            await patiently(lambda: embed(self._context, bank, [HARMLESS]))
+        if bank.config["type"] == "graph":
+            config = GraphBankConfig.model_validate(bank.config)
+            chunk = Chunk(HARMLESS, 0, 0, len(HARMLESS), 1, None, ())
+            with suppress(BadInput):  # it has answered, if not in JSON
+                await patiently(lambda: extract(self._context, config, ["harmless"], [[chunk]]))
         return _result()
 
     def _expires_at(self, given: GivenDocument) -> dt.datetime | None:

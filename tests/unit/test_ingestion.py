@@ -25,7 +25,7 @@ from stack.memory_banks.rows import Document, StoredDocument
 from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, now
 from tests.conftest import CONFIG
-from tests.memory import EMBEDDER, VECTOR, document, write_embedder
+from tests.memory import EMBEDDER, VECTOR, document, write_embedder, write_tokenizer
 from tests.samples import dataset, write_rows
 from tests.scripted_engine import DIMENSIONS
 from tests.varied_engine import VariedEngine
@@ -37,6 +37,7 @@ with warnings.catch_warnings():
     from jobs.driver import Outcome
     from tests.asked_here import lines, work_here, work_of
 
+GRAPH = {"type": "graph", "model": "small", "chunk_size_in_tokens": 8}
 DOCUMENTS = {"document_id": "text", "content": "text"}
 
 
@@ -306,6 +307,25 @@ def test_an_embedding_model_that_is_away_loses_the_attempt(
     engine.fail(Unavailable("the model is being started"))
     with pytest.raises(Unavailable, match="the model is being started"):
         run(context, request(bank(context), texts(home, 3)))
+
+
+def test_a_graph_banks_model_that_is_away_loses_the_attempt(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    write_tokenizer(home / "models" / "small")
+    engine.fail(Unavailable("the model is being started"))
+    with pytest.raises(Unavailable, match="the model is being started"):
+        run(context, request(bank(context, GRAPH), texts(home, 3)))
+
+
+def test_a_document_for_which_a_graph_banks_model_is_away_fails_alone_while_others_are_answered_without_json(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    write_tokenizer(home / "models" / "small")
+    engine.refusals["the text 1"] = Unavailable("the model is being started")
+    outcome = ended(context, request(bank(context, GRAPH), texts(home, 2)))
+    assert outcome.problem is None
+    assert {one["document_id"]: one["code"] for one in errors_of(outcome)} == {"d0": "bad_input", "d1": "unavailable"}
 
 
 def test_documents_expire_as_the_request_says(context: Context, home: Path, memory: Memory, here: None) -> None:
