@@ -22,6 +22,7 @@ from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
 from stack.memory_banks import banks, ingestion
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.rows import Document, StoredDocument
+from stack.memory_banks.table import BankTable
 from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, now
 from tests.conftest import CONFIG
@@ -344,6 +345,24 @@ def test_another_banks_documents_are_embedded_into_a_bank_of_another_model_with_
     metrics = run(context, request(target, source_bank_id=source, job_uuid="again"))
     assert (metrics["written"], metrics["chunks"]) == (5, 5)
     assert written(context, memory, target) == written(context, memory, source)
+
+
+def test_a_bank_is_copied_a_few_documents_at_a_time_each_as_it_is_when_its_turn_comes(
+    context: Context, home: Path, memory: Memory, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = bank(context, {"type": "keyvalue"}), bank(context, {"type": "keyvalue"})
+    run(context, request(source, texts(home, 10)))  # d0 to d9
+    read, sizes = BankTable.documents, list[int]()
+
+    async def deleting_the_last(table: BankTable, ids: Sequence[str]) -> list[StoredDocument]:
+        sizes.append(len(ids))
+        found = await read(table, ids)
+        await memory.writer.delete(banks.find(context, source), ["d9"])
+        return found
+
+    monkeypatch.setattr(BankTable, "documents", deleting_the_last)
+    assert run(context, request(target, source_bank_id=source, job_uuid="again"))["documents"] == 9
+    assert sizes == [banks.PAGE, 2]
 
 
 def test_a_lost_copy_of_a_bank_goes_on_with_what_the_bank_had(
