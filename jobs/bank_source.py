@@ -1,8 +1,8 @@
 """Documents of memory banks for jobs, as sources of Ray Data.
 
-A bank changes, so a job works on a copy of what it had when the job began: a file of JSON Lines in the job's folder,
-`{"row": 1, "value": {…}}` each, from which a next attempt goes on. A line may have an `error` instead: why there is
-nothing to ask about.
+A bank changes, so a job works on a copy of the documents that it had when the job began, each as it was when its turn
+came: a file of JSON Lines in the job's folder, `{"row": 1, "value": {…}}` each, from which a next attempt goes on. A
+line may have an `error` instead: why there is nothing to ask about.
 """
 
 import json

@@ -45,8 +45,8 @@ from stack.synthetic_rows import Chosen, Generation, Pairs, Rejection, Scored, S
 
 # How many of what was rejected are shown, for each reason.
 MAX_SHOWN = 100
-# How many documents of a bank are read at once.
-READ_AT_ONCE = 16
+# How many documents of a bank are read at once, of up to 32 MiB each.
+READ_AT_ONCE = 8
 _TOKENS = ("prompt_tokens", "completion_tokens")
 
 

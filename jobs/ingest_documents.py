@@ -12,6 +12,7 @@ import datetime as dt
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -21,24 +22,33 @@ import ray.data
 from jobs import bank_source, dataset_source, driver, made_data
 from jobs.asking import Asker, asked, patiently
 from jobs.made_data import Registered
+from jobs.room import Room
 from jobs.row_log import Bounds, RowLog, complete, write_rows
 from jobs.together import Together
 from stack import datasets, jobs, made_datasets, quotas
-from stack.api.memory_banks import IngestDocumentsRequest
+from stack.addresses import address_in
+from stack.api.memory_banks import Address, GraphBankConfig, IngestDocumentsRequest, MemoryBankDocument
 from stack.config import LanguageModel
-from stack.errors import Conflict, StackError, Unavailable
+from stack.errors import BadInput, Conflict, StackError, Unavailable
 from stack.memory_banks import banks, ingestion, serve_writer
 from stack.memory_banks.documents import embed, hash_of, prepare
+from stack.memory_banks.extraction import extract
 from stack.memory_banks.ingestion import DOCUMENTS, GivenDocument
-from stack.memory_banks.rows import Document, StoredDocument
+from stack.memory_banks.rows import Chunk, Document, Known, StoredDocument
 from stack.memory_banks.tables import Tables
 from stack.memory_banks.writer import Writer, bytes_in
+from stack.store import MemoryBank
 
 # How many documents are looked up or written at once, and how many bytes of them are.
 MOST_AT_ONCE = 128
 WRITE_BYTES = 32 * 2**20
-# How many are read, cut and embedded at once: all there is of them is in memory.
+# How many are read, cut and embedded at once, and how many bytes of them are in memory, to the end of their write.
 PREPARED_AT_ONCE = 32
+PREPARED_BYTES = 256 * 2**20
+# For how large a document is taken of which only the address is known.
+ADDRESS_BYTES = 16 * 2**20
+# What a model answers if it is there at all.
+HARMLESS = "Hello"
 _COUNTS = ("written", "unchanged", "chunks", "tokens")
 
 
@@ -77,7 +87,8 @@ class Ingest(Asker):
         self._tables = Tables(self._context.config)
         self._writer: Writer | None = None
         self._prepared_at_once = asyncio.Semaphore(PREPARED_AT_ONCE)
-        self._known: Together[str, StoredDocument | None] = Together(self._look_up, MOST_AT_ONCE)
+        self._room = Room(PREPARED_BYTES)
+        self._known: Together[str, Known | None] = Together(self._look_up, MOST_AT_ONCE)
         self._writes: Together[Document, None] = Together(self._write, MOST_AT_ONCE)
 
     async def __call__(self, batch: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -86,7 +97,7 @@ class Ingest(Asker):
 
     async def ask(self, row: int, value: dict[str, Any]) -> dict[str, Any]:
         if not value:  # what is harmless: where the writer is away, `_gone` says it
-            return await self._try_to_embed()
+            return await self._try_model()
         given = GivenDocument(**value)
         document = given.document()
         known = await self._known.one(document.document_id)
@@ -94,18 +105,29 @@ class Ingest(Asker):
             if known.hash != hash_of(document):
                 raise _taken(document.document_id, self._request.bank_id)
             return _result(unchanged=1)
-        async with self._prepared_at_once:
-            bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
-            (ready,) = await patiently(
-                lambda: prepare(self._context, bank, [document], [self._expires_at(given)], in_job=True)
-            )
-        await self._writes.one(ready)
+        bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
+        taken = _expected_bytes(bank, document)
+        await self._room.take(taken)
+        try:
+            async with self._prepared_at_once:
+                (ready,) = await patiently(
+                    lambda: prepare(self._context, bank, [document], [self._expires_at(given)], in_job=True)
+                )
+            taken = self._room.change(taken, bytes_in([ready]))
+            await self._writes.one(ready)
+        finally:
+            self._room.change(taken, 0)
         return _result(written=1, chunks=len(ready.chunks), tokens=sum(chunk.tokens for chunk in ready.chunks))
 
-    async def _try_to_embed(self) -> dict[str, Any]:
+    async def _try_model(self) -> dict[str, Any]:
         bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
         if bank.config["type"] == "vector":
-            await patiently(lambda: embed(self._context, bank, ["Hello"]))
+            await patiently(lambda: embed(self._context, bank, [HARMLESS]))
+        if bank.config["type"] == "graph":
+            config = GraphBankConfig.model_validate(bank.config)
+            chunk = Chunk(HARMLESS, 0, 0, len(HARMLESS), 1, None, ())
+            with suppress(BadInput):  # it has answered, if not in JSON
+                await patiently(lambda: extract(self._context, config, ["harmless"], [[chunk]]))
         return _result()
 
     def _expires_at(self, given: GivenDocument) -> dt.datetime | None:
@@ -114,12 +136,12 @@ class Ingest(Asker):
             return dt.datetime.now(dt.UTC) + dt.timedelta(seconds=ttl)
         return dt.datetime.fromisoformat(given.expires_at) if given.expires_at is not None else None
 
-    async def _look_up(self, ids: Sequence[str]) -> list[StoredDocument | None]:
-        """Those of the documents that are in the bank."""
+    async def _look_up(self, ids: Sequence[str]) -> list[Known | None]:
+        """What is to know of those of the documents that are in the bank."""
 
         # Anew, as the bank's row says whether something was ever written into it.
         bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
-        known = await banks.stored(self._tables, bank, ids)
+        known = await banks.known(self._tables, bank, ids)
         return [known.get(one) for one in ids]
 
     async def _write(self, documents: Sequence[Document]) -> list[None | StackError]:
@@ -156,6 +178,13 @@ def errors(log: RowLog) -> Iterator[dict[str, Any]]:
         if (error := line["error"]) is not None:
             about = {"document_id": line["value"]["id"], "row": line["row"]}
             yield about | {"code": error["code"], "message": error["message"]}
+
+
+def _expected_bytes(bank: MemoryBank, document: MemoryBankDocument) -> int:
+    """About how many bytes a document will have when it is ready to be written."""
+    content = document.content
+    address = isinstance(content, Address) or (isinstance(content, str) and address_in(content, "upload") is not None)
+    return ADDRESS_BYTES if address else ingestion.bytes_in_bank(bank, sum(map(len, content)), 1)
 
 
 def _result(**counts: int) -> dict[str, Any]:

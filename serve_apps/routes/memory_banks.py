@@ -1,10 +1,12 @@
 """The memory API: banks, their documents, and queries."""
 
-from collections.abc import Coroutine
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
 
 from serve_apps.readers import READERS
 from serve_apps.routes.common import ContextOf, JobUuid, answer_to, needs
@@ -54,7 +56,7 @@ class JsonLines(JSONResponse):
     media_type = "application/jsonl"
 
     def render(self, content: Any) -> bytes:
-        return b"".join(item.model_dump_json(exclude_none=True).encode() + b"\n" for item in content)
+        return _rendered(content)
 
 
 @router.post("/memory_banks/create", response_model_exclude_none=True)
@@ -102,7 +104,8 @@ async def query(request: Request, context: ContextOf, memory: MemoryOf, body: Qu
 @router.post("/memory_bank/documents/get", response_class=JsonLines, response_model=MemoryBankDocument)
 async def get_documents(context: ContextOf, memory: MemoryOf, bank_id: BankId, body: GetDocumentsRequest) -> Response:
     """Documents as they were given, a line each."""
-    return JsonLines(await banks.get_documents(context, memory, bank_id, body))
+    pages = await banks.get_documents(context, memory, bank_id, body)
+    return StreamingResponse(_lines(pages), media_type=JsonLines.media_type)
 
 
 @router.post("/memory_bank/documents/delete")
@@ -140,6 +143,17 @@ def list_ingestions(
 
 add_job_routes(_jobs, ingestion.KINDS)
 router.include_router(_jobs)
+
+
+def _rendered(items: Iterable[BaseModel]) -> bytes:
+    """Items as JSON, a line each."""
+    return b"".join(item.model_dump_json(exclude_none=True).encode() + b"\n" for item in items)
+
+
+async def _lines(pages: AsyncIterator[Sequence[BaseModel]]) -> AsyncIterator[bytes]:
+    """The lines of pages as they come."""
+    async for page in pages:
+        yield await asyncio.to_thread(_rendered, page)
 
 
 async def _nothing(work: Coroutine[Any, Any, None]) -> bytes:

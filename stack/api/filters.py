@@ -12,6 +12,9 @@ from stack.api.wire import Wire, at_most, without_nul
 MAX_DEPTH = 10
 MAX_PARTS = 200
 MAX_VALUES = 1_000
+# Of a filter with all its parts.
+MAX_ALL_VALUES = 2_000
+MAX_ALL_CHARACTERS = 2**18
 MAX_KEY_LENGTH = 200
 MAX_VALUE_LENGTH = 4_000
 
@@ -100,15 +103,25 @@ AnyFilter = Annotated[
 
 def _bounded(value: Any) -> Any:
     """Refuses what is too deep or too large before any of it is looked at."""
-    level, parts = [value], 0
+    level = [value]
+    parts = values = characters = 0
     for _depth in range(MAX_DEPTH):
         parts += len(level)
-        if parts > MAX_PARTS:
-            raise ValueError(f"has more than {MAX_PARTS} parts; allowed: at most {MAX_PARTS}")
+        _require_at_most(MAX_PARTS, parts, "parts")
+        given = [one for part in level for one in _values(part)]
+        values += len(given)
+        _require_at_most(MAX_ALL_VALUES, values, "values in all")
+        characters += sum(len(one) for one in given if isinstance(one, str))
+        _require_at_most(MAX_ALL_CHARACTERS, characters, "characters of values in all")
         level = [inner for part in level for inner in _inner(part)]
         if not level:
             return value
     raise ValueError(f"is nested deeper than {MAX_DEPTH} levels; allowed: at most {MAX_DEPTH}")
+
+
+def _require_at_most(most: int, found: int, what: str) -> None:
+    if found > most:
+        raise ValueError(f"has more than {most} {what}; allowed: at most {most}")
 
 
 def _inner(part: Any) -> list[Any]:
@@ -116,6 +129,12 @@ def _inner(part: Any) -> list[Any]:
         return []
     several = part.get("filters")
     return [*(several if isinstance(several, list) else []), *([part["filter"]] if "filter" in part else [])]
+
+
+def _values(part: Any) -> list[Any]:
+    if not isinstance(part, Mapping) or "value" not in part:
+        return []
+    return part["value"] if isinstance(part["value"], list) else [part["value"]]
 
 
 Filter = Annotated[AnyFilter, BeforeValidator(_bounded)]

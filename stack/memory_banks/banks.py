@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import logging
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,7 +41,7 @@ from stack.memory_banks.extraction import set_up
 from stack.memory_banks.graph import GraphQuery
 from stack.memory_banks.graph import find as find_in_graph
 from stack.memory_banks.keyvalue import by_keys, by_prefix
-from stack.memory_banks.rows import Hit, StoredDocument
+from stack.memory_banks.rows import Hit, Known, StoredDocument
 from stack.memory_banks.search import Bounds, Query, search
 from stack.memory_banks.tables import OpenBank, Tables
 from stack.memory_banks.writer import Writer, bytes_in
@@ -50,8 +50,8 @@ from stack.store import MemoryBank, now
 logger = logging.getLogger("ray.serve")
 
 ID = "bank-"
-# How many documents are read at once of those of a whole bank.
-PAGE = 200
+# How many documents are in memory at once where they are read with their contents, of up to 32 MiB each.
+PAGE = 8
 # How a vector bank is asked where a query does not say it.
 DEFAULT_MODE = QueryMode.hybrid
 
@@ -124,10 +124,10 @@ async def insert(context: Context, memory: Memory, request: InsertDocumentsReque
     Raises NotFound for an unknown bank, Conflict for an id that is taken by another document, BadInput for a document
     that cannot be read or is named twice, TooLarge, StorageFull, and Unavailable.
     """
-    bank, known = await _begin(context, memory, request.bank_id, request.documents)
-    new = [document for document in request.documents if document.document_id not in known]
+    bank, there = await _begin(context, memory, request.bank_id, request.documents)
+    new = [document for document in request.documents if document.document_id not in there]
     for document in request.documents:
-        if document.document_id in known and known[document.document_id].hash != hash_of(document):
+        if document.document_id in there and there[document.document_id].hash != hash_of(document):
             raise Conflict(
                 f"there is another document {document.document_id!r} in the bank {bank.id!r}; /memory_bank/update "
                 "replaces it",
@@ -143,22 +143,32 @@ async def update(context: Context, memory: Memory, request: UpdateDocumentsReque
 
     They expire when the old ones would have. Raises as `insert` does, and NotFound for documents that are not there.
     """
-    bank, known = await _begin(context, memory, request.bank_id, request.documents)
-    _require_known(bank, [document.document_id for document in request.documents], known, "documents")
-    expiries = [known[document.document_id].expires_at for document in request.documents]
+    bank, there = await _begin(context, memory, request.bank_id, request.documents)
+    _require_known(bank, [document.document_id for document in request.documents], there, "documents")
+    expiries = [there[document.document_id].expires_at for document in request.documents]
     await _write(context, memory, bank, request.documents, expiries, replace=True)
 
 
 async def get_documents(
     context: Context, memory: Memory, bank_id: str, request: GetDocumentsRequest
-) -> list[MemoryBankDocument]:
-    """Documents as they were given, in the order of the ids. Raises NotFound for the bank, and for those not there."""
+) -> AsyncGenerator[list[MemoryBankDocument]]:
+    """Documents as they were given, in the order of the ids, a few at a time, each as it is when its turn comes.
+
+    Raises NotFound for the bank, and for those not there. One that is deleted after that is left out.
+    """
     bank = await asyncio.to_thread(find, context, bank_id)
     ids = list(dict.fromkeys(request.document_ids))
     async with _reading(context, bank):
-        known = await stored(memory.tables, bank, ids)
-    _require_known(bank, ids, known, "document_ids")
-    return [given(known[one]) for one in ids]
+        _require_known(bank, ids, await known(memory.tables, bank, ids), "document_ids")
+    return _given(context, memory, bank, ids)
+
+
+async def _given(
+    context: Context, memory: Memory, bank: MemoryBank, ids: Sequence[str]
+) -> AsyncGenerator[list[MemoryBankDocument]]:
+    async with _reading(context, bank):
+        async for page in _pages(memory.tables, bank, ids):
+            yield await asyncio.to_thread(lambda page=page: [given(one) for one in page])
 
 
 async def delete_documents(context: Context, memory: Memory, request: DeleteDocumentsRequest) -> None:
@@ -188,15 +198,15 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
 
 async def _begin(
     context: Context, memory: Memory, bank_id: str, documents: Sequence[MemoryBankDocument]
-) -> tuple[MemoryBank, dict[str, StoredDocument]]:
-    """The bank, and those of the documents that it has already, by id."""
+) -> tuple[MemoryBank, dict[str, Known]]:
+    """The bank, and what it knows of those of the documents that it has already, by id."""
     ids = [document.document_id for document in documents]
     if len(set(ids)) < len(ids):
         twice = next(one for number, one in enumerate(ids) if one in ids[:number])
         raise BadInput(f"the document {twice!r} is there twice; allowed: each id once in a call", param="documents")
     bank = await asyncio.to_thread(find, context, bank_id)
     async with _reading(context, bank):
-        return bank, await stored(memory.tables, bank, ids)
+        return bank, await known(memory.tables, bank, ids)
 
 
 @asynccontextmanager
@@ -253,27 +263,32 @@ def find(context: Context, bank_id: str, field: str = "bank_id") -> MemoryBank:
     return bank
 
 
-async def stored(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> dict[str, StoredDocument]:
-    """Those of these documents that a bank has, by id."""
+async def known(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> dict[str, Known]:
+    """What is to know of those of these documents that a bank has, by id."""
     opened = await tables.get(bank)
-    found = await opened.table.documents(ids) if opened is not None else []
-    return {document.document_id: document for document in found}
+    return await opened.table.known(ids) if opened is not None else {}
 
 
 async def all_documents(tables: Tables, bank: MemoryBank) -> AsyncIterator[StoredDocument]:
-    """All documents of a bank, in the order of their ids, a page at a time: each as it is when its page is read.
+    """All documents of a bank, in the order of their ids, each as it is when its turn comes.
 
-    One that is gone by then is left out, and so is one that has come since the first page was read.
+    One that is gone by then is left out, and so is one that has come since the first was read.
     """
     if (opened := await tables.get(bank)) is not None:
-        ids = await opened.table.ids()
-        for start in range(0, len(ids), PAGE):
-            for document in await opened.table.documents(ids[start : start + PAGE]):
+        async for page in _pages(tables, bank, await opened.table.ids()):
+            for document in page:
                 yield document
 
 
-def _require_known(bank: MemoryBank, ids: Sequence[str], known: dict[str, StoredDocument], field: str) -> None:
-    missing = [one for one in ids if one not in known]
+async def _pages(tables: Tables, bank: MemoryBank, ids: Sequence[str]) -> AsyncIterator[list[StoredDocument]]:
+    """These documents, but for those that are gone, so few at a time that their contents fit into memory."""
+    for start in range(0, len(ids), PAGE):
+        if (opened := await tables.get(bank)) is not None:
+            yield await opened.table.documents(ids[start : start + PAGE])
+
+
+def _require_known(bank: MemoryBank, ids: Sequence[str], there: dict[str, Known], field: str) -> None:
+    missing = [one for one in ids if one not in there]
     if missing:
         shown = ", ".join(repr(one) for one in missing[:10]) + (", …" if len(missing) > 10 else "")
         raise NotFound(f"the memory bank {bank.id!r} has no document {shown}", param=field)

@@ -83,7 +83,9 @@ async def _content(context: Context, document: MemoryBankDocument) -> bytes:
         return _bounded("".join(content).encode())
     if address.startswith("data:"):
         return await asyncio.to_thread(_decoded, document, address)
-    return await asyncio.get_running_loop().run_in_executor(_FETCHES, _at, context, address)
+    if address.startswith(("upload:", "file:")):
+        return await asyncio.to_thread(_read, context, address)
+    return await asyncio.get_running_loop().run_in_executor(_FETCHES, _fetched, address)
 
 
 def _decoded(document: MemoryBankDocument, address: str) -> bytes:
@@ -95,16 +97,15 @@ def _decoded(document: MemoryBankDocument, address: str) -> bytes:
     return _bounded(content)
 
 
-def _at(context: Context, address: str) -> bytes:
-    match address.partition("://")[0]:
-        case "upload":
-            path, _ = uploads.local(context, address)
-        case "file":
-            path = local_file(context, address)
-        case _:  # http too, which the fetcher refuses with what is allowed
-            into = io.BytesIO()
-            FETCHER.fetch(address, into, MAX_BYTES)
-            return into.getvalue()
+def _fetched(address: str) -> bytes:
+    """What is at an https address; http too, which the fetcher refuses with what is allowed."""
+    into = io.BytesIO()
+    FETCHER.fetch(address, into, MAX_BYTES)
+    return into.getvalue()
+
+
+def _read(context: Context, address: str) -> bytes:
+    path = uploads.local(context, address)[0] if address.startswith("upload:") else local_file(context, address)
     with opened_file(path, address) as file:
         return _bounded(file.read(MAX_BYTES + 1))
 

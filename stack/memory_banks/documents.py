@@ -4,10 +4,12 @@ import asyncio
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from tokenizers import Tokenizer
 from stack.api.memory_banks import INGEST, GraphBankConfig, MemoryBankDocument, VectorBankConfig
 from stack.config import EmbeddingModel
 from stack.context import Context
-from stack.errors import BadInput, Conflict, StackError, TooLarge
+from stack.errors import BadInput, Conflict, StackError, TooLarge, Unavailable
 from stack.memory_banks import contents
 from stack.memory_banks.chunking import chunks, count_words, text_of, token_counter
 from stack.memory_banks.extraction import extract
@@ -34,8 +36,14 @@ KEYWORD_CHUNK_WORDS = 200
 # How many texts the embedding model is asked for at once, and how often at the same time, so that it never waits.
 EMBED_TEXTS = 64
 EMBED_AT_ONCE = 3
+# How long the documents of a call may be read and cut, with the wait for a thread.
+READ_SECONDS = 120
 # Reading and cutting computes: it has few threads of its own, and leaves the other routes theirs.
 _READERS = ThreadPoolExecutor(2, thread_name_prefix="bank-reader")
+# Of each tenant that reads now: whose turn it is to have one of the threads.
+_turns = WeakValueDictionary[str, asyncio.Lock]()
+
+T = TypeVar("T")
 
 
 def hash_of(document: MemoryBankDocument) -> str:
@@ -53,23 +61,18 @@ async def prepare(
 ) -> list[Document]:
     """Documents ready to be written, in their order.
 
-    Raises what `contents` does, BadInput for a document that cannot be read, TooLarge for more than `max_chunks`
-    chunks in all, what asking the bank's model does, for a graph bank what `extract` does, and Conflict where the
-    embedding model's vectors no longer have the length of the bank's.
+    Raises what `contents` does, BadInput for a document that cannot be read, TooLarge for too many chunks in all,
+    Unavailable where all is not read in time, what asking the bank's model does, for a graph bank what `extract` does,
+    and Conflict where the embedding model's vectors no longer have the length of the bank's.
     """
     had = await contents.contents(context, documents)
-    most = MAX_JOB_CHUNKS if in_job else MAX_GRAPH_CHUNKS if bank.config["type"] == "graph" else MAX_CHUNKS
-    loop = asyncio.get_running_loop()
-    cut = list[tuple[Chunk, ...]]()
-    for number, (document, content) in enumerate(zip(documents, had, strict=True)):
-        try:
-            cut.append(await loop.run_in_executor(_READERS, _cut, context, bank, document, content))
-        except StackError as error:
-            error.param = f"documents.{number}"
-            raise
-        if (total := sum(map(len, cut))) > most:
-            hint = "" if in_job else f". The job {INGEST} takes more"
-            raise TooLarge(f"there are {total} chunks; allowed at once: {most}{hint}", param=f"documents.{number}")
+    try:
+        async with asyncio.timeout(None if in_job else READ_SECONDS):
+            cut = await _all_cut(context, bank, documents, had, in_job)
+    except TimeoutError:
+        raise Unavailable(
+            f"the documents were not read within {READ_SECONDS} s; the job {INGEST} may take longer", param="documents"
+        ) from None
     vectors: Sequence[NDArray[np.float32] | None] = [None] * len(cut)
     if bank.config["type"] == "vector":
         vectors = await _embedded(context, bank, cut)
@@ -92,7 +95,7 @@ async def text_in(context: Context, document: MemoryBankDocument) -> str:
     """A document's text as it is read, in which its chunks have their places. Raises as `prepare` does."""
     (content,) = await contents.contents(context, [document])
     reading = partial(read, content, document.mime_type, contents.name_of(document))
-    return text_of(await asyncio.get_running_loop().run_in_executor(_READERS, reading))
+    return text_of(await _in_thread(reading))
 
 
 async def embed_query(context: Context, bank: MemoryBank, text: str) -> NDArray[np.float32]:
@@ -143,6 +146,38 @@ def _max_tokens(folder: Path) -> int:
         if (file := folder / name).is_file() and (found := json.loads(file.read_text()).get(key)):
             return int(found)
     raise BadInput(f"the embedding model in {folder} does not say how many tokens it takes")
+
+
+async def _all_cut(
+    context: Context, bank: MemoryBank, documents: Sequence[MemoryBankDocument], had: Sequence[bytes], in_job: bool
+) -> list[tuple[Chunk, ...]]:
+    """The chunks of documents, one after another."""
+    most = MAX_JOB_CHUNKS if in_job else MAX_GRAPH_CHUNKS if bank.config["type"] == "graph" else MAX_CHUNKS
+    cut = list[tuple[Chunk, ...]]()
+    for number, (document, content) in enumerate(zip(documents, had, strict=True)):
+        cutting = partial(_cut, context, bank, document, content)
+        try:
+            cut.append(await (_in_thread(cutting) if in_job else _in_turn(context.tenant, cutting)))
+        except StackError as error:
+            error.param = f"documents.{number}"
+            raise
+        if (total := sum(map(len, cut))) > most:
+            hint = "" if in_job else f". The job {INGEST} takes more"
+            raise TooLarge(f"there are {total} chunks; allowed at once: {most}{hint}", param=f"documents.{number}")
+    return cut
+
+
+async def _in_turn(tenant: str, read: Callable[[], T]) -> T:
+    """What is read in a thread when none of the tenant's is taken: others never wait behind all that it has sent."""
+    turn = _turns.setdefault(tenant, asyncio.Lock())
+    await turn.acquire()
+    reading = _in_thread(read)
+    reading.add_done_callback(lambda _: turn.release())
+    return await asyncio.shield(reading)  # who leaves does not end what the thread does
+
+
+def _in_thread(read: Callable[[], T]) -> asyncio.Future[T]:
+    return asyncio.get_running_loop().run_in_executor(_READERS, read)
 
 
 def _cut(context: Context, bank: MemoryBank, document: MemoryBankDocument, content: bytes) -> tuple[Chunk, ...]:

@@ -99,6 +99,15 @@ def size_of_bank(bank: MemoryBank) -> Size:
     return Size(bank.bytes // 2, 0)
 
 
+def bytes_in_bank(bank: MemoryBank, text: int, documents: int) -> int:
+    """About how many bytes so many documents with so many bytes of text take in a bank."""
+    size = 2 * text + documents * ROW_BYTES
+    if bank.config["type"] == "vector":
+        of_chunk = VectorBankConfig.model_validate(bank.config).chunk_size_in_tokens * TOKEN_BYTES
+        size += (documents + text // of_chunk) * (4 * (bank.dimensions or 0) + ROW_BYTES)
+    return size
+
+
 def require_documents(context: Context, bank_id: str, field: str) -> MemoryBank:
     """A bank to read the documents of. Raises NotFound, and BadInput for one into which nothing was written."""
     bank = banks.find(context, bank_id, field)
@@ -148,11 +157,7 @@ def _require_room(context: Context, request: IngestDocumentsRequest, bank: Memor
         source = size_of_bank(banks.find(context, request.source_bank_id, "source_bank_id"))
         copied, sizes = source.text, [source]
     text, rows = sum(size.text for size in sizes), sum(size.rows for size in sizes)
-    kept = 2 * text + rows * ROW_BYTES
-    if bank.config["type"] == "vector":
-        size = VectorBankConfig.model_validate(bank.config).chunk_size_in_tokens * TOKEN_BYTES
-        kept += (rows + text // size) * (4 * (bank.dimensions or 0) + ROW_BYTES)
-    banks.require_room(context, kept)
+    banks.require_room(context, bytes_in_bank(bank, text, rows))
     work = jobs.work_folder(context.tenant, request.job_uuid)
     quotas.require_room_for_job(context, kept=0, temporary=copied + rows * LINE_BYTES, work=work)
 

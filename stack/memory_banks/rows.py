@@ -80,6 +80,14 @@ class StoredDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """What tells whether a document that is there is the same as another one, and for how long it is there."""
+
+    hash: str
+    expires_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
 class Hit:
     """A chunk that answers a query. What `score` means, its mode says: stack/memory_banks/search.py."""
 

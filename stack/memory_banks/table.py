@@ -33,7 +33,7 @@ from stack.api.memory_banks import Language
 from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import arrow, filters
 from stack.memory_banks.arrow import DOCUMENT
-from stack.memory_banks.rows import Document, StoredDocument
+from stack.memory_banks.rows import Document, Known, StoredDocument
 
 TABLE = "bank"
 # Each key of metadata is a column of the table.
@@ -120,6 +120,16 @@ class BankTable:
         """The hashes of those of the documents that are there, by id. What has expired is not there."""
         found = await self._documents(document_ids, ["document_id", "hash"])
         return dict(zip(found["document_id"].to_pylist(), found["hash"].to_pylist(), strict=True))
+
+    async def known(self, document_ids: Sequence[str]) -> dict[str, Known]:
+        """What is to know of those of the documents that are there, by id, without reading them."""
+        found = await self._documents(document_ids, ["document_id", "hash", "expires_at"])
+        return {
+            row["document_id"]: Known(
+                row["hash"], None if row["expires_at"] == arrow.NEVER else arrow.time(row["expires_at"])
+            )
+            for row in found.to_pylist()
+        }
 
     async def put(self, documents: Sequence[Document]) -> None:
         """Writes documents in one commit, each in the place of one with its id, if there is one.

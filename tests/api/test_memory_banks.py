@@ -18,6 +18,7 @@ from stack.config import Config
 from stack.context import Context
 from stack.errors import Unavailable
 from stack.memory_banks import banks
+from stack.memory_banks.table import BankTable
 from tests.api.conftest import HERE, URL
 from tests.api.envelope import error_of
 from tests.conftest import CONFIG
@@ -88,6 +89,19 @@ def found(client: TestClient, bank_id: str, text: Any, **params: Any) -> list[An
     assert answer["scores"] == sorted(answer["scores"], reverse=True)
     chunks: list[Any] = answer["chunks"]
     return chunks
+
+
+def reading(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many documents are read with their contents from now on, each time that some are."""
+    sizes: list[int] = []
+    read = BankTable.documents
+
+    async def noted(table: BankTable, ids: Any) -> Any:
+        sizes.append(len(ids))
+        return await read(table, ids)
+
+    monkeypatch.setattr(BankTable, "documents", noted)
+    return sizes
 
 
 def asking_for(kind: str, document_id: str, text: str) -> str:
@@ -236,6 +250,26 @@ def test_documents_that_are_not_there_are_404_and_named(client: TestClient) -> N
     body = {"document_ids": ["a", "b", "c"]}
     error = error_of(client.post("/memory_bank/documents/get", params={"bank_id": bank_id}, json=body), 404)
     assert (error["param"], "'b', 'c'" in error["message"]) == ("document_ids", True)
+
+
+def test_many_documents_are_read_a_few_at_a_time(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    bank_id = create(client)
+    given = [document(f"{number:02}", f"the text {number}") for number in range(2 * banks.PAGE + 1)]
+    inserted(client, bank_id, *given)
+    sizes = reading(monkeypatch)
+    assert documents(client, bank_id, *(one["document_id"] for one in given)) == given
+    assert sizes == [banks.PAGE, banks.PAGE, 1]
+
+
+def test_what_is_written_is_compared_without_reading_what_is_there(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank_id = create(client)
+    inserted(client, bank_id, document("a", FRUIT))
+    sizes = reading(monkeypatch)
+    inserted(client, bank_id, document("a", FRUIT))
+    assert update(client, bank_id, document("a", STONE)).status_code == 200
+    assert sizes == []
 
 
 @every_kind

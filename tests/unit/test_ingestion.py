@@ -22,10 +22,11 @@ from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
 from stack.memory_banks import banks, ingestion
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.rows import Document, StoredDocument
+from stack.memory_banks.table import BankTable
 from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, now
 from tests.conftest import CONFIG
-from tests.memory import EMBEDDER, VECTOR, document, write_embedder
+from tests.memory import EMBEDDER, VECTOR, document, write_embedder, write_tokenizer
 from tests.samples import dataset, write_rows
 from tests.scripted_engine import DIMENSIONS
 from tests.varied_engine import VariedEngine
@@ -37,6 +38,7 @@ with warnings.catch_warnings():
     from jobs.driver import Outcome
     from tests.asked_here import lines, work_here, work_of
 
+GRAPH = {"type": "graph", "model": "small", "chunk_size_in_tokens": 8}
 DOCUMENTS = {"document_id": "text", "content": "text"}
 
 
@@ -165,6 +167,14 @@ def test_documents_of_a_batch_are_written_together(context: Context, home: Path,
     run(context, request(bank(context), texts(home, 40)))
     assert sum(map(len, writer.written)) == 40
     assert len(writer.written) < 40
+
+
+def test_no_more_documents_are_prepared_than_there_is_room_for_until_they_are_written(
+    context: Context, home: Path, writer: Noting, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "PREPARED_BYTES", 1)
+    run(context, request(bank(context), texts(home, 6)))
+    assert [len(part) for part in writer.written] == [1] * 6
 
 
 @pytest.mark.parametrize("kind", ["keyvalue", "keyword"])
@@ -300,6 +310,25 @@ def test_an_embedding_model_that_is_away_loses_the_attempt(
         run(context, request(bank(context), texts(home, 3)))
 
 
+def test_a_graph_banks_model_that_is_away_loses_the_attempt(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    write_tokenizer(home / "models" / "small")
+    engine.fail(Unavailable("the model is being started"))
+    with pytest.raises(Unavailable, match="the model is being started"):
+        run(context, request(bank(context, GRAPH), texts(home, 3)))
+
+
+def test_a_document_for_which_a_graph_banks_model_is_away_fails_alone_while_others_are_answered_without_json(
+    context: Context, home: Path, engine: VariedEngine, here: None
+) -> None:
+    write_tokenizer(home / "models" / "small")
+    engine.refusals["the text 1"] = Unavailable("the model is being started")
+    outcome = ended(context, request(bank(context, GRAPH), texts(home, 2)))
+    assert outcome.problem is None
+    assert {one["document_id"]: one["code"] for one in errors_of(outcome)} == {"d0": "bad_input", "d1": "unavailable"}
+
+
 def test_documents_expire_as_the_request_says(context: Context, home: Path, memory: Memory, here: None) -> None:
     bank_id, begun = bank(context), dt.datetime.now(dt.UTC)
     run(context, request(bank_id, texts(home, 2), ttl_seconds=3_600))
@@ -316,6 +345,24 @@ def test_another_banks_documents_are_embedded_into_a_bank_of_another_model_with_
     metrics = run(context, request(target, source_bank_id=source, job_uuid="again"))
     assert (metrics["written"], metrics["chunks"]) == (5, 5)
     assert written(context, memory, target) == written(context, memory, source)
+
+
+def test_a_bank_is_copied_a_few_documents_at_a_time_each_as_it_is_when_its_turn_comes(
+    context: Context, home: Path, memory: Memory, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = bank(context, {"type": "keyvalue"}), bank(context, {"type": "keyvalue"})
+    run(context, request(source, texts(home, 10)))  # d0 to d9
+    read, sizes = BankTable.documents, list[int]()
+
+    async def deleting_the_last(table: BankTable, ids: Sequence[str]) -> list[StoredDocument]:
+        sizes.append(len(ids))
+        found = await read(table, ids)
+        await memory.writer.delete(banks.find(context, source), ["d9"])
+        return found
+
+    monkeypatch.setattr(BankTable, "documents", deleting_the_last)
+    assert run(context, request(target, source_bank_id=source, job_uuid="again"))["documents"] == 9
+    assert sizes == [banks.PAGE, 2]
 
 
 def test_a_lost_copy_of_a_bank_goes_on_with_what_the_bank_had(

@@ -105,8 +105,9 @@ async def test_what_looks_like_sql_is_only_a_key(bank: BankTable) -> None:
 async def test_a_filter_as_large_as_may_be_is_answered(bank: BankTable) -> None:
     asked: dict[str, Any] = {
         "type": "or",
-        "filters": [{"type": "eq", "key": f"k{at}", "value": "v" * 4_000} for at in range(197)]
-        + [{"type": "in", "key": "year", "value": [2019, *range(10_000, 10_999)]}],
+        "filters": [{"type": "eq", "key": f"k{at}", "value": "v" * 1_300} for at in range(197)]
+        + [{"type": "in", "key": "year", "value": [2019, *range(10_000, 10_999)]}]
+        + [{"type": "in", "key": "year", "value": list(range(20_000, 20_803))}],
     }
     assert await those(bank, asked) == {"2019"}
     asked = {"type": "eq", "key": "year", "value": 2019}
@@ -140,6 +141,8 @@ def test_encoded_values_sort_as_the_values_do() -> None:
         ({"type": "eq", "key": "", "value": 1}, "at least 1 character"),
         ({"type": "eq", "key": "a\0", "value": 1}, "NUL"),
         ({"type": "or", "filters": [{"type": "exists", "key": "a"}] * 200}, "more than 200 parts"),
+        ({"type": "or", "filters": [{"type": "in", "key": "a", "value": [1] * 667}] * 3}, "more than 2000 values"),
+        ({"type": "or", "filters": [{"type": "in", "key": "a", "value": ["a" * 4_000] * 33}] * 2}, "262144 characters"),
     ],
 )
 def test_a_wrong_filter_is_refused_by_name(asked: dict[str, Any], told: str) -> None:
