@@ -54,13 +54,13 @@ def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
     started = time.monotonic()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
+    if arguments.stop_with_stdin:
+        threading.Thread(target=set_at_end_of_input, args=[stop], daemon=True).start()
     local_stack.wait_for_agent_port(stop.is_set, say)
     say("starting Ray")
     ray_address = local_stack.start_ray()
     for number in (signal.SIGINT, signal.SIGTERM):  # Ray has put its own in place
         signal.signal(number, lambda *_: stop.set())
-    if arguments.stop_with_stdin:
-        threading.Thread(target=set_at_end_of_input, args=[stop], daemon=True).start()
     try:
         if not stop.is_set():
             say("deploying the applications")
