@@ -102,9 +102,10 @@ class BankGraph:
             for some in _batches([one.writing for one in documents], MAX_LITERALS):
                 read = await table.query().where(_any_of("writing", some)).select(["writing"]).to_arrow()
                 there |= set(read["writing"].unique().to_pylist())
-            rows = [row for one in documents if one.writing not in there for row in _rows(one, name)]
-            if rows:
-                await table.add(pa.Table.from_pylist(rows, await table.schema()))
+            new = [one for one in documents if one.writing not in there]
+            rows = await asyncio.to_thread(_rows, new, name, await table.schema())
+            if rows.num_rows:
+                await table.add(rows)
 
     async def maintain(self, bank: BankTable) -> int:
         """Removes what is of no document of the bank any more, and does for the tables what BankTable.maintain does.
@@ -239,13 +240,15 @@ async def _writings(query: Any) -> pa.Array:
     return await asyncio.to_thread(lambda: pa.chunked_array(parts, pa.string()).unique())
 
 
-def _rows(document: Document, name: str) -> list[dict[str, Any]]:
-    """What a table of the graph has of a document."""
-    if document.graph is None:
-        return []
-    origin = {"document_id": document.document_id, "writing": document.writing}
-    entries = document.graph.mentions if name == NODES else document.graph.relations
-    return [origin | asdict(entry) for entry in entries]
+def _rows(documents: Sequence[Document], name: str, columns: pa.Schema) -> pa.Table:
+    """What a table of the graph has of documents."""
+    rows: list[dict[str, Any]] = []
+    for document in documents:
+        if document.graph is not None:
+            origin = {"document_id": document.document_id, "writing": document.writing}
+            entries = document.graph.mentions if name == NODES else document.graph.relations
+            rows += [origin | asdict(entry) for entry in entries]
+    return pa.Table.from_pylist(rows, columns)
 
 
 def _place(row: Mapping[str, Any]) -> _Place:
