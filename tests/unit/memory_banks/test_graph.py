@@ -10,7 +10,8 @@ from stack.api.filters import Equality
 from stack.memory_banks.entities import key_of
 from stack.memory_banks.graph import BankGraph, GraphQuery, find
 from stack.memory_banks.rows import Chunk, Document, Graph, Hit, Mention, Relation
-from stack.memory_banks.table import BankTable, Words
+from stack.memory_banks.table import Words
+from tests.unit.memory_banks.documents import BankTable
 
 Triple = tuple[str, str, str]
 
