@@ -84,5 +84,9 @@ def _only_writer(config: Config) -> TextIO | None:
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / ".writer").open("w")
     # The kernel lets go of it however this process ends.
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        logger.warning("another writer holds the memory banks in %s; waiting until it has ended", folder)
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file

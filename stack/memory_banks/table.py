@@ -108,14 +108,6 @@ class BankTable:
         vector = schema.field("vector").type if "vector" in schema.names else None
         return cls(rows, None if vector is None else vector.list_size)
 
-    async def write(self, documents: Sequence[Document], *, replace: bool) -> None:
-        """Writes documents in one commit: to be inserted, or (`replace`) to take the place of those with their ids.
-
-        Raises what `to_write` and `put` raise, and then has written nothing.
-        """
-        there = await self.hashes([document.document_id for document in documents])
-        await self.put(to_write(documents, there, replace=replace))
-
     async def hashes(self, document_ids: Sequence[str]) -> dict[str, str]:
         """The hashes of those of the documents that are there, by id. What has expired is not there."""
         found = await self._documents(document_ids, ["document_id", "hash"])

@@ -114,8 +114,9 @@ class MemoryBanks:
         query = query.order_by(func.coalesce(columns.tried_at, ""), columns.due_at, columns.id).limit(limit)
         with self._engine.begin() as connection:
             banks = [MemoryBank(**row) for row in connection.execute(query).mappings()]
-            taken = update(memory_banks).where(columns.id.in_([bank.id for bank in banks]))
-            connection.execute(taken.values(tried_at=now()))
+            if banks:
+                taken = update(memory_banks).where(columns.id.in_([bank.id for bank in banks]))
+                connection.execute(taken.values(tried_at=now()))
             return banks
 
     def maintained(self, epoch: int, bank: MemoryBank, size: int, due_at: dt.datetime | None) -> None:

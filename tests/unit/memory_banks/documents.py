@@ -1,14 +1,25 @@
 """Documents as the tests write them: a text is cut at its full stops, and its vector counts a few letters."""
 
 import hashlib
+from collections.abc import Sequence
 from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stack.memory_banks import table
 from stack.memory_banks.rows import Chunk, Document
 
 DIMENSIONS = 8
+
+
+class BankTable(table.BankTable):
+    """The table of a bank, for tests without the writer of all banks."""
+
+    async def write(self, documents: Sequence[Document], *, replace: bool) -> None:
+        """Writes documents in one commit: to be inserted, or (`replace`) to take the place of those with their ids."""
+        there = await self.hashes([document.document_id for document in documents])
+        await self.put(table.to_write(documents, there, replace=replace))
 
 
 def document(

@@ -10,8 +10,8 @@ from stack.api.wire import describe
 from stack.memory_banks.filters import encoded
 from stack.memory_banks.keyvalue import by_prefix
 from stack.memory_banks.search import Bounds
-from stack.memory_banks.table import BankTable, Words
-from tests.unit.memory_banks.documents import document
+from stack.memory_banks.table import Words
+from tests.unit.memory_banks.documents import BankTable, document
 
 FILTER = TypeAdapter(Filter)
 QUOTES = "x' OR '1' = '1"

@@ -16,7 +16,7 @@ from stack.errors import Unavailable
 from stack.memory_banks.entities import key_of
 from stack.memory_banks.graph import BankGraph, GraphQuery, _at, find
 from stack.memory_banks.rows import Chunk, Document, Graph, Hit, Mention, Relation
-from stack.memory_banks.table import BankTable
+from tests.unit.memory_banks.documents import BankTable
 
 Triple = tuple[str, str, str]
 

@@ -13,8 +13,8 @@ from stack.memory_banks.arrow import NEVER, Found
 from stack.memory_banks.keyvalue import after, by_keys, by_prefix
 from stack.memory_banks.rows import Hit
 from stack.memory_banks.search import Bounds, Query, fuse, search
-from stack.memory_banks.table import BankTable, Words
-from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
+from stack.memory_banks.table import Words
+from tests.unit.memory_banks.documents import DIMENSIONS, BankTable, document, vector
 
 TEXTS = {
     "tea": "the tea is hot. a tent in rain",

@@ -18,11 +18,11 @@ from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import table as table_module
 from stack.memory_banks.keyvalue import by_keys, by_prefix
 from stack.memory_banks.search import Bounds, Query, search
-from stack.memory_banks.table import BankTable, Counts, Words, to_write
+from stack.memory_banks.table import Counts, Words, to_write
 from stack.memory_banks.tables import Tables
 from stack.store import MemoryBank, now
 from tests.conftest import CONFIG
-from tests.unit.memory_banks.documents import DIMENSIONS, document, vector
+from tests.unit.memory_banks.documents import DIMENSIONS, BankTable, document, vector
 
 REPOSITORY = Path(__file__).parents[3]
 ODD_IDS = ["日本 'x\" `\\ \n é/🙂", "' OR 1=1 --", "a%_*", "../../etc", "\u202e", "a" * 500, "e\u0301", "é"]
@@ -393,8 +393,8 @@ def test_what_a_killed_writer_has_acknowledged_is_there_once(tmp_path: Path) -> 
     writer = dedent(
         """
         import asyncio, sys
-        from stack.memory_banks.table import BankTable, Words
-        from tests.unit.memory_banks.documents import DIMENSIONS, document
+        from stack.memory_banks.table import Words
+        from tests.unit.memory_banks.documents import BankTable, DIMENSIONS, document
 
         async def main():
             bank = await BankTable.create(sys.argv[1], DIMENSIONS, Words())

@@ -110,6 +110,39 @@ async def test_writes_that_wait_for_a_bank_become_one_commit(
     assert len(await ids_in(context, bank, "first", *(f"{n}" for n in range(20)))) == 21
 
 
+async def test_a_commit_has_so_many_documents_and_bytes_at_most(
+    context: Context, writer: BankWriter, bank: MemoryBank, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stack.memory_banks.writer.MAX_DOCUMENTS", 3)
+    monkeypatch.setattr("stack.memory_banks.writer.MAX_BYTES", bytes_in([document("a", "x" * 1_000)]) + 100)
+    first = await begin(commits, writer, bank)
+    texts = {"a": "", "b": "", "c": "", "d": "", "large": "x" * 1_000, "larger": "x" * 5_000, "e": ""}
+    writes = [writer.write(bank, [document(id_, text)], replace=False) for id_, text in texts.items()]
+    others = await waiting(writer, *writes)
+    commits.may_go.set()
+    await asyncio.gather(first, *others)
+    assert commits.ids == [["first"], ["a", "b", "c"], ["d"], ["large"], ["larger"], ["e"]]
+    assert len(await ids_in(context, bank, "first", *texts)) == 8
+
+
+async def test_the_tables_that_were_asked_for_lately_stay_open(context: Context, writer: BankWriter) -> None:
+    rows = []
+    for bank in (add_bank(context) for _ in range(3)):
+        await writer.write(bank, [document(bank.id)], replace=False)
+        row = context.store.memory_banks.get("default", bank.id)
+        assert row is not None
+        rows.append(row)
+    tables = Tables(context.config, most=2)
+    first, second = await tables.get(rows[0]), await tables.get(rows[1])
+    assert await tables.get(rows[0]) is first
+    await tables.get(rows[2])
+    assert await tables.get(rows[0]) is first
+    again = await tables.get(rows[1])
+    assert again is not None
+    assert again is not second
+    assert await again.table.ids() == [rows[1].id]
+
+
 async def test_writes_of_the_same_document_are_apart_and_in_their_order(
     context: Context, writer: BankWriter, bank: MemoryBank, commits: Commits
 ) -> None:

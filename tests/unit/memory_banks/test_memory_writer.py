@@ -1,0 +1,49 @@
+"""The deployment of the writer: that there is one of a machine's banks."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from queue import Queue
+from typing import Any
+
+from stack.config import Config
+from stack.context import Context
+from tests.conftest import CONFIG
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
+    from serve_apps.memory_writer import _only_writer, logger
+
+
+@contextmanager
+def logged() -> Iterator["Queue[Any]"]:
+    """The records of the log, as they come."""
+    records: Queue[Any] = Queue()
+    handler = logging.Handler()
+    handler.emit = records.put  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+
+
+def test_a_second_writer_tells_that_it_waits_until_the_first_has_ended(context: Context) -> None:
+    first = _only_writer(context.config)
+    assert first is not None
+    with logged() as records, ThreadPoolExecutor() as threads:
+        second = threads.submit(_only_writer, context.config)
+        try:
+            assert "another writer" in records.get(timeout=30).getMessage()
+            assert not second.done()
+        finally:
+            first.close()
+        wait([second], timeout=30)
+        file = second.result(timeout=0)
+        assert file is not None
+        file.close()
+
+
+def test_on_object_storage_there_is_no_lock() -> None:
+    config = Config.parse(CONFIG | {"memory_banks": {"folder": "s3://bucket/banks"}}, "the tests' config")
+    assert _only_writer(config) is None
