@@ -168,7 +168,7 @@ async def _given(
 ) -> AsyncGenerator[list[MemoryBankDocument]]:
     async with _reading(context, bank):
         async for page in _pages(memory.tables, bank, ids):
-            yield await asyncio.to_thread(lambda page=page: [given(one) for one in page])
+            yield await asyncio.to_thread(list, map(given, page))
 
 
 async def delete_documents(context: Context, memory: Memory, request: DeleteDocumentsRequest) -> None:
