@@ -359,6 +359,13 @@ def test_more_documents_than_a_call_takes_are_413_and_told_of_the_job(client: Te
     assert str(MAX_DOCUMENTS) in error["message"]
 
 
+def test_a_larger_body_than_a_call_takes_is_413_and_told_of_the_job(client: TestClient, context: Context) -> None:
+    most = context.config.memory_banks.max_body_bytes
+    length = {"content-length": str(most + 1)}
+    error = error_of(client.post("/memory_bank/insert", content=b"{}", headers=length), 413)
+    assert error["message"] == f"the body has more than {most} bytes. The job /memory_banks/ingest takes more"
+
+
 def test_as_many_documents_as_a_call_takes_are_taken(client: TestClient) -> None:
     bank_id = create(client)
     inserted(client, bank_id, *(document(f"{number:04}", str(number)) for number in range(MAX_DOCUMENTS)))
