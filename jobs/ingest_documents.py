@@ -29,7 +29,7 @@ from stack import datasets, jobs, made_datasets, quotas
 from stack.addresses import address_in
 from stack.api.memory_banks import Address, GraphBankConfig, IngestDocumentsRequest, MemoryBankDocument
 from stack.config import LanguageModel
-from stack.errors import BadInput, Conflict, StackError, Unavailable
+from stack.errors import BadInput, StackError, Unavailable
 from stack.memory_banks import banks, ingestion, serve_writer
 from stack.memory_banks.documents import embed, hash_of, prepare
 from stack.memory_banks.extraction import extract
@@ -102,8 +102,8 @@ class Ingest(Asker):
         document = given.document()
         known = await self._known.one(document.document_id)
         if known is not None:
-            if known.hash != hash_of(document):
-                raise _taken(document.document_id, self._request.bank_id)
+            if known.hash != await asyncio.to_thread(hash_of, document):
+                raise banks.taken(document.document_id, self._request.bank_id)
             return _result(unchanged=1)
         bank = await asyncio.to_thread(banks.find, self._context, self._request.bank_id)
         taken = _expected_bytes(bank, document)
@@ -189,12 +189,6 @@ def _expected_bytes(bank: MemoryBank, document: MemoryBankDocument) -> int:
 
 def _result(**counts: int) -> dict[str, Any]:
     return {"result": json.dumps(counts)}
-
-
-def _taken(document_id: str, bank_id: str) -> Conflict:
-    return Conflict(
-        f"there is another document {document_id!r} in the bank {bank_id!r}; /memory_bank/update replaces it"
-    )
 
 
 def _parts(documents: Sequence[Document]) -> Iterator[list[Document]]:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_apps.errors import error_response
 from stack import tracing
+from stack.api.memory_banks import INGEST
 from stack.context import LOCAL_USER, Principal
 from stack.errors import BadInput, Forbidden, StackError, TooLarge, TooManyRequests, Unauthorized, Unavailable
 from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
@@ -20,6 +21,7 @@ from stack.keys import HOW_TO_MAKE_ONE, Keyring, is_loopback
 logger = logging.getLogger("ray.serve")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+INSERT = "/memory_bank/insert"
 _PORT = re.compile(r":\d*$")
 
 
@@ -229,7 +231,8 @@ class Bounds:
             await error_response(scope, BadInput("the address holds a NUL character"))(scope, receive, send)
             return
         bound = self.by_path.get(scope["path"], self.max_body_bytes)
-        too_large = error_response(scope, TooLarge(f"the body has more than {bound} bytes"))
+        hint = f". The job {INGEST} takes more" if scope["path"] == INSERT else ""
+        too_large = error_response(scope, TooLarge(f"the body has more than {bound} bytes{hint}"))
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > bound:
             await too_large(scope, receive, send)

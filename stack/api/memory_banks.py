@@ -27,17 +27,31 @@ INGEST = "/memory_banks/ingest"
 
 BankId = Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
 DocumentId = Annotated[str, Field(min_length=1, max_length=300), AfterValidator(without_nul)]
+ChunkSize = Annotated[int, Field(ge=8, le=MAX_CHUNK_TOKENS)]
 Part = Annotated[str, Field(max_length=MAX_CONTENT), AfterValidator(without_nul)]
 
 
-def _require_small_overlap(overlap: int, size: int) -> None:
-    if overlap > size // 2:
-        raise ValueError(
-            f"overlap_size_in_tokens is {overlap}; allowed: at most half of chunk_size_in_tokens, {size // 2}"
-        )
+class ChunkedBankConfig(Wire):
+    """Documents are cut into chunks of so many tokens of a model's own tokenizer."""
+
+    chunk_size_in_tokens: ChunkSize
+    overlap_size_in_tokens: Annotated[int, Field(ge=0, le=MAX_CHUNK_TOKENS)] | None = None
+
+    @model_validator(mode="after")
+    def _overlap_is_smaller(self) -> Self:
+        half = self.chunk_size_in_tokens // 2
+        if self.overlap > half:
+            raise ValueError(
+                f"overlap_size_in_tokens is {self.overlap}; allowed: at most half of chunk_size_in_tokens, {half}"
+            )
+        return self
+
+    @property
+    def overlap(self) -> int:
+        return self.overlap_size_in_tokens or 0
 
 
-class VectorBankConfig(Wire):
+class VectorBankConfig(ChunkedBankConfig):
     """Chunks are found by what they mean, by what they say, or by both.
 
     Sizes are in tokens of the embedding model's own tokenizer.
@@ -45,17 +59,6 @@ class VectorBankConfig(Wire):
 
     type: Literal["vector"]
     embedding_model: ModelId
-    chunk_size_in_tokens: Annotated[int, Field(ge=8, le=MAX_CHUNK_TOKENS)]
-    overlap_size_in_tokens: Annotated[int, Field(ge=0, le=MAX_CHUNK_TOKENS)] | None = None
-
-    @model_validator(mode="after")
-    def _overlap_is_smaller(self) -> Self:
-        _require_small_overlap(self.overlap, self.chunk_size_in_tokens)
-        return self
-
-    @property
-    def overlap(self) -> int:
-        return self.overlap_size_in_tokens or 0
 
 
 class KeyValueBankConfig(Wire):
@@ -98,7 +101,7 @@ class KeywordBankConfig(Wire):
     stem: bool = True
 
 
-class GraphBankConfig(Wire):
+class GraphBankConfig(ChunkedBankConfig):
     """Chunks are found by the entities that they speak of, and by how these are related.
 
     A language model reads them when documents are written: `model`, or where none is named, the first one that is
@@ -107,17 +110,7 @@ class GraphBankConfig(Wire):
 
     type: Literal["graph"]
     model: ModelId | None = None
-    chunk_size_in_tokens: Annotated[int, Field(ge=8, le=MAX_CHUNK_TOKENS)] = 256
-    overlap_size_in_tokens: Annotated[int, Field(ge=0, le=MAX_CHUNK_TOKENS)] | None = None
-
-    @model_validator(mode="after")
-    def _overlap_is_smaller(self) -> Self:
-        _require_small_overlap(self.overlap, self.chunk_size_in_tokens)
-        return self
-
-    @property
-    def overlap(self) -> int:
-        return self.overlap_size_in_tokens or 0
+    chunk_size_in_tokens: ChunkSize = 256
 
 
 BankConfig = Annotated[

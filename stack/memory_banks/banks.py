@@ -10,7 +10,7 @@ import datetime as dt
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -126,13 +126,7 @@ async def insert(context: Context, memory: Memory, request: InsertDocumentsReque
     """
     bank, there = await _begin(context, memory, request.bank_id, request.documents)
     new = [document for document in request.documents if document.document_id not in there]
-    for document in request.documents:
-        if document.document_id in there and there[document.document_id].hash != hash_of(document):
-            raise Conflict(
-                f"there is another document {document.document_id!r} in the bank {bank.id!r}; /memory_bank/update "
-                "replaces it",
-                param="documents",
-            )
+    await asyncio.to_thread(_require_same, bank, request.documents, there)
     ttl = request.ttl_seconds
     expires_at = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=ttl) if ttl is not None else None
     await _write(context, memory, bank, new, [expires_at] * len(new), replace=False)
@@ -168,7 +162,7 @@ async def _given(
 ) -> AsyncGenerator[list[MemoryBankDocument]]:
     async with _reading(context, bank):
         async for page in _pages(memory.tables, bank, ids):
-            yield await asyncio.to_thread(lambda page=page: [given(one) for one in page])
+            yield await asyncio.to_thread(list, map(given, page))
 
 
 async def delete_documents(context: Context, memory: Memory, request: DeleteDocumentsRequest) -> None:
@@ -301,6 +295,22 @@ def given(stored: StoredDocument) -> MemoryBankDocument:
         content=json.loads(stored.content),
         mime_type=stored.mime_type,
         metadata=stored.metadata,
+    )
+
+
+def _require_same(bank: MemoryBank, documents: Sequence[MemoryBankDocument], there: Mapping[str, Known]) -> None:
+    """Raises Conflict for one of the documents of whose id there is another one."""
+    for document in documents:
+        known = there.get(document.document_id)
+        if known is not None and known.hash != hash_of(document):
+            raise taken(document.document_id, bank.id)
+
+
+def taken(document_id: str, bank_id: str) -> Conflict:
+    """Why a document is not inserted of whose id there is another one."""
+    return Conflict(
+        f"there is another document {document_id!r} in the bank {bank_id!r}; /memory_bank/update replaces it",
+        param="documents",
     )
 
 

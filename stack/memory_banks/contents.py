@@ -17,9 +17,10 @@ from stack.context import Context
 from stack.dataset_content import local_file, opened_file
 from stack.errors import BadInput, StackError, TooLarge, Unavailable
 from stack.fetcher import Fetcher
+from stack.memory_banks.reading import MAX_BYTES
+from stack.memory_banks.tasks import all_of
 
-# Of one document, and of all in one call.
-MAX_BYTES = 32 * 2**20
+# Of all documents in one call.
 MAX_ALL_BYTES = 64 * 2**20
 SECONDS = 120
 AT_ONCE = 4
@@ -58,13 +59,10 @@ async def contents(context: Context, documents: Sequence[MemoryBankDocument]) ->
         return content
 
     try:
-        async with asyncio.timeout(SECONDS), asyncio.TaskGroup() as group:
-            tasks = [group.create_task(get(number, one)) for number, one in enumerate(documents)]
+        async with asyncio.timeout(SECONDS):
+            return await all_of(get(number, one) for number, one in enumerate(documents))
     except TimeoutError:
         raise Unavailable(f"the documents were not there within {SECONDS} s") from None
-    except ExceptionGroup as failed:  # by the first one, for which the others were given up
-        raise failed.exceptions[0] from failed
-    return [task.result() for task in tasks]
 
 
 def name_of(document: MemoryBankDocument) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +24,8 @@ from stack.memory_banks import contents
 from stack.memory_banks.chunking import chunks, count_words, text_of, token_counter
 from stack.memory_banks.extraction import extract
 from stack.memory_banks.reading import ReadText, read
-from stack.memory_banks.rows import Chunk, Document, Graph
+from stack.memory_banks.rows import Chunk, Document
+from stack.memory_banks.tasks import all_of
 from stack.store import MemoryBank
 
 # Of one call, together; and of one document in a job.
@@ -48,7 +50,11 @@ T = TypeVar("T")
 
 def hash_of(document: MemoryBankDocument) -> str:
     """What two documents have in common that are the same as given: the SHA-256 of content, MIME type and metadata."""
-    given = [contents.as_json(document), document.mime_type, document.metadata]
+    return _hash_of(contents.as_json(document), document)
+
+
+def _hash_of(content: str, document: MemoryBankDocument) -> str:
+    given = [content, document.mime_type, document.metadata]
     return hashlib.sha256(json.dumps(given, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -68,27 +74,20 @@ async def prepare(
     had = await contents.contents(context, documents)
     try:
         async with asyncio.timeout(None if in_job else READ_SECONDS):
-            cut = await _all_cut(context, bank, documents, had, in_job)
+            ready = await _all_read(context, bank, documents, had, expiries, in_job)
     except TimeoutError:
         raise Unavailable(
             f"the documents were not read within {READ_SECONDS} s; the job {INGEST} may take longer", param="documents"
         ) from None
-    vectors: Sequence[NDArray[np.float32] | None] = [None] * len(cut)
+    cut = [one.chunks for one in ready]
     if bank.config["type"] == "vector":
         vectors = await _embedded(context, bank, cut)
-    graphs: Sequence[Graph | None] = [None] * len(cut)
+        return [replace(one, vectors=its) for one, its in zip(ready, vectors, strict=True)]
     if bank.config["type"] == "graph":
         config = GraphBankConfig.model_validate(bank.config)
-        graphs = await extract(context, config, [document.document_id for document in documents], cut)
-    return [
-        Document(
-            document.document_id, contents.as_json(document), document.mime_type, document.metadata,
-            hash_of(document), expires_at, of_document, its_vectors, graph,
-        )
-        for document, expires_at, of_document, its_vectors, graph in zip(
-            documents, expiries, cut, vectors, graphs, strict=True
-        )
-    ]  # fmt: skip
+        graphs = await extract(context, config, [one.document_id for one in ready], cut)
+        return [replace(one, graph=its) for one, its in zip(ready, graphs, strict=True)]
+    return ready
 
 
 async def text_in(context: Context, document: MemoryBankDocument) -> str:
@@ -148,23 +147,29 @@ def _max_tokens(folder: Path) -> int:
     raise BadInput(f"the embedding model in {folder} does not say how many tokens it takes")
 
 
-async def _all_cut(
-    context: Context, bank: MemoryBank, documents: Sequence[MemoryBankDocument], had: Sequence[bytes], in_job: bool
-) -> list[tuple[Chunk, ...]]:
-    """The chunks of documents, one after another."""
+async def _all_read(
+    context: Context,
+    bank: MemoryBank,
+    documents: Sequence[MemoryBankDocument],
+    had: Sequence[bytes],
+    expiries: Sequence[dt.datetime | None],
+    in_job: bool,
+) -> list[Document]:
+    """Documents read and cut, one after another."""
     most = MAX_JOB_CHUNKS if in_job else MAX_GRAPH_CHUNKS if bank.config["type"] == "graph" else MAX_CHUNKS
-    cut = list[tuple[Chunk, ...]]()
-    for number, (document, content) in enumerate(zip(documents, had, strict=True)):
-        cutting = partial(_cut, context, bank, document, content)
+    ready, total = list[Document](), 0
+    for number, one in enumerate(zip(documents, had, expiries, strict=True)):
+        reading = partial(_read, context, bank, *one)
         try:
-            cut.append(await (_in_thread(cutting) if in_job else _in_turn(context.tenant, cutting)))
+            ready.append(await (_in_thread(reading) if in_job else _in_turn(context.tenant, reading)))
         except StackError as error:
             error.param = f"documents.{number}"
             raise
-        if (total := sum(map(len, cut))) > most:
+        total += len(ready[-1].chunks)
+        if total > most:
             hint = "" if in_job else f". The job {INGEST} takes more"
             raise TooLarge(f"there are {total} chunks; allowed at once: {most}{hint}", param=f"documents.{number}")
-    return cut
+    return ready
 
 
 async def _in_turn(tenant: str, read: Callable[[], T]) -> T:
@@ -178,6 +183,18 @@ async def _in_turn(tenant: str, read: Callable[[], T]) -> T:
 
 def _in_thread(read: Callable[[], T]) -> asyncio.Future[T]:
     return asyncio.get_running_loop().run_in_executor(_READERS, read)
+
+
+def _read(
+    context: Context, bank: MemoryBank, document: MemoryBankDocument, content: bytes, expires_at: dt.datetime | None
+) -> Document:
+    """A document without what is made by models."""
+    cut = _cut(context, bank, document, content)
+    given = contents.as_json(document)
+    return Document(
+        document.document_id, given, document.mime_type, document.metadata, _hash_of(given, document),
+        expires_at, cut, vectors=None,
+    )  # fmt: skip
 
 
 def _cut(context: Context, bank: MemoryBank, document: MemoryBankDocument, content: bytes) -> tuple[Chunk, ...]:
@@ -213,11 +230,7 @@ async def _embedded(context: Context, bank: MemoryBank, cut: Sequence[tuple[Chun
         async with slots:
             return await embed(context, bank, batch)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(some(texts[n : n + EMBED_TEXTS])) for n in range(0, len(texts), EMBED_TEXTS)]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from failed
-    vectors = np.concatenate([task.result() for task in tasks]) if tasks else np.empty((0, bank.dimensions or 0))
+    parts = await all_of(some(texts[n : n + EMBED_TEXTS]) for n in range(0, len(texts), EMBED_TEXTS))
+    vectors = np.concatenate(parts) if parts else np.empty((0, bank.dimensions or 0))
     ends = np.cumsum([len(of_document) for of_document in cut])
     return [part.astype(np.float32, copy=False) for part in np.split(vectors, ends[:-1])]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from stack.api.memory_banks import GraphBankConfig
@@ -11,6 +12,7 @@ from stack.errors import BadInput, NotFound
 from stack.inference import answer_chat
 from stack.memory_banks.entities import RESPONSE_FORMAT, question, read_answer
 from stack.memory_banks.rows import Chunk, Graph, Mention, Relation
+from stack.memory_banks.tasks import all_of
 from stack.models import Model
 
 # How many chunks the model reads at once.
@@ -66,15 +68,9 @@ async def extract(
             param=f"documents.{number}",
         )
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [
-                [group.create_task(read(number, chunk)) for chunk in of_document]
-                for number, of_document in enumerate(cut)
-            ]
-    except ExceptionGroup as failed:  # by the first one, for which the others were given up
-        raise failed.exceptions[0] from failed
-    return [_graph([task.result() for task in of_document]) for of_document in tasks]
+    chunks = [(number, chunk) for number, of_document in enumerate(cut) for chunk in of_document]
+    found = iter(await all_of(read(*one) for one in chunks))
+    return [_graph(list(islice(found, len(of_document)))) for of_document in cut]
 
 
 async def _asked(

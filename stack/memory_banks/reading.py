@@ -15,6 +15,7 @@ from html_to_markdown.exceptions import ConversionError
 from stack.errors import BadInput, TooLarge
 from stack.memory_banks import read_pdf
 
+# Of one document.
 MAX_BYTES = 32 * 2**20
 MAX_HTML_BYTES = 4 * 2**20
 MAX_PAGES = 2_000

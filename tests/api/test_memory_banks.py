@@ -18,27 +18,44 @@ from stack.config import Config
 from stack.context import Context
 from stack.errors import Unavailable
 from stack.memory_banks import banks
+from stack.memory_banks import documents as preparing
 from stack.memory_banks.table import BankTable
 from tests.api.conftest import HERE, URL
 from tests.api.envelope import error_of
 from tests.conftest import CONFIG
-from tests.memory import EMBEDDER, VECTOR, document, write_embedder
+from tests.memory import EMBEDDER, VECTOR, document, write_embedder, write_tokenizer
 from tests.scripted_engine import DIMENSIONS, ScriptedEngine
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "vector": VECTOR,
     "keyvalue": {"type": "keyvalue"},
     "keyword": {"type": "keyword"},
+    "graph": {"type": "graph", "chunk_size_in_tokens": 10},
 }
 every_kind = pytest.mark.parametrize("kind", CONFIGS)
 FRUIT = "Ripe apples are red and sweet"
 STONE = "Granite mountains stand for ages"
+# What the model says of each chunk; of this, what stands in it counts.
+ENTITIES = {
+    "entities": [{"name": name, "type": "thing"} for name in ("apples", "red", "Granite", "ages")],
+    "relations": [
+        {"source": "apples", "relation": "are", "target": "red"},
+        {"source": "Granite", "relation": "stands for", "target": "ages"},
+    ],
+}
+
+
+@pytest.fixture
+def engine() -> ScriptedEngine:
+    return ScriptedEngine((json.dumps(ENTITIES),))
 
 
 @pytest.fixture
 def context(home: Path, store_url: str, engine: ScriptedEngine) -> Iterator[Context]:
     write_embedder(home)
-    config = CONFIG | {"store": store_url, "embedding_models": [EMBEDDER]}
+    write_tokenizer(home / "models" / "small")
+    models = [{"id": "small", "path": "models/small", "context": 1_024}]
+    config = CONFIG | {"store": store_url, "models": models, "embedding_models": [EMBEDDER]}
     context = Context.open(Config.parse(config, "the tests' config"), engine=engine)
     yield context
     context.close()
@@ -277,10 +294,12 @@ def test_the_same_insert_again_changes_nothing(client: TestClient, kind: str, en
     bank_id = create(client, kind)
     for _ in range(3):
         inserted(client, bank_id, document("a", FRUIT, n=1), document("b", STONE))
-    asked = len(engine.asked_to_embed)
+    asked = len(engine.asked_to_embed), len(engine.asked)
     inserted(client, bank_id, document("a", FRUIT, n=1))
-    assert len(engine.asked_to_embed) == asked
-    assert len(found(client, bank_id, asking_for(kind, "a", FRUIT))) <= 2
+    assert (len(engine.asked_to_embed), len(engine.asked)) == asked
+    chunks = found(client, bank_id, asking_for(kind, "a", FRUIT))
+    expected = [("a", 0), ("b", 0)] if kind == "vector" else [("a", 0)]  # by meaning, all are found
+    assert sorted((chunk["document_id"], chunk["position"]) for chunk in chunks) == expected
 
 
 @pytest.mark.parametrize(
@@ -340,10 +359,31 @@ def test_more_documents_than_a_call_takes_are_413_and_told_of_the_job(client: Te
     assert str(MAX_DOCUMENTS) in error["message"]
 
 
+def test_a_larger_body_than_a_call_takes_is_413_and_told_of_the_job(client: TestClient, context: Context) -> None:
+    most = context.config.memory_banks.max_body_bytes
+    length = {"content-length": str(most + 1)}
+    error = error_of(client.post("/memory_bank/insert", content=b"{}", headers=length), 413)
+    assert error["message"] == f"the body has more than {most} bytes. The job /memory_banks/ingest takes more"
+
+
 def test_as_many_documents_as_a_call_takes_are_taken(client: TestClient) -> None:
     bank_id = create(client)
     inserted(client, bank_id, *(document(f"{number:04}", str(number)) for number in range(MAX_DOCUMENTS)))
     assert found(client, bank_id, "0999")[0]["content"] == "999"
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("vector", "MAX_CHUNKS"), ("graph", "MAX_GRAPH_CHUNKS")])
+def test_more_chunks_than_a_call_takes_are_413_and_told_of_the_job(
+    client: TestClient, engine: ScriptedEngine, monkeypatch: pytest.MonkeyPatch, kind: str, bound: str
+) -> None:
+    monkeypatch.setattr(preparing, bound, 3)
+    bank_id = create(client, kind)
+    inserted(client, bank_id, document("fits", " ".join(["word"] * 30)))
+    asked = len(engine.asked_to_embed), len(engine.asked)
+    error = error_of(insert(client, bank_id, document("a"), document("b", " ".join(["word"] * 30))), 413)
+    assert (error["param"], "/memory_banks/ingest" in error["message"]) == ("documents.1", True)
+    assert "there are 4 chunks; allowed at once: 3" in error["message"]
+    assert (len(engine.asked_to_embed), len(engine.asked)) == asked
 
 
 @pytest.mark.parametrize(
@@ -426,6 +466,14 @@ def test_a_vector_bank_is_asked_in_each_mode(client: TestClient, mode: str) -> N
     assert found(client, bank_id, ["Ripe apples are ", "red and sweet"], mode=mode)[0]["document_id"] == "fruit"
 
 
+def test_a_graph_bank_is_asked_for_entities_and_what_is_related_to_them(client: TestClient) -> None:
+    bank_id = create(client, "graph")
+    inserted(client, bank_id, document("fruit", FRUIT), document("other", "Some apples are green"))
+    assert [chunk["document_id"] for chunk in found(client, bank_id, "-", entities=["RED"])] == ["fruit", "other"]
+    assert found(client, bank_id, "-") == []
+    assert found(client, bank_id, "-", entities=["Granite"], hops=3) == []
+
+
 def test_params_bound_what_is_found(client: TestClient) -> None:
     bank_id = create(client, "vector")
     inserted(client, bank_id, *(document(str(number), f"word number {number}", n=number) for number in range(30)))
@@ -455,6 +503,13 @@ def test_a_long_document_is_cut_and_its_neighbours_come_along(client: TestClient
         ("keyword", {"mode": "keyword"}, "params.mode"),
         ("keyword", {"prefix": True}, "params.prefix"),
         ("vector", {"prefix": True}, "params.prefix"),
+        ("graph", {"mode": "vector"}, "params.mode"),
+        ("vector", {"entities": ["apples"]}, "params.entities"),
+        ("keyword", {"entities": ["apples"]}, "params.entities"),
+        ("keyvalue", {"hops": 1}, "params.hops"),
+        ("vector", {"hops": 2}, "params.hops"),
+        ("graph", {"hops": 4}, "params.hops"),
+        ("graph", {"entities": ["a"] * 101}, "params.entities"),
         ("vector", {"mode": "magic"}, "params.mode"),
         ("vector", {"max_chunks": 0}, "params.max_chunks"),
         ("vector", {"max_chunks": 1_001}, "params.max_chunks"),

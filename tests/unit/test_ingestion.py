@@ -19,7 +19,7 @@ from stack.api.wire import describe
 from stack.config import Config
 from stack.context import Context
 from stack.errors import BadInput, Conflict, NotFound, StorageFull, Unavailable
-from stack.memory_banks import banks, ingestion
+from stack.memory_banks import banks, ingestion, serve_writer
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.rows import Document, StoredDocument
 from stack.memory_banks.table import BankTable
@@ -97,7 +97,7 @@ def here(monkeypatch: pytest.MonkeyPatch, engine: VariedEngine, writer: Noting) 
         return writer
 
     monkeypatch.setattr(asking, "pause", no_pause)
-    monkeypatch.setattr(driver.serve_writer, "find", find)
+    monkeypatch.setattr(serve_writer, "find", find)
     work_here(monkeypatch, engine, driver)
 
 
