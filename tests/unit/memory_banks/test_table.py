@@ -278,7 +278,7 @@ async def test_words_are_indexed_where_they_are_asked_for(home: Path, kind: str,
     config = Config.parse(CONFIG | {"store": f"sqlite:///{home}/stack.db"}, "the test's")
     bank = MemoryBank(f"bank-{kind}", "acme", "a", None, {"type": kind}, None, bytes=0, created_at=now(), written_at="")
     made = await Tables(config).get_or_create(bank)
-    await made.table.write([document("a", dimensions=None)], replace=False)
+    await made.table.put([document("a", dimensions=None)])
     await made.table.maintain()
     opened = await Tables(config).get(bank)
     assert opened is not None
