@@ -32,8 +32,9 @@ _WORD = re.compile(rf"(?:{_LETTER}|{_MARK})+|\S")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
-def _text(most: int) -> dict[str, Any]:
-    return {"type": "string", "minLength": 1, "maxLength": most}
+# How long a text may be is looked at when it is there: as a bound of the schema (maxLength) it would take the compiler
+# of grammars a second, 70 times as long as all else.
+_TEXT = {"type": "string", "minLength": 1}
 
 
 def _list(most: int, **properties: Any) -> dict[str, Any]:
@@ -53,10 +54,8 @@ RESPONSE_FORMAT: dict[str, Any] = {
         "schema": {
             "type": "object",
             "properties": {
-                "entities": _list(MAX_ENTITIES, name=_text(MAX_NAME), type=_text(MAX_KIND)),
-                "relations": _list(
-                    MAX_RELATIONS, source=_text(MAX_NAME), relation=_text(MAX_LABEL), target=_text(MAX_NAME)
-                ),
+                "entities": _list(MAX_ENTITIES, name=_TEXT, type=_TEXT),
+                "relations": _list(MAX_RELATIONS, source=_TEXT, relation=_TEXT, target=_TEXT),
             },
             "required": ["entities", "relations"],
             "additionalProperties": False,
