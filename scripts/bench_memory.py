@@ -103,8 +103,9 @@ def main() -> int:
     except (BenchFailed, local_stack.StartFailed, OSError, subprocess.CalledProcessError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if arguments.json is not None:
-        write_json(arguments.json, figures, bench="memory")
+    finally:  # what was measured before a part failed, too
+        if arguments.json is not None:
+            write_json(arguments.json, figures, bench="memory")
     return 0 if all(one.met for one in figures) else 1
 
 
@@ -522,9 +523,14 @@ def serving() -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with running_ray() as address:
-        local_stack.deploy(document(port), address, lambda: False)
-        local_stack.wait_until_ready(url, START_S, lambda: False, lambda _: None)
-        yield url
+        from ray import serve
+
+        try:
+            local_stack.deploy(document(port), address, lambda: False)
+            local_stack.wait_until_ready(url, START_S, lambda: False, lambda _: None)
+            yield url
+        finally:
+            serve.shutdown()  # what this process knows of it, too: the next Ray has another one
 
 
 # Banks in this process

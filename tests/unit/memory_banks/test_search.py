@@ -195,7 +195,8 @@ def test_after_a_prefix_comes_the_next_text_that_is_one() -> None:
 
 def test_fused_ranks_are_summed_and_the_later_writing_stays() -> None:
     def one(id_: str, position: int = 0, written: int = 1) -> Found:
-        return Found(id_, position, "text", {"written": written, "expires_at": NEVER}, 9.0)
+        about = {"document_id": id_, "position": position, "written": written, "expires_at": NEVER}
+        return Found("text", about, 9.0)
 
     fused = fuse([[one("a"), one("b"), one("c")], [one("c"), one("d")]])
     assert [(found.document_id, found.score) for found in fused] == [
