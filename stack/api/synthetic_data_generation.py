@@ -281,11 +281,11 @@ class SyntheticDataJobRequest(GenerationSettings):
     def _source_has_what_it_needs(self) -> Self:
         fields = _FIELDS_OF[self.source]
         given = [name for names in _FIELDS_OF.values() for name in names if getattr(self, name) is not None]
+        if not any(name in fields for name in given):
+            raise ValueError(f"{' or '.join(fields)} is required with the source {self.source.value!r}")
         for name in given:
             if name not in fields:
                 raise ValueError(f"{name} cannot be used with the source {self.source.value!r}; leave it out")
-        if not given:
-            raise ValueError(f"{' or '.join(fields)} is required with the source {self.source.value!r}")
         if len(set(given)) > 1:
             raise ValueError(f"there are {' and '.join(fields)}; allowed: one of them")
         return self

@@ -90,7 +90,7 @@ def test_what_comes_into_the_place_of_a_file_meanwhile_is_refused(
 ) -> None:
     file = home / "data" / "a.jsonl"
     file.write_bytes(ROWS)
-    local = dataset_content._local
+    local = dataset_content.local_file
 
     def replaced(*arguments: Any) -> Path:
         found = local(*arguments)
@@ -98,7 +98,7 @@ def test_what_comes_into_the_place_of_a_file_meanwhile_is_refused(
         make(file)
         return found
 
-    monkeypatch.setattr(dataset_content, "_local", replaced)
+    monkeypatch.setattr(dataset_content, "local_file", replaced)
     assert isinstance(refused(context, file.as_uri()), BadInput)
 
 

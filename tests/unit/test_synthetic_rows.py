@@ -184,7 +184,7 @@ def test_what_is_shown_of_a_rejection_is_bounded() -> None:
     ("fields", "words"),
     [
         ({"dataset": None}, ["dataset is required with the source 'dataset'"]),
-        ({"source": "documents", "dataset": None}, ["dataset is required with the source 'documents'"]),
+        ({"source": "documents", "dataset": None}, ["dataset or bank_id is required with the source 'documents'"]),
         ({"source": "self_instruct", "dataset": None}, ["seed_prompts is required"]),
         (
             {"source": "self_instruct", "seed_prompts": ["a"]},

@@ -62,4 +62,5 @@ async def test_serve_is_told_of_a_writer_that_another_one_has_replaced(context: 
     with pytest.raises(RuntimeError, match="another writer"):
         writer.check_health()
     writer._watcher.cancel()
+    writer._writer._store.close()
     writer._lock.close()
