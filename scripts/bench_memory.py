@@ -530,7 +530,7 @@ def serving() -> Iterator[str]:
             local_stack.wait_until_ready(url, START_S, lambda: False, lambda _: None)
             yield url
         finally:
-            serve.shutdown()  # what this process knows of it, too: the next Ray has another one
+            serve.shutdown()  # type: ignore[no-untyped-call]  # what this process knows of it, too: the next Ray has another one
 
 
 # Banks in this process

@@ -1,5 +1,6 @@
 """The deployment of the writer: that there is one of a machine's banks."""
 
+import asyncio
 import logging
 import warnings
 from collections.abc import Iterator
@@ -62,5 +63,6 @@ async def test_serve_is_told_of_a_writer_that_another_one_has_replaced(context: 
     with pytest.raises(RuntimeError, match="another writer"):
         writer.check_health()
     writer._watcher.cancel()
+    await asyncio.get_running_loop().shutdown_default_executor()  # in which a pass may ask the database
     writer._writer._store.close()
     writer._lock.close()
