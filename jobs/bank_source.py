@@ -13,12 +13,10 @@ from typing import Any
 
 import ray
 import ray.data
-from ray.data.block import Block, BlockMetadata
-from ray.data.context import DataContext
-from ray.data.datasource import Datasource, ReadTask
+from ray.data.block import Block
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from jobs.dataset_source import SCHEMA, blocks_of
+from jobs.dataset_source import InOrder, blocks_of
 from jobs.row_log import RowLog, RowNumbers, lines_of
 
 
@@ -56,23 +54,11 @@ def rows(file: Path, but: RowNumbers) -> ray.data.Dataset:
     return found
 
 
-class Copied(Datasource):
-    """One task that reads a copy in blocks, so that it never holds more than one of them."""
+class Copied(InOrder):
+    """The rows of a copy."""
 
     def __init__(self, file: Path, but: RowNumbers) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._read = partial(_blocks, file, but)
-        self._bytes = file.stat().st_size
-
-    def estimate_inmemory_data_size(self) -> int:
-        return self._bytes
-
-    def get_read_tasks(
-        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
-    ) -> list[ReadTask]:
-        """One, whatever the parallelism is."""
-        about = BlockMetadata(num_rows=None, size_bytes=self._bytes, exec_stats=None, input_files=None)
-        return [ReadTask(self._read, about, schema=SCHEMA, per_task_row_limit=per_task_row_limit)]
+        super().__init__(partial(_blocks, file, but), file.stat().st_size)
 
 
 def _blocks(file: Path, but: RowNumbers) -> Iterator[Block]:

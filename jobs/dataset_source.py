@@ -47,21 +47,13 @@ def rows(
     return found
 
 
-class Rows(Datasource):
-    """One task that reads the rows of a data set in blocks, so that it never holds more than one of them."""
+class InOrder(Datasource):
+    """One task that reads what it is given in blocks of SCHEMA, so that it never holds more than one of them."""
 
-    def __init__(
-        self,
-        context: Context,
-        checked: datasets.Checked,
-        shape: Shape[Any],
-        but: Container[int] = frozenset(),
-        split: Split | None = None,
-    ) -> None:
+    def __init__(self, read: Callable[[], Iterable[Block]], size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        config = context.config.model_dump(mode="json")
-        self._read = partial(_blocks, config, context.tenant, checked, shape, but, split)
-        self._bytes = checked.bytes
+        self._read = read
+        self._bytes = size
 
     def estimate_inmemory_data_size(self) -> int:
         return self._bytes
@@ -72,6 +64,21 @@ class Rows(Datasource):
         """One, whatever the parallelism is: a file is read from its start to its end."""
         about = BlockMetadata(num_rows=None, size_bytes=self._bytes, exec_stats=None, input_files=None)
         return [ReadTask(self._read, about, schema=SCHEMA, per_task_row_limit=per_task_row_limit)]
+
+
+class Rows(InOrder):
+    """The rows of a data set."""
+
+    def __init__(
+        self,
+        context: Context,
+        checked: datasets.Checked,
+        shape: Shape[Any],
+        but: Container[int] = frozenset(),
+        split: Split | None = None,
+    ) -> None:
+        config = context.config.model_dump(mode="json")
+        super().__init__(partial(_blocks, config, context.tenant, checked, shape, but, split), checked.bytes)
 
 
 def numbered(

@@ -170,7 +170,7 @@ class Snapshot:
             asked = filters.any_of([_any_of(column, some) for column in columns])
             names = [*_TEXTS[NODES if table is self._nodes else EDGES], "document_id", "writing", "position"]
             query = table.query().where(asked).select(names).limit(MAX_ROWS - len(rows))
-            rows += (await query.to_arrow()).to_pylist()
+            rows += await asyncio.to_thread((await query.to_arrow()).to_pylist)
             if len(rows) == MAX_ROWS:
                 break
         await self._look_up({row["document_id"] for row in rows}.difference(self._writings), condition)
