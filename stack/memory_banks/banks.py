@@ -183,7 +183,8 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
     may still answer for a second.
     """
     bank = context.store.memory_banks.recent(context.tenant, request.bank_id)
-    bank = bank or await asyncio.to_thread(find, context, request.bank_id)
+    if bank is None:
+        bank = await asyncio.to_thread(find, context, request.bank_id)
     _require_allowed(bank, request.params)
     hits = list[Hit]()
     async with _reading(context, bank):

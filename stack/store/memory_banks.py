@@ -15,6 +15,7 @@ RECENT_S = 1.0
 # How many such rows are kept.
 MAX_RECENT = 10_000
 
+
 @dataclass(frozen=True, slots=True)
 class MemoryBank:
     """A bank. `config` is that of its kind, by its `type`; `dimensions` is the length of its vectors, if it has some.
@@ -52,14 +53,18 @@ class MemoryBanks:
             found = connection.execute(query).mappings().first()
         if found is None:
             return None
-        if len(self._read) >= MAX_RECENT:
-            self._read.clear()
         bank = MemoryBank(**found)
-        self._read[tenant, id] = began, bank
+        if bank.written_at is not None:  # who has written the first document into a bank finds it at once
+            if len(self._read) >= MAX_RECENT:
+                self._read.clear()
+            self._read[tenant, id] = began, bank
         return bank
 
     def recent(self, tenant: str, id: str) -> MemoryBank | None:
-        """The row as it was read at most RECENT_S ago, without asking the database; None if it must be asked."""
+        """The row of a bank with documents as it was read at most RECENT_S ago; None if the database must be asked.
+
+        What counts of it for a query does not change.
+        """
         read = self._read.get((tenant, id))
         return read[1] if read is not None and monotonic() - read[0] < RECENT_S else None
 
