@@ -172,6 +172,12 @@ class Turns:
         with self._engine.connect() as connection:
             return [Step(**row) for row in connection.execute(query).mappings()]
 
+    def step(self, turn_id: str, id: str) -> Step | None:
+        query = select(steps).where(steps.c.turn_id == turn_id, steps.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return Step(**found) if found else None
+
     def runs_of(self, turn_id: str) -> list[ToolRun]:
         """What is known of the calls of a turn."""
         query = select(tool_runs).join(steps, steps.c.id == tool_runs.c.step_id).where(steps.c.turn_id == turn_id)
