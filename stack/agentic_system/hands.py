@@ -43,11 +43,16 @@ async def open_hands(
         tools = [one for definition in definitions if (one := _tool(config, definition, files)) is not None]
         mcp = [definition for definition in definitions if isinstance(definition, McpToolDefinition)]
         servers = {one.server: Server(one.server, _mcp_server(config, one.server)) for one in mcp}
-        for closing in (*tools, *servers.values()):
-            opened.push_async_callback(closing.close)
-        # Each opens on its own, so that several take as long as the slowest.
-        for found in await asyncio.gather(*(tools_of(servers[one.server], one) for one in mcp)):
-            tools += found
+        for tool in tools:
+            opened.push_async_callback(tool.close)
+        for server in servers.values():
+            opened.push_async_callback(server.close)
+        try:
+            async with asyncio.TaskGroup() as group:  # so that several take as long as the slowest
+                found = [group.create_task(tools_of(servers[one.server], one)) for one in mcp]
+        except ExceptionGroup as failed:  # by the first one, for which the others were given up
+            raise failed.exceptions[0] from failed
+        tools += [tool for task in found for tool in task.result()]
         yield {tool.name: tool for tool in tools}
 
 

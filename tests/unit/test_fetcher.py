@@ -202,7 +202,7 @@ def serving(tls: ssl.SSLContext, answer: Answer) -> Iterator[tuple[int, list[Any
             with suppress(OSError):  # the client may leave
                 answer(self)
 
-        do_POST = do_PUT = do_GET  # noqa: N815
+        do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -100,7 +100,7 @@ async def _served(application: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = await request
         except asyncio.CancelledError:
-            request.cancel()
+            request.cancel()  # type: ignore[no-untyped-call]
             raise
     except (RayError, RayServeException) as error:
         raise ToolFailed(f"{OF} cannot answer now") from error
