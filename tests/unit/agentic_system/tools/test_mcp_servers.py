@@ -266,9 +266,11 @@ async def test_a_tool_that_is_not_there_is_bad_input(http_server: McpServer) -> 
         ({"type": "string"}, "none of an object"),
     ],
 )
-async def test_a_schema_beyond_the_bounds_is_refused(schema: dict[str, Any], words: str) -> None:
-    program = f"""
+async def test_a_schema_beyond_the_bounds_is_refused(tmp_path: Path, schema: dict[str, Any], words: str) -> None:
+    program = tmp_path / "server.py"
+    program.write_text(f"""
 import sys, json
+no = {{"code": -32601, "message": "no"}}
 for line in sys.stdin:
     asked = json.loads(line)
     if asked["method"] == "initialize":
@@ -277,14 +279,14 @@ for line in sys.stdin:
     elif asked["method"] == "tools/list":
         answer = {{"tools": [{{"name": "add", "inputSchema": {schema!r}}}]}}
     elif "id" in asked:
-        print(json.dumps({{"jsonrpc": "2.0", "id": asked["id"], "error": {{"code": -32601, "message": "no"}}}}), flush=True)
+        print(json.dumps({{"jsonrpc": "2.0", "id": asked["id"], "error": no}}), flush=True)
         continue
     else:
         continue
     print(json.dumps({{"jsonrpc": "2.0", "id": asked["id"], "result": answer}}), flush=True)
-"""
+""")
     with pytest.raises(BadInput, match=f"the tool 'add' of the MCP server 'tests' cannot be used: .*{words}"):
-        async with opened(StdioMcpServer(type="stdio", command=[sys.executable, "-c", program]), "add"):
+        async with opened(StdioMcpServer(type="stdio", command=[sys.executable, str(program)]), "add"):
             pass
 
 
