@@ -392,7 +392,8 @@ def test_a_turn_that_runs_is_told_to_end(store: Store) -> None:
     assert found.cancelled_at
     assert not found.completed_at
     again = store.turns.take(turn.id, "two")
-    assert again is not None and again.cancelled_at, "whoever takes it over knows"
+    assert again is not None
+    assert again.cancelled_at, "whoever takes it over knows"
     store.turns.end_cancelled(again)
     assert store.turns.cancel("default", turn.id) == TurnState.cancelled
 
