@@ -11,9 +11,9 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
+from stack.agentic_system.sessions import Event
 from stack.errors import BadInput, StackError
 
 # Of one step: further progress is put together, in pieces of so many characters.
@@ -24,14 +24,6 @@ MAX_KEPT = 5_000
 _PLACE = re.compile(r"([1-9]\d{0,8})\.(?:end|approval|\d{1,9}\.\d{1,9})")
 
 Payload = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Event:
-    """One event of a turn's stream. `data` is its JSON, as the specification's stream chunks have it."""
-
-    id: str
-    data: str
 
 
 def event(id: str, payload: Payload) -> Event:
