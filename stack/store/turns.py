@@ -280,31 +280,17 @@ class Journal:
         self._connection = connection
         self._turn = turn
 
-    def begin_step(self, number: int, kind: StepType, about: dict[str, Any]) -> Step:
+    def add_step(self, step: Step) -> None:
         """A step begins for the first time."""
-        step = Step(
-            uuid.uuid4().hex, self._turn.id, number, kind.value, about, attempt=1, details=None, started_at=now(),
-            completed_at=None,
-        )  # fmt: skip
         self._connection.execute(insert(steps).values(**asdict(step)))
-        return step
 
-    def begin_again(self, step: Step) -> Step:
-        """A step begins that was begun before, and has not ended."""
-        again = replace(step, attempt=step.attempt + 1)
-        self._connection.execute(update(steps).where(steps.c.id == step.id).values(attempt=again.attempt))
-        return again
-
-    def end_step(self, step: Step, details: dict[str, Any], about: dict[str, Any]) -> Step:
-        """What a step has given, and what is known about it now."""
-        ended = dict(details=details, about=about, completed_at=now())
-        self._connection.execute(update(steps).where(steps.c.id == step.id).values(**ended))
-        return replace(step, **ended)
-
-    def change_step(self, step: Step, details: dict[str, Any]) -> Step:
-        """Other details of a step that has ended: where a shield withdraws them."""
-        self._connection.execute(update(steps).where(steps.c.id == step.id).values(details=details))
-        return replace(step, details=details)
+    def save_step(self, step: Step) -> None:
+        """A step that is there begins again, or has ended, or has other details."""
+        values = dict(
+            attempt=step.attempt, about=step.about, details=step.details, started_at=step.started_at,
+            completed_at=step.completed_at,
+        )  # fmt: skip
+        self._connection.execute(update(steps).where(steps.c.id == step.id).values(**values))
 
     def begin_runs(self, step: Step, call_ids: Sequence[str]) -> None:
         """Calls begin, the first time or again."""
