@@ -21,9 +21,9 @@ from stack.api.safety import ShieldResponse
 from stack.api.wire import ModelId, Request, Wire, at_most, without_nul
 
 MAX_INSTRUCTIONS = 200_000
-MAX_ATTACHMENTS = 100
+MAX_ATTACHMENTS = 20
 # How many turns a session can have.
-MAX_TURNS = 10_000
+MAX_TURNS = 1_000
 
 AgentId = Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
 SessionId = AgentId

@@ -183,6 +183,12 @@ class Turns:
             steps_by_turn[step.turn_id].append(step)
         return [(one, steps_by_turn[one.id]) for one in reversed(found)]
 
+    def step(self, turn_id: str, id: str) -> Step | None:
+        query = select(steps).where(steps.c.turn_id == turn_id, steps.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return Step(**found) if found else None
+
     def runs_of(self, turn_id: str) -> list[ToolRun]:
         """What is known of the calls of a turn."""
         query = select(tool_runs).join(steps, steps.c.id == tool_runs.c.step_id).where(steps.c.turn_id == turn_id)
