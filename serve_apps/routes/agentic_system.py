@@ -17,7 +17,6 @@ from stack.api.agentic_system import (
     AgenticSystemSessionCreateResponse,
     AgenticSystemStepResponse,
     AgenticSystemTurnCreateRequest,
-    AgenticSystemTurnResponseEvent,
     AgenticSystemTurnResponseStreamChunk,
     AgentVersion,
     ApproveTurnRequest,
@@ -198,6 +197,4 @@ async def _as_events(events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:
     """A turn's events as server-sent ones, each with the id behind which the stream can be resumed."""
     async with aclosing(events):
         async for event in events:
-            chunk = AgenticSystemTurnResponseStreamChunk(event=AgenticSystemTurnResponseEvent(payload=event.payload))
-            data = chunk.model_dump_json(exclude_none=True)
-            yield f"id: {event.id}\ndata: {data}\n\n".encode()
+            yield f"id: {event.id}\ndata: {event.data}\n\n".encode()
