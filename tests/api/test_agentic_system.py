@@ -1,21 +1,25 @@
 """The routes of the agentic system: agents, sessions, turns and their events. Turns are run by a script."""
 
+import asyncio
 import json
 import logging
-import threading
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from stack.agentic_system.accepting import accept
+from stack.agentic_system.agents import create, create_session, get_turn
+from stack.api.agentic_system import AgentConfig, AgenticSystemTurnCreateRequest, CreateAgenticSystemSessionRequest
 from stack.api.messages import ToolCall
-from stack.config import Config
 from stack.context import Context
-from stack.errors import Unavailable
+from stack.errors import BadInput, Conflict, Unavailable
+from stack.store import MemoryBank, now
+from stack.store.schema import steps, tool_runs, turns
+from tests import threads
+from tests.api.conftest import HERE
 from tests.api.envelope import checked, error_of
-from tests.memory import document
 from tests.scripted_sessions import TEXT, ScriptedSessions
 
 FUNCTION = {
@@ -191,17 +195,13 @@ def test_a_deleted_agent_is_gone_with_its_sessions(agent: Agent, sessions: Scrip
         ),
         ({"approval": ["get_weather"]}, "agent_config.approval.0", "there are: none"),
         ({"tool_choice": "required"}, "agent_config.tool_choice", "allowed: 'auto'"),
-        ({"instructions": "x" * 200_001}, "agent_config.instructions", "at most 200000"),
         ({"color": "blue"}, "agent_config", "unknown key 'color'"),
     ],
 )
 def test_what_cannot_be_used_is_named(
-    client: TestClient, context: Context, changed: dict[str, Any], param: str | None, words: str
+    client: TestClient, changed: dict[str, Any], param: str | None, words: str
 ) -> None:
     reply = client.post("/agentic_system/create", json={"agent_config": CONFIG | changed})
-    if len(reply.request.content) > context.config.max_body_bytes:
-        error_of(reply, 413)
-        return
     error = error_of(reply, 400)
     assert words in error["message"]
     if param is not None:
@@ -258,7 +258,7 @@ def test_a_turn_is_answered_whole_and_found_again(agent: Agent) -> None:
 def test_a_turn_is_streamed_with_ids(agent: Agent) -> None:
     events = events_of(agent.turn(stream=True))
     assert types_of(events) == ["turn_start", "step_start", "step_progress", "step_complete", "turn_complete"]
-    assert [id for id, _ in events] == ["start", "1.1.0", "1.1.1", "1.end", "end"]
+    assert [place for place, _ in events] == ["start", "1.1.0", "1.1.1", "1.end", "end"]
     payloads = [event["event"]["payload"] for _, event in events]
     turn_id, step_id = payloads[0]["turn_id"], payloads[1]["step_id"]
     assert payloads[2] == {
@@ -325,8 +325,8 @@ def test_what_a_turn_has_takes_the_place_of_the_agents(client: TestClient, conte
     for key, value in changed.items():
         kept = row.config[key]
         assert kept == value or {name: kept[name] for name in value} == value
-    assert row.config["output_shields"] == FULL["output_shields"] or len(row.config["output_shields"]) == 1
-    assert [tool["type"] for tool in row.config["tools"]] == [tool["type"] for tool in agents["tools"]]
+    assert row.config["output_shields"] == agents["output_shields"]
+    assert [tool["type"] for tool in row.config["tools"]] == [tool["type"] for tool in FULL["tools"]]
     assert row.config["approval"] == ["get_weather"]
     fewer = context.store.turns.get("default", agent.turn(tools=[{"type": "wolfram_alpha"}]).json()["turn_id"])
     assert fewer is not None
@@ -384,3 +384,229 @@ def test_a_client_answers_the_calls_of_the_last_turn(agent: Agent, sessions: Scr
     assert error["code"] == "no_such_call"
 
 
+def waiting(agent: Agent, context: Context, **fields: Any) -> str:
+    """The id of another turn of the agent's session, which nobody runs."""
+    body = dict(agent_id=agent.id, session_id=agent.session, messages=SAID) | fields
+    return accept(context, AgenticSystemTurnCreateRequest.model_validate(body)).id
+
+
+def test_calls_of_a_turn_that_has_not_ended_cannot_be_answered(agent: Agent, context: Context) -> None:
+    turn_id = waiting(agent, context)
+    error = error_of(agent.turn(messages=[ANSWER]), 409)
+    assert f"the turn {turn_id!r} is queued" in error["message"]
+
+
+def test_of_answers_at_once_to_one_call_one_is_taken(
+    agent: Agent, context: Context, sessions: ScriptedSessions
+) -> None:
+    sessions.calls = [CALL]
+    assert agent.turn().status_code == 200
+
+    def answer() -> str:
+        try:
+            return waiting(agent, context, messages=[ANSWER])
+        except (BadInput, Conflict) as error:
+            return error.code
+
+    answers = threads.at_once(*[answer] * 5)
+    assert answers.count("conflict") == 4
+    assert len(agent.get_session({}).json()["turns"]) == 2
+
+
+# Turns that wait, are cancelled, or await approval
+
+
+def test_a_turn_waits_or_is_refused_when_asked(agent: Agent, context: Context) -> None:
+    waiting(agent, context)
+    error = error_of(agent.turn(wait=False), 409)
+    assert error["code"] == "busy"
+    for _ in range(context.config.agents.max_queued_turns):
+        waiting(agent, context)
+    reply = agent.turn()
+    assert "17 turns" in error_of(reply, 429)["message"]
+    assert int(reply.headers["retry-after"]) > 0
+    agent.session = agent.new_session()
+    assert agent.turn(wait=False).status_code == 200
+
+
+def test_a_turn_is_cancelled(agent: Agent, context: Context, sessions: ScriptedSessions) -> None:
+    waits, runs = waiting(agent, context), waiting(agent, context)
+    assert context.store.turns.take(runs, "one") is not None
+    assert agent.post("turn/cancel", turn_id=waits).json() == {"turn_id": waits, "state": "cancelled"}
+    assert agent.post("turn/cancel", turn_id=runs).json() == {"turn_id": runs, "state": "running"}
+    assert sessions.cancelled == [waits, runs]
+    found = agent.get("turn/get", turn_id=waits).json()
+    assert (found["state"], found["steps"], found["output_attachments"]) == ("cancelled", [], [])
+    ended = agent.turn().json()["turn_id"]
+    assert agent.post("turn/cancel", turn_id=ended).json()["state"] == "completed"
+    assert error_of(agent.post("turn/cancel", turn_id="none"), 404)["param"] == "turn_id"
+
+
+def test_a_turn_awaits_approval_and_goes_on(agent: Agent, sessions: ScriptedSessions) -> None:
+    sessions.calls = [CALL, CALL.model_copy(update={"call_id": "call-2"})]
+    events = events_of(agent.turn(stream=True, approval=["get_weather"]))
+    assert types_of(events)[-1] == "turn_awaiting_approval"
+    asked = events[-1][1]["event"]["payload"]
+    assert [call["call_id"] for call in asked["tool_calls"]] == ["call-1", "call-2"]
+    turn_id = asked["turn_id"]
+    turn = agent.get("turn/get", turn_id=turn_id).json()
+    assert (turn["state"], turn["awaiting"]) == ("awaiting_approval", asked["tool_calls"])
+    assert [step["step_type"] for step in turn["steps"]] == ["inference"]
+
+    def approve(**approvals: bool) -> Any:
+        return agent.post("turn/approve", turn_id=turn_id, approvals=approvals)
+
+    error = error_of(approve(**{"call-3": True}), 400)
+    assert (error["param"], "call-1, call-2" in error["message"]) == ("approvals.call-3", True)
+    assert approve(**{"call-1": True}).json()["state"] == "awaiting_approval"
+    error_of(approve(**{"call-1": False}), 400)
+    assert approve(**{"call-2": False}).json()["state"] == "queued"
+    assert [one for one, _ in sessions.gone_on] == [turn_id]
+    assert "it is completed" in error_of(approve(**{"call-2": True}), 409)["message"]
+    assert types_of(events_of(agent.get("turn/events", turn_id=turn_id)))[-1] == "turn_complete"
+    error_of(agent.post("turn/approve", turn_id=turn_id, approvals={}), 400)
+
+
+def test_an_unfinished_step_is_not_shown(agent: Agent, context: Context, sessions: ScriptedSessions) -> None:
+    sessions.calls = [CALL]
+    turn_id = agent.turn(approval=["get_weather"]).json()["turn_id"]
+    step = context.store.turns.steps_of([turn_id])[-1]
+    error = error_of(agent.get("step/get", turn_id=turn_id, step_id=step.id), 409)
+    assert error["code"] == "not_ended"
+
+
+# Sessions
+
+
+def test_a_session_shows_its_turns_or_some_of_them(agent: Agent) -> None:
+    there = [agent.turn().json() for _ in range(3)]
+    for body in (None, {}, {"turn_ids": None}):
+        found = agent.get_session(body).json()
+        assert found == {
+            "session_id": agent.session, "session_name": "talk", "turns": there, "started_at": found["started_at"],
+        }  # fmt: skip
+    wanted = [there[2]["turn_id"], there[0]["turn_id"]]
+    assert agent.get_session({"turn_ids": wanted}).json()["turns"] == [there[2], there[0]]
+    assert agent.get_session({"turn_ids": []}).json()["turns"] == []
+    error = error_of(agent.get_session({"turn_ids": [wanted[0], "none"]}), 404)
+    assert (error["param"], "'none'" in error["message"]) == ("turn_ids", True)
+
+
+def test_a_session_shows_its_bank_as_long_as_that_is_there(agent: Agent, context: Context) -> None:
+    bank_id = "bank-0"
+    bank = MemoryBank(bank_id, "default", "files", None, {"type": "keyvalue"}, None, bytes=0, created_at=now())
+    context.store.agents.give_bank(agent.session, bank)
+    assert agent.get_session({}).json()["memory_bank"]["bank_id"] == bank_id
+    made(agent.client, "/memory_banks/drop", bank_id=bank_id)
+    assert "memory_bank" not in agent.get_session({}).json()
+
+
+def test_a_deleted_session_is_gone_with_its_bank(agent: Agent, context: Context, sessions: ScriptedSessions) -> None:
+    bank = MemoryBank("bank-0", "default", "files", None, {"type": "keyvalue"}, None, bytes=0, created_at=now())
+    context.store.agents.give_bank(agent.session, bank)
+    turn_id = agent.turn().json()["turn_id"]
+    other = agent.new_session()
+    assert agent.post("session/delete", session_id=agent.session).status_code == 200
+    assert sessions.ended == [agent.session]
+    error_of(agent.client.get("/memory_banks/get", params={"bank_id": "bank-0"}), 404)
+    error_of(agent.get("turn/get", turn_id=turn_id), 404)
+    error_of(agent.post("session/delete", session_id=agent.session), 404)
+    assert error_of(agent.turn(), 404)["param"] == "session_id"
+    agent.session = other
+    assert agent.turn().status_code == 200
+
+
+def test_what_is_of_another_agent_is_not_there(client: TestClient, agent: Agent) -> None:
+    other = Agent(client, CONFIG)
+    turn = agent.turn().json()
+    step_id = turn["steps"][0]["step_id"]
+    assert error_of(other.turn(session_id=agent.session), 404)["param"] == "session_id"
+    assert error_of(other.get("turn/get", turn_id=turn["turn_id"]), 404)["param"] == "turn_id"
+    assert error_of(other.get("turn/events", turn_id=turn["turn_id"]), 404)["param"] == "turn_id"
+    assert error_of(other.get("step/get", turn_id=turn["turn_id"], step_id=step_id), 404)["param"] == "turn_id"
+    assert error_of(other.post("turn/cancel", turn_id=turn["turn_id"]), 404)["param"] == "turn_id"
+    assert error_of(other.post("session/delete", session_id=agent.session), 404)["param"] == "session_id"
+    mine = other.turn().json()
+    error = error_of(agent.get("step/get", turn_id=turn["turn_id"], step_id=mine["steps"][0]["step_id"]), 404)
+    assert error["param"] == "step_id"
+    for path, ids in (("turn/get", {"turn_id": "a"}), ("step/get", {"turn_id": "a", "step_id": "b"})):
+        reply = client.get(f"/agentic_system/{path}", params={"agent_id": "none"} | ids)
+        assert error_of(reply, 404)["param"] == "agent_id"
+
+
+# Keys of tools
+
+
+def test_provider_data_is_handed_on_and_kept_nowhere(
+    agent: Agent, context: Context, sessions: ScriptedSessions, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    keys = {"BRAVE_SEARCH_KEY": "hush-hush"}
+    headers = {"X-LlamaStack-ProviderData": json.dumps(keys)}
+    body = dict(agent_id=agent.id, session_id=agent.session, messages=SAID, approval=["get_weather"])
+    sessions.calls = [CALL]
+    turn_id = agent.client.post("/agentic_system/turn/create", json=body, headers=headers).json()["turn_id"]
+    assert sessions.started == [(turn_id, keys)]
+    decided = dict(agent_id=agent.id, turn_id=turn_id, approvals={"call-1": True})
+    assert agent.client.post("/agentic_system/turn/approve", json=decided, headers=headers).status_code == 200
+    assert sessions.gone_on == [(turn_id, keys)]
+    assert "hush-hush" not in caplog.text
+    with context.store.engine.connect() as connection:
+        for table in (turns, steps, tool_runs):
+            assert "hush-hush" not in str(connection.execute(table.select()).all())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "hush-hush", "[]", '{"key": 5}', '{"key": null}', '{"key": {"hush": "hush"}}', "[" * 5_000,
+        json.dumps({f"key-{number}": "hush-hush" for number in range(101)}), json.dumps({"key": "h" * 20_000}),
+    ],
+    ids=lambda value: value[:20],
+)  # fmt: skip
+def test_provider_data_that_is_wrong_is_refused_and_not_shown(agent: Agent, value: str) -> None:
+    body = dict(agent_id=agent.id, session_id=agent.session, messages=SAID)
+    headers = {"X-LlamaStack-ProviderData": value}
+    error = error_of(agent.client.post("/agentic_system/turn/create", json=body, headers=headers), 400)
+    assert "X-LlamaStack-ProviderData" in error["message"]
+    assert "hush" not in error["message"]
+    assert agent.get_session({}).json()["turns"] == []
+
+
+# Clients that leave
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_ends_no_turn(
+    app: FastAPI, context: Context, sessions: ScriptedSessions, stream: bool
+) -> None:
+    sessions.holds = True
+    agent_id = await asyncio.to_thread(create, context, AgentConfig.model_validate(CONFIG))
+    request = CreateAgenticSystemSessionRequest(agent_id=agent_id, session_name="talk")
+    session_id = await asyncio.to_thread(create_session, context, request)
+    body = dict(agent_id=agent_id, session_id=session_id, messages=SAID, stream=stream)
+    arrived: list[Any] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> Any:
+        if arrived:
+            return arrived.pop(0)
+        await sessions.watched.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    path = "/agentic_system/turn/create"
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"host", b"127.0.0.1")], "client": HERE, "server": HERE,
+        "scheme": "http", "root_path": "", "http_version": "1.1", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    await asyncio.wait_for(app(scope, receive, send), timeout=30)
+    ((turn_id, _),) = sessions.started
+    assert (sessions.left, sessions.cancelled) == ([turn_id], [])
+    turn = context.store.turns.get("default", turn_id)
+    assert turn is not None
+    assert (turn.state, turn.cancelled_at) == ("queued", None)
+    sessions.run(context.store, turn_id)
+    assert get_turn(context, agent_id, turn_id).state == "completed"
