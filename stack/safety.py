@@ -90,17 +90,25 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
     for at, (definition, verdict) in enumerate(zip(request.shields, verdicts, strict=True)):
         _act(definition, verdict, f"shields.{at}")
     return RunShieldsResponse(
-        responses=[
-            ShieldResponse(
-                shield_type=definition.shield_type,
-                is_violation=verdict.is_violation,
-                violation_type=verdict.type,
-                violation_return_message=verdict.message,
-                score=verdict.score,
-            )
-            for definition, verdict in zip(request.shields, verdicts, strict=True)
-        ]
+        responses=[_response(*pair) for pair in zip(request.shields, verdicts, strict=True)]
     )
+
+
+async def judge(
+    context: Context, definition: ShieldDefinition, messages: Sequence[Message], before: Sequence[Message] = ()
+) -> ShieldResponse:
+    """What one shield says of messages, read with those `before` them, which are not judged.
+
+    What becomes of a violation is the caller's to decide. Raises as `run_shields` does, but for ShieldViolation.
+    """
+    shield = _shield_of(_known(context), definition, "shields.0")
+    known = [replace(one, passed=len(one.text)) for one in await _said_in(before)]
+    run = _Run(shield, definition.execution_config, definition.on_violation_action)
+    try:
+        verdict = await _judge(context, 0, run, [*known, *await _said_in(messages)])
+    except _Failed as failed:
+        raise failed.error from failed
+    return _response(definition, verdict)
 
 
 def require_shields(context: Context, definitions: Sequence[ShieldDefinition], place: str) -> None:
@@ -382,6 +390,16 @@ def _log(
         told += f" text={json.dumps([one.text for one in said if one.is_judged])[:10_000]}"
     is_ignored = outcome == "violation" and run.action == OnViolationAction.ignore
     logger.log(logging.INFO if outcome == "passed" or is_ignored else logging.WARNING, "%s", told)
+
+
+def _response(definition: ShieldDefinition, verdict: Verdict) -> ShieldResponse:
+    return ShieldResponse(
+        shield_type=definition.shield_type,
+        is_violation=verdict.is_violation,
+        violation_type=verdict.type,
+        violation_return_message=verdict.message,
+        score=verdict.score,
+    )
 
 
 def _act(definition: ShieldDefinition, verdict: Verdict, place: str) -> None:

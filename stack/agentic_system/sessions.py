@@ -8,17 +8,19 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from stack.api.agentic_system import Payload
 from stack.context import Context
 from stack.store.turns import Turn
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """An event of a turn. `id` is its place: a stream can be resumed behind it."""
+    """An event of a turn. `id` is its place: a stream can be resumed behind it.
+
+    `data` is an AgenticSystemTurnResponseStreamChunk as JSON, made once for all that read it.
+    """
 
     id: str
-    payload: Payload
+    data: str
 
 
 class Sessions(Protocol):

@@ -8,7 +8,7 @@ finds that out by the error Conflict with the code "superseded"; so it does wher
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -172,6 +172,17 @@ class Turns:
         with self._engine.connect() as connection:
             return [Step(**row) for row in connection.execute(query).mappings()]
 
+    def finished_before(self, turn: Turn, most: int) -> list[tuple[Turn, list[Step]]]:
+        """The last completed turns of a session before one of it, at most so many, in their order, with their steps."""
+        query = select(turns).where(turns.c.session_id == turn.session_id, turns.c.number < turn.number)
+        query = query.where(turns.c.state == TurnState.completed).order_by(turns.c.number.desc()).limit(most)
+        with self._engine.connect() as connection:
+            found = [Turn(**row) for row in connection.execute(query).mappings()]
+        steps_by_turn: dict[str, list[Step]] = {one.id: [] for one in found}
+        for step in self.steps_of(steps_by_turn):
+            steps_by_turn[step.turn_id].append(step)
+        return [(one, steps_by_turn[one.id]) for one in reversed(found)]
+
     def step(self, turn_id: str, id: str) -> Step | None:
         query = select(steps).where(steps.c.turn_id == turn_id, steps.c.id == id)
         with self._engine.connect() as connection:
@@ -254,87 +265,84 @@ class Turns:
             _write(connection, id, **taken)
         return Turn(**{**found, **taken})
 
-    def begin_step(self, turn: Turn, number: int, kind: StepType, about: dict[str, Any]) -> Step:
-        """Writes down that a step begins, the first time or again."""
-        with self._mine(turn) as connection:
-            query = select(steps).where(steps.c.turn_id == turn.id, steps.c.number == number)
-            found = connection.execute(query).mappings().first()
-            if found is not None:
-                again = dict(attempt=found["attempt"] + 1)
-                connection.execute(update(steps).where(steps.c.id == found["id"]).values(**again))
-                return Step(**{**found, **again})
-            step = Step(
-                uuid.uuid4().hex, turn.id, number, kind.value, about, attempt=1, details=None, started_at=now(),
-                completed_at=None,
-            )  # fmt: skip
-            connection.execute(insert(steps).values(**asdict(step)))
-            return step
-
-    def end_step(self, turn: Turn, step: Step, details: dict[str, Any]) -> Step:
-        """Writes down what a step has given."""
-        ended = dict(details=details, completed_at=now())
-        with self._mine(turn) as connection:
-            connection.execute(update(steps).where(steps.c.id == step.id).values(**ended))
-        return Step(**{**asdict(step), **ended})
-
-    def begin_runs(self, turn: Turn, step: Step, call_ids: Sequence[str]) -> None:
-        """Writes down that calls begin, the first time or again."""
-        with self._mine(turn) as connection:
-            query = select(tool_runs.c.call_id).where(tool_runs.c.step_id == step.id, tool_runs.c.call_id.in_(call_ids))
-            known = set(connection.execute(query).scalars())
-            began_at = now()
-            again = update(tool_runs).where(tool_runs.c.step_id == step.id, tool_runs.c.call_id.in_(known))
-            connection.execute(again.values(began_at=began_at))
-            rows = [dict(step_id=step.id, call_id=one, began_at=began_at) for one in call_ids if one not in known]
-            if rows:
-                connection.execute(insert(tool_runs), rows)
-
-    def end_run(self, turn: Turn, step: Step, call_id: str, response: dict[str, Any]) -> None:
-        """Writes down what a call has given."""
-        with self._mine(turn) as connection:
-            mine = (tool_runs.c.step_id == step.id) & (tool_runs.c.call_id == call_id)
-            connection.execute(update(tool_runs).where(mine).values(ended_at=now(), response=response))
-
-    def ask_approval(self, turn: Turn, step: Step, call_ids: Sequence[str]) -> None:
-        """running -> awaiting_approval: the client is to say of these calls of a step whether they are run."""
-        with self._mine(turn) as connection:
-            rows = [dict(step_id=step.id, call_id=call_id, approval=ASKED) for call_id in call_ids]
-            connection.execute(insert(tool_runs), rows)
-            _write(connection, turn.id, state=TurnState.awaiting_approval.value)
-
-    def complete(
-        self, turn: Turn, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()
-    ) -> Turn:
-        """running -> completed."""
-        values = dict(output_message=output_message, output_attachments=list(output_attachments))
-        return self._end(turn, TurnState.completed, **values)
-
-    def fail(self, turn: Turn, error: dict[str, Any]) -> Turn:
-        """running -> failed. `error` holds `code` and `message`."""
-        return self._end(turn, TurnState.failed, error=error)
-
-    def end_cancelled(self, turn: Turn) -> Turn:
-        """running -> cancelled, once what the owner did has stopped."""
-        return self._end(turn, TurnState.cancelled)
-
-    def _end(self, turn: Turn, state: TurnState, **values: Any) -> Turn:
-        ended = dict(values, state=state.value, completed_at=now())
-        with self._mine(turn) as connection:
-            _write(connection, turn.id, **ended)
-        return Turn(**{**asdict(turn), **ended})
-
     @contextmanager
-    def _mine(self, turn: Turn) -> Iterator[Connection]:
-        """A transaction that has a turn to itself, which is run by the owner that `turn` was taken by.
+    def journal(self, turn: Turn) -> Iterator["Journal"]:
+        """A transaction in the journal of a turn, which is run by the owner that `turn` was taken by.
 
-        Raises Conflict with the code "superseded" where it is not any more.
+        Raises Conflict with the code "superseded" where it is not any more: then nothing is written.
         """
         with writing(self._engine) as connection:
             query = select(turns.c.epoch, turns.c.state).where(turns.c.id == turn.id).with_for_update()
             found = connection.execute(query).first()
             if found is None or (found.epoch, found.state) != (turn.epoch, TurnState.running):
                 raise Conflict(f"the turn {turn.id!r} is not run from here any more", code="superseded")
-            yield connection
+            yield Journal(connection, turn)
+
+
+class Journal:
+    """What a turn's owner writes in one transaction: the end of a step and the beginning of the next, say."""
+
+    def __init__(self, connection: Connection, turn: Turn) -> None:
+        self._connection = connection
+        self._turn = turn
+
+    def add_step(self, step: Step) -> None:
+        """A step begins for the first time."""
+        self._connection.execute(insert(steps).values(**asdict(step)))
+
+    def save_step(self, step: Step) -> None:
+        """A step that is there begins again, or has ended, or has other details."""
+        values = dict(
+            attempt=step.attempt, about=step.about, details=step.details, started_at=step.started_at,
+            completed_at=step.completed_at,
+        )  # fmt: skip
+        self._connection.execute(update(steps).where(steps.c.id == step.id).values(**values))
+
+    def begin_runs(self, step: Step, call_ids: Sequence[str]) -> None:
+        """Calls begin, the first time or again."""
+        query = select(tool_runs.c.call_id).where(tool_runs.c.step_id == step.id, tool_runs.c.call_id.in_(call_ids))
+        known = set(self._connection.execute(query).scalars())
+        began_at = now()
+        if known:
+            again = update(tool_runs).where(tool_runs.c.step_id == step.id, tool_runs.c.call_id.in_(known))
+            self._connection.execute(again.values(began_at=began_at))
+        rows = [dict(step_id=step.id, call_id=one, began_at=began_at) for one in call_ids if one not in known]
+        if rows:
+            self._connection.execute(insert(tool_runs), rows)
+
+    def end_run(self, step: Step, call_id: str, response: dict[str, Any]) -> None:
+        """What a call has given."""
+        mine = (tool_runs.c.step_id == step.id) & (tool_runs.c.call_id == call_id)
+        self._connection.execute(update(tool_runs).where(mine).values(ended_at=now(), response=response))
+
+    def ask_approval(self, step: Step, call_ids: Sequence[str]) -> Turn:
+        """running -> awaiting_approval: the client is to say of these calls of a step whether they are run."""
+        rows = [dict(step_id=step.id, call_id=call_id, approval=ASKED) for call_id in call_ids]
+        self._connection.execute(insert(tool_runs), rows)
+        return self._set(state=TurnState.awaiting_approval.value)
+
+    def complete(
+        self, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()
+    ) -> Turn:
+        """running -> completed."""
+        return self._end(
+            TurnState.completed, output_message=output_message, output_attachments=list(output_attachments)
+        )
+
+    def fail(self, error: dict[str, Any]) -> Turn:
+        """running -> failed. `error` holds `code` and `message`."""
+        return self._end(TurnState.failed, error=error)
+
+    def cancelled(self) -> Turn:
+        """running -> cancelled, once what the owner did has stopped."""
+        return self._end(TurnState.cancelled)
+
+    def _end(self, state: TurnState, **values: Any) -> Turn:
+        return self._set(state=state.value, completed_at=now(), **values)
+
+    def _set(self, **values: Any) -> Turn:
+        _write(self._connection, self._turn.id, **values)
+        return replace(self._turn, **values)
 
 
 def _unfinished(connection: Connection, session_id: str) -> int:
