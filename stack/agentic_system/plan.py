@@ -109,9 +109,7 @@ class Complete:
 Todo = Shield | Retrieve | Infer | RunCalls | AskApproval | Complete
 
 
-def plan_of(
-    config: AgentConfig, messages: Sequence[dict[str, Any]], bounds: AgentsConfig, *, retrieves: bool
-) -> Plan:
+def plan_of(config: AgentConfig, messages: Sequence[dict[str, Any]], bounds: AgentsConfig, *, retrieves: bool) -> Plan:
     """The plan of a turn, whose new `messages` are those of the wire types as JSON.
 
     What a client's function has answered passes that tool's output shields, as the agent's own tools' answers do.

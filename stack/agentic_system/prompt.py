@@ -157,9 +157,7 @@ def _told(message: Message) -> Message:
 
 
 def _unanswered(calls: dict[str, str]) -> list[Message]:
-    return [
-        {"role": "tool", "tool_call_id": id, "name": name, "content": UNANSWERED} for id, name in calls.items()
-    ]
+    return [{"role": "tool", "tool_call_id": id, "name": name, "content": UNANSWERED} for id, name in calls.items()]
 
 
 def _input(message: dict[str, Any]) -> Message:

@@ -46,17 +46,16 @@ def keys_of_request(header: str | None) -> dict[str, str]:
     return keys
 
 
-def all_keys(of_request: dict[str, str]) -> dict[str, str]:
-    """The keys that a turn's calls have: the request's, and the operator's where the request has none."""
-    own = {name: os.environ.get(variable, "") for name, variable in VARIABLES.items()}
-    return {name: value for name, value in own.items() if value} | of_request
-
-
 def key_of(call: Call, name: str) -> str:
-    """A key. Raises ToolFailed where there is none."""
-    if name not in call.keys:
-        raise ToolFailed(
-            f"there is no key for it; allowed: {name} in the header {PROVIDER_DATA}, or {VARIABLES[name]} "
-            "in the environment of the stack"
-        )
-    return call.keys[name]
+    """The key that a call asks with. Raises ToolFailed where there is none."""
+    if key := find(call, name):
+        return key
+    raise ToolFailed(
+        f"there is no key for it; allowed: {name} in the header {PROVIDER_DATA}, or {VARIABLES[name]} in the "
+        "environment of the stack"
+    )
+
+
+def find(call: Call, name: str) -> str | None:
+    """The request's key, or the operator's where the request has none."""
+    return call.keys.get(name) or os.environ.get(VARIABLES[name]) or None

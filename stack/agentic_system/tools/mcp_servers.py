@@ -175,8 +175,6 @@ def _file(encoded: str, mime_type: str) -> tuple[str, Attachment | None]:
 def _tool(server: Server, tool: "types.Tool") -> McpTool:
     try:
         schema = check_schema(tool.input_schema)
-        if schema.get("type") != "object":
-            raise ValueError("the schema is none of an object")
     except ValueError as error:
         raise BadInput(
             f"the tool {tool.name!r} of the MCP server {server.name!r} cannot be used: {error}", param="tools"

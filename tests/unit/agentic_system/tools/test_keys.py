@@ -1,7 +1,9 @@
 import pytest
 
-from stack.agentic_system.tools.keys import all_keys, keys_of_request
+from stack.agentic_system.tools.keys import BING, BRAVE, PHOTOGEN, WOLFRAM_ALPHA, find, key_of, keys_of_request
+from stack.agentic_system.tools.tool import ToolFailed
 from stack.errors import BadInput
+from tests.unit.agentic_system.tools.elsewhere import call
 
 
 @pytest.fixture(autouse=True)
@@ -19,12 +21,16 @@ def test_a_requests_keys_come_before_the_operators(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("BRAVE_SEARCH_KEY", "operator's")
     monkeypatch.setenv("WOLFRAM_ALPHA_KEY", "operator's")
     monkeypatch.setenv("BING_SEARCH_KEY", "")
-    keys = all_keys(keys_of_request('{"brave_search_api_key": "request\'s", "photogen_api_key": "p", "other": 1}'))
-    assert keys == {
-        "brave_search_api_key": "request's",
-        "wolfram_alpha_api_key": "operator's",
-        "photogen_api_key": "p",
-    }
+    keys = keys_of_request('{"brave_search_api_key": "request\'s", "photogen_api_key": "p", "other": 1}')
+    assert keys == {"brave_search_api_key": "request's", "photogen_api_key": "p"}
+    asking = call(keys, query="ray")
+    assert key_of(asking, BRAVE) == "request's"
+    assert key_of(asking, WOLFRAM_ALPHA) == "operator's"
+    assert find(asking, PHOTOGEN) == "p"
+    assert find(asking, BING) is None
+    with pytest.raises(ToolFailed, match="allowed: bing_search_api_key in the header X-LlamaStack-ProviderData, or"):
+        key_of(asking, BING)
+    assert "request's" not in repr(asking)
 
 
 @pytest.mark.parametrize(

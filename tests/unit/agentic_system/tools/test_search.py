@@ -130,7 +130,7 @@ async def test_results_that_are_not_as_documented_are_left_out(at: Any) -> None:
 
 
 async def test_long_results_are_cut_and_only_whole_ones_are_given(at: Any) -> None:
-    one = {"title": "t" * 10_000, "url": "https://a/", "description": '"' * 100_000, "extra_snippets": ["x" * 9_999]}
+    one = {"title": "t" * 10_000, "url": "https://a/", "description": '"' * 10_000, "extra_snippets": ["x" * 9_999]}
     at(says(web={"results": [one] * 20}))
     content = (await Search("brave").run(call(KEYS, query="ray"))).content
     assert len(content) <= MAX_CHARACTERS
