@@ -1,10 +1,12 @@
 """Images from a server that speaks OpenAI's image API, at an address of the config that may be inside."""
 
+import asyncio
 import base64
 import http.server
 import io
 import json
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +20,11 @@ from stack.api.safety import RestAPIExecutionConfig
 from stack.attachments import MAX_IMAGE_BYTES
 from tests.unit.agentic_system.tools.elsewhere import Elsewhere, call, says
 from tests.unit.test_fetcher import Answer, sends
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
+    from ray import serve
+    from ray.serve.exceptions import BackPressureError, RayServeException
 
 
 def picture(format: str = "PNG") -> bytes:
@@ -135,3 +142,73 @@ def test_an_image_keeps_its_type(format: str) -> None:
 def test_it_is_the_tool_that_llama_knows() -> None:
     tool = Photogen("http://127.0.0.1/v1")
     assert tool.name == tool.definition().name == "photogen"
+
+
+# By Ray Serve
+
+
+class Request:
+    """What a handle gives: it can be awaited and cancelled."""
+
+    def __init__(self, answer: "asyncio.Future[Any]") -> None:
+        self._answer = answer
+        self.is_cancelled = False
+
+    def __await__(self) -> Any:
+        return self._answer.__await__()
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Application:
+    """An application with an image model, by its handle; gives what it is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.asked: asyncio.Queue[tuple[Any, Request]] = asyncio.Queue()
+        self.images = self
+        monkeypatch.setattr(serve, "get_app_handle", {"painter": self}.__getitem__)
+
+    def remote(self, body: dict[str, Any]) -> Request:
+        request = Request(self.answer)
+        self.asked.put_nowait((body, request))
+        return request
+
+
+async def test_an_application_of_serve_is_asked_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    application = Application(monkeypatch)
+    application.answer.set_result({"data": [{"b64_json": PNG}]})
+    output = await Photogen("painter").run(call(query="a red square"))
+    assert output.attachments[0].mime_type == "image/png"
+    body, _ = application.asked.get_nowait()
+    assert body == {"prompt": "a red square", "n": 1, "response_format": "b64_json"}
+
+
+@pytest.mark.parametrize(
+    "error", [BackPressureError(num_queued_requests=1, max_queued_requests=1), RayServeException("no such application")]
+)
+async def test_an_application_that_cannot_answer_fails_the_call(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    application = Application(monkeypatch)
+    application.answer.set_exception(error)
+    with pytest.raises(ToolFailed, match="the image model cannot answer now"):
+        await Photogen("painter").run(call(query="a red square"))
+
+
+async def test_an_application_that_answers_otherwise_fails_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    application = Application(monkeypatch)
+    application.answer.set_result([PNG])
+    with pytest.raises(ToolFailed, match="does not answer as documented"):
+        await Photogen("painter").run(call(query="a red square"))
+
+
+async def test_a_call_that_is_cancelled_cancels_the_request_to_the_application(monkeypatch: pytest.MonkeyPatch) -> None:
+    application = Application(monkeypatch)
+    running = asyncio.create_task(Photogen("painter").run(call(query="a red square")))
+    _, request = await application.asked.get()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert request.is_cancelled
