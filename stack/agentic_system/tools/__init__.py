@@ -1,0 +1,1 @@
+"""The tools that run on the server's side, one a file."""
