@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
-from stack.api.agentic_system import StepType, TurnState
+from stack.api.agentic_system import TurnState
 from stack.errors import Conflict
 from stack.store.connection import now, writing
 from stack.store.schema import agent_sessions, steps, tool_runs, turns
@@ -321,9 +321,7 @@ class Journal:
         self._connection.execute(insert(tool_runs), rows)
         return self._set(state=TurnState.awaiting_approval.value)
 
-    def complete(
-        self, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()
-    ) -> Turn:
+    def complete(self, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()) -> Turn:
         """running -> completed."""
         return self._end(
             TurnState.completed, output_message=output_message, output_attachments=list(output_attachments)
