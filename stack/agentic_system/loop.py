@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stack import safety
 from stack.agentic_system import answer, files, tool_calls
@@ -42,7 +42,13 @@ if TYPE_CHECKING:
 # How often a step is begun: one that ends whatever runs it would be begun for ever.
 MAX_ATTEMPTS = 5
 
-Hands = Callable[[AgentsConfig, Sequence[AgentTool], Sequence[File]], AbstractAsyncContextManager[Mapping[str, Tool]]]
+
+class Hands(Protocol):
+    """Opens the tools of a turn, as stack.agentic_system.hands.open_hands does."""
+
+    def __call__(
+        self, config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File], *, is_resumed: bool
+    ) -> AbstractAsyncContextManager[Mapping[str, Tool]]: ...
 
 
 @dataclass(frozen=True)

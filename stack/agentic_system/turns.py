@@ -23,7 +23,6 @@ from stack.agentic_system.past import Past
 from stack.agentic_system.plan import is_clients, plan_of
 from stack.agentic_system.replay import retell, tell_end
 from stack.agentic_system.tool_calls import Bench
-from stack.agentic_system.tools.keys import all_keys
 from stack.api.agent_tools import CodeInterpreterToolDefinition, names_of
 from stack.api.agentic_system import AgentConfig, InputMessage, TurnState
 from stack.api.messages import Attachment
@@ -48,7 +47,7 @@ class TurnRun:
         self._bounds = place.context.config.agents
         self._stream = stream
         self._past = past
-        self._keys = all_keys(dict(keys))
+        self._keys = keys
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = turn.cancelled_at is not None
         self._journal = Journal(self._context.store, turn)
@@ -120,7 +119,7 @@ class TurnRun:
         had = await files.files_of(given) if given and _reads_files(config) else []
         shields = {name: (tool.input_shields, tool.output_shields) for tool in config.tools for name in names_of(tool)}
         past = await self._past.before(self._context, turn, config.model)
-        async with self._place.hands(self._bounds, config.tools, had) as tools:
+        async with self._place.hands(self._bounds, config.tools, had, is_resumed=turn.epoch > 1) as tools:
             told = definitions(config, tools)
             looks_up = retrieves(config, messages, given, self._session_bank)
             loop = Loop(
