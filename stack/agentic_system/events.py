@@ -49,6 +49,9 @@ class Stream:
         self._changed = asyncio.Event()
 
     def put(self, id: str, payload: Payload) -> None:
+        """Adds an event, unless it is there already."""
+        if id in self._places:
+            return
         self._places[id] = len(self._events)
         self._events.append(event(id, payload))
         self._wake()
@@ -115,7 +118,7 @@ class Stream:
             step = place[1]
             if (end := self._places.get(f"{step}.end")) is not None:
                 return end
-            begun = [at for id, at in self._places.items() if id.startswith(f"{step}.") and id.endswith(".0")]
+            begun = [at for name, at in self._places.items() if name.startswith(f"{step}.") and name.endswith(".0")]
             if begun:
                 return begun[-1]
             # It was begun by an attempt that is lost, and is not begun again yet.

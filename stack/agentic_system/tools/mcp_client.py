@@ -109,10 +109,8 @@ class Session:
 
     async def _keep(self) -> None:
         """Holds the session: what opens it closes it, in one task, as its task groups want it."""
-        if isinstance(self._server, StdioMcpServer):
-            transport = _process(self._server)
-        else:
-            transport = _http(self._server)
+        server = self._server
+        transport = _process(server) if isinstance(server, StdioMcpServer) else _http(server)
         async with Client(transport, cache=None) as client:
             self._ready.set_result(client)
             await self._is_closing.wait()
