@@ -44,6 +44,7 @@ class Stream:
         self._held_from: int | None = None
         self._kept: dict[int, list[int]] = {}  # where the progress of a step is
         self._kept_count = 0
+        self._is_retold = False
         self._is_over = False
         self._error: StackError | None = None
         self._changed = asyncio.Event()
@@ -63,6 +64,11 @@ class Stream:
         if self._kept_count > MAX_KEPT and len(self._kept) > 1:
             self._forget(next(iter(self._kept)))
         self.put(id, payload)
+
+    def retold(self) -> None:
+        """All events are there again of what was before: now a reader's last one can be looked for."""
+        self._is_retold = True
+        self._wake()
 
     def hold(self) -> None:
         """Readers see no more than there is by now."""
@@ -95,6 +101,9 @@ class Stream:
 
         Raises BadInput for an id that is not of this turn, and what the turn failed by.
         """
+        if after is not None:
+            while after not in self._places and not (self._is_retold or self._is_over):
+                await self._changed.wait()
         at = 0 if after is None else self._behind(after)
         while True:
             changed = self._changed

@@ -23,6 +23,7 @@ def retell(stream: Stream, steps: Iterable[Step]) -> None:
         if step.has_ended:
             Progress(stream, step.number, step.attempt, step.kind, step.id).begin()
             stream.put(f"{step.number}.end", completed(details_of(step)))
+    stream.retold()
 
 
 def whole(turn: Turn, steps: Sequence[Step], runs: Iterable[ToolRun]) -> Stream:

@@ -1,7 +1,5 @@
 """Turns of sessions that run in this process, on a scripted model and scripted tools."""
 
-
-
 from stack.api.agentic_system import TurnState
 from tests.scripted_agents import Model, Tool, call, payload_of
 from tests.unit.agentic_system.conftest import MakeAgents
