@@ -146,7 +146,7 @@ class Agents:
         """An agent, and a session of it."""
         own = [tool.config for tool in self.tools.values()]
         given = {"model": "small", "instructions": "Be brief.", "tools": [*own, *tools]} | config
-        agent_id = await asyncio.to_thread(agents.create, self.context, AgentConfig.model_validate(given))
+        agent_id = await agents.create(self.context, AgentConfig.model_validate(given))
         request = CreateAgenticSystemSessionRequest(agent_id=agent_id, session_name="a session")
         return agent_id, await asyncio.to_thread(agents.create_session, self.context, request)
 
