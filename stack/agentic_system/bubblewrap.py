@@ -39,7 +39,8 @@ ENVIRONMENT = {
     "LD_LIBRARY_PATH": f"/python/{sys.platlibdir}",
     "MPLBACKEND": "Agg",
     "MPLCONFIGDIR": f"{cells.TEMPORARY}/matplotlib",
-    # Threads of linear algebra reserve much of the memory that the sandbox may have.
+    # Threads reserve much of the addresses that the sandbox may have: those of linear algebra, and all for malloc.
+    "MALLOC_ARENA_MAX": "2",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "JOBLIB_MULTIPROCESSING": "0",  # there are no processes to share its work
@@ -140,9 +141,8 @@ def _files() -> Iterator[str]:
     yield from _python_files()
     for path in _installed():
         yield from ("--ro-bind", str(path), f"{cells.LIBRARIES}/{path.name}")
-    for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
-        # Written to, but not changed: the device itself is the machine's.
-        yield from ("--dev-bind", device, device, "--remount-ro", device)
+    for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):  # the machine's own, which are root's
+        yield from ("--dev-bind", device, device)
     yield from ("--ro-bind", cells.__file__, _PROGRAM)
 
 

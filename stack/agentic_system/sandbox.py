@@ -30,6 +30,8 @@ WATCH_S = 0.1
 # Of what a cell prints, the beginning and the end are kept, in bytes.
 HEAD, TAIL = 12_000, 6_000
 LEFT_OUT = "\n[… {} bytes are left out …]\n"
+# What is printed is read so often, so that many small pieces take no more of the event loop's time than few large ones.
+_READ_S = 0.002
 _READ_BYTES = 65_536
 # How often what is left is read when a cell has ended: more than a socket holds.
 _READS = 64
@@ -62,8 +64,8 @@ class Ran:
 class Ended(Exception):
     """The sandbox has ended, by what the message says. `text` is what the cell had printed before."""
 
-    def __init__(self, how: str, text: str) -> None:
-        super().__init__(how)
+    def __init__(self, why: str, text: str) -> None:
+        super().__init__(why)
         self.text = text
 
 
@@ -96,6 +98,7 @@ class Sandbox:
         out.setblocking(False)
         self._why: str | None = None
         self._watching: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
 
     @classmethod
@@ -160,9 +163,11 @@ class Sandbox:
                 break
             printed.add(more)
         if not said:
-            how = self._why or await asyncio.to_thread(self._how_it_ended)
+            why = self._why
+            if why is None:
+                why = await asyncio.to_thread(self._how_it_ended)
             await self.end()
-            raise Ended(how, printed.text)
+            raise Ended(why, printed.text)
         return Ran(printed.text, said != cells.DONE)
 
     async def end(self) -> None:
@@ -188,8 +193,9 @@ class Sandbox:
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes] = loop.create_future()
         text = code.encode(errors="replace")
-        while _received(self._control, _READ_BYTES):  # answers that nobody has asked for
-            pass
+        for _ in range(_READS):  # answers that nobody has asked for
+            if not _received(self._control, _READ_BYTES):
+                break
         loop.add_reader(self._control, self._answered, answer)
         loop.add_reader(self._out, self._print, printed)
         try:
@@ -198,6 +204,8 @@ class Sandbox:
         finally:
             loop.remove_reader(self._control)
             loop.remove_reader(self._out)
+            if self._reading is not None:
+                self._reading.cancel()
 
     async def _become_ready(self) -> None:
         """Waits for the program, and takes the folder that it gives."""
@@ -225,9 +233,11 @@ class Sandbox:
             answer.set_result(said)
 
     def _print(self, printed: "_Printed") -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._out)
         more = _received(self._out, _READ_BYTES)
-        if more == b"":  # everybody has closed it
-            asyncio.get_running_loop().remove_reader(self._out)
+        if more != b"":  # else everybody has closed it
+            self._reading = loop.call_later(_READ_S, loop.add_reader, self._out, self._print, printed)
         printed.add(more or b"")
         if printed.count > self._limits.printed:
             self._stop(f"the cell printed more than {self._limits.printed} bytes")
