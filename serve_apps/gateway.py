@@ -18,6 +18,7 @@ from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.routes import (
+    agentic_system,
     batch_inference,
     datasets,
     evaluations,
@@ -36,6 +37,7 @@ from serve_apps.routes import (
 )
 from stack import tracing
 from stack.added_models import Deployer
+from stack.agentic_system.sessions import Sessions
 from stack.config import GATEWAY, Config
 from stack.context import Context
 from stack.keys import Keyring, require_keys
@@ -103,11 +105,16 @@ Ready = Callable[[], Awaitable[dict[str, str]]]
 
 
 def create_app(
-    context: Context, ready: Ready, deployer: Deployer | None = None, memory: Memory | None = None
+    context: Context,
+    ready: Ready,
+    deployer: Deployer | None = None,
+    memory: Memory | None = None,
+    sessions: Sessions | None = None,
 ) -> FastAPI:
     """Every route on a context. `ready` tells what is not ready yet. Ray Serve runs models, or another deployer.
 
-    Memory banks are written by the writer of `memory` or, without one, in this process.
+    Memory banks are written by the writer of `memory` or, without one, in this process; and so are turns of agents run
+    by `sessions`.
     """
     app = FastAPI(
         title="Llama Stack on Ray",
@@ -117,6 +124,7 @@ def create_app(
     )
     app.state.context = context
     app.state.memory = memory or Memory.open(context.config, BankWriter(context.config, context.store))
+    app.state.sessions = sessions
     app.state.ready = ready
     app.state.deployer = deployer or ServeDeployer()
     app.state.metrics = Metrics(context.store)
@@ -131,6 +139,7 @@ def create_app(
         metrics,
         datasets,
         memory_banks,
+        agentic_system,
         post_training,
         evaluations,
         synthetic_data_generation,

@@ -236,14 +236,14 @@ def _text_part(one: _Wanted, content: bytes) -> dict[str, Any]:
 
 
 def _image_part(one: _Wanted, content: bytes) -> dict[str, Any]:
-    mime_type = _checked_image(content)
+    mime_type = checked_image(content)
     if one.mime_type and mime_type != one.mime_type:
         raise BadInput(f"the image is {mime_type}, but its mime_type is {one.mime_type}")
     image = {"url": f"data:{mime_type};base64,{base64.b64encode(content).decode()}"}
     return {"type": "image_url", "image_url": image | ({"detail": one.detail} if one.detail else {})}
 
 
-def _checked_image(content: bytes) -> str:
+def checked_image(content: bytes) -> str:
     """The MIME type of an image, by its first bytes and its header. The pixels are not decoded."""
     # A header of millions of pieces would take seconds. WebP's is read whole, but fast.
     start = content if content[8:12] == b"WEBP" else content[:MAX_HEADER_BYTES]

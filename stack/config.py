@@ -18,6 +18,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator, mo
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from stack.agents_config import AgentsConfig
 from stack.api.wire import ModelId, Wire, at_most, describe, without_nul
 from stack.errors import BadInput
 from stack.shield_config import ModelShields, Shield, require_base, require_shields_fit
@@ -337,6 +338,7 @@ class Config(Wire):
     max_artifact_bytes: Annotated[int, Field(ge=1_024, le=2**30)] = 32 * 2**20
     max_tenant_bytes: Annotated[int, Field(ge=1_024)] = 100 * 2**30
     memory_banks: MemoryBanksConfig = MemoryBanksConfig()
+    agents: AgentsConfig = AgentsConfig()
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
     embedding_models: list[EmbeddingModel] = []

@@ -46,6 +46,7 @@ from stack.prompt_formats import (
     CallStarted,
     Piece,
     Text,
+    ToolStyle,
     builtin_tool,
     typed_schema,
 )
@@ -117,6 +118,27 @@ async def stream_chat_completion(
     chat = await _prepared(context, request)
     items = await chats.stream(context, chat)
     return _chat_events(chat, items, wants_logprobs=request.logprobs is not None)
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a streamed answer: why it is over, and the tokens that were read for it and written."""
+
+    stop_reason: StopReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+async def stream_pieces(
+    context: Context, body: dict[str, Any], style: ToolStyle = "json"
+) -> AsyncGenerator[Piece | End]:
+    """The answer to a chat in OpenAI's shape as its texts and calls, and then its end.
+
+    Raises as `chat_completion` does before it returns; what fails later is raised by the iterator.
+    """
+    streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+    chat = await chats.prepare(context, streamed, style)
+    return _pieces_as_they_come(chat, await chats.stream(context, chat))
 
 
 async def completion(context: Context, request: CompletionRequest) -> CompletionResponse:
@@ -301,6 +323,24 @@ async def _chat_events(
         yield _event(kinds.complete, "", stop_reason=stop_reason)
 
 
+async def _pieces_as_they_come(chat: Chat, items: AsyncGenerator[bytes]) -> AsyncGenerator[Piece | End]:
+    stop_reason = StopReason.end_of_turn
+    usage: dict[str, Any] = {}
+    parser = chat.parser() if chat.use is not None else None
+    async with aclosing(items):
+        async for chunk in _chunks(items):
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"][:1]:
+                text = choice["delta"].get("content") or ""
+                for piece in parser.feed(text) if parser is not None else [Text(text)] if text else []:
+                    yield piece
+                if choice.get("finish_reason"):
+                    stop_reason = _stop_reason(choice)
+        for piece in parser.close() if parser is not None else ():
+            yield piece
+        yield End(stop_reason, usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+
+
 def _delta(piece: Piece) -> str | ToolCallDelta:
     status = ToolCallParseStatus
     match piece:
@@ -338,6 +378,13 @@ def _event(
 
 async def _choices(items: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
     """The first choice of each of OpenAI's streamed chunks."""
+    async for chunk in _chunks(items):
+        if chunk["choices"]:
+            yield chunk["choices"][0]
+
+
+async def _chunks(items: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
+    """OpenAI's streamed chunks."""
     async for item in items:
         for event in item.decode().split("\n\n"):
             if not event:
@@ -345,6 +392,4 @@ async def _choices(items: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]
             data = event.removeprefix("data: ")
             if data == "[DONE]":
                 return
-            chunk = json.loads(data)
-            if chunk["choices"]:
-                yield chunk["choices"][0]
+            yield json.loads(data)

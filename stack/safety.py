@@ -78,10 +78,9 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
     on_violation_action is raise finds something, and what keeps a shield from judging: TooManyRequests, Unavailable.
     """
     runs = [
-        _Run(_shield_of(context, definition, at), definition.execution_config, definition.on_violation_action)
-        for at, definition in enumerate(request.shields)
+        _Run(shield, definition.execution_config, definition.on_violation_action)
+        for shield, definition in zip(_shields_of(context, request.shields, "shields"), request.shields, strict=True)
     ]
-    _require_different(runs)
     said = await _said_in(request.messages)
     try:
         verdicts = await _judge_all(context, runs, said)
@@ -91,17 +90,30 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
     for at, (definition, verdict) in enumerate(zip(request.shields, verdicts, strict=True)):
         _act(definition, verdict, f"shields.{at}")
     return RunShieldsResponse(
-        responses=[
-            ShieldResponse(
-                shield_type=definition.shield_type,
-                is_violation=verdict.is_violation,
-                violation_type=verdict.type,
-                violation_return_message=verdict.message,
-                score=verdict.score,
-            )
-            for definition, verdict in zip(request.shields, verdicts, strict=True)
-        ]
+        responses=[_response(*pair) for pair in zip(request.shields, verdicts, strict=True)]
     )
+
+
+async def judge(
+    context: Context, definition: ShieldDefinition, messages: Sequence[Message], before: Sequence[Message] = ()
+) -> ShieldResponse:
+    """What one shield says of messages, read with those `before` them, which are not judged.
+
+    What becomes of a violation is the caller's to decide. Raises as `run_shields` does, but for ShieldViolation.
+    """
+    shield = _shield_of(_known(context), definition, "shields.0")
+    known = [replace(one, passed=len(one.text)) for one in await _said_in(before)]
+    run = _Run(shield, definition.execution_config, definition.on_violation_action)
+    try:
+        verdict = await _judge(context, 0, run, [*known, *await _said_in(messages)])
+    except _Failed as failed:
+        raise failed.error from failed
+    return _response(definition, verdict)
+
+
+def require_shields(context: Context, definitions: Sequence[ShieldDefinition], place: str) -> None:
+    """Raises BadInput for shields that cannot be run as a request names them, at this place in it."""
+    _shields_of(context, definitions, place)
 
 
 def list_shields(context: Context) -> ShieldList:
@@ -279,15 +291,22 @@ def _as_told(context: Context, shield: Shield) -> Shield:
     return shield
 
 
-def _shield_of(context: Context, definition: ShieldDefinition, at: int) -> Shield:
+def _shields_of(context: Context, definitions: Sequence[ShieldDefinition], place: str) -> list[Shield]:
+    """The shields that a request names at a place in it. Raises BadInput."""
     known = _known(context)
+    found = [_shield_of(known, definition, f"{place}.{at}") for at, definition in enumerate(definitions)]
+    _require_different(found, place)
+    return found
+
+
+def _shield_of(known: Mapping[str, Shield], definition: ShieldDefinition, place: str) -> Shield:
     shield = known.get(definition.shield_type)
     if shield is None:
         is_builtin = definition.shield_type in set(BuiltinShield)
         what = "no shield of this type is in the config" if is_builtin else "there is no such shield"
         raise BadInput(
             f"shield_type is {str(definition.shield_type)!r}: {what}; there are: {', '.join(known)}",
-            param=f"shields.{at}.shield_type",
+            param=f"{place}.shield_type",
             code="unknown_shield",
         )
     if not isinstance(shield, ThirdPartyShield):
@@ -295,33 +314,33 @@ def _shield_of(context: Context, definition: ShieldDefinition, at: int) -> Shiel
             if getattr(definition, field):
                 raise BadInput(
                     f"{field} is for a third_party_shield, not for {shield.id!r}, a {shield.type}",
-                    param=f"shields.{at}.{field}",
+                    param=f"{place}.{field}",
                 )
         return shield
-    _require_parameters(definition, definition.execution_config or shield.execution_config, at)
+    _require_parameters(definition, definition.execution_config or shield.execution_config, place)
     return shield
 
 
-def _require_different(runs: Sequence[_Run]) -> None:
+def _require_different(found: Sequence[Shield], place: str) -> None:
     """Raises BadInput where a shield would judge the same twice. Third parties can be different ones."""
-    ids = [run.shield.id for run in runs]
-    for at, run in enumerate(runs):
-        first = ids.index(run.shield.id)
-        if first < at and not isinstance(run.shield, ThirdPartyShield):
+    ids = [shield.id for shield in found]
+    for at, shield in enumerate(found):
+        first = ids.index(shield.id)
+        if first < at and not isinstance(shield, ThirdPartyShield):
             raise BadInput(
-                f"the shield {run.shield.id!r} is there already, as shields.{first}; allowed: each once",
-                param=f"shields.{at}.shield_type",
+                f"the shield {shield.id!r} is there already, as {place}.{first}; allowed: each once",
+                param=f"{place}.{at}.shield_type",
             )
 
 
-def _require_parameters(definition: ShieldDefinition, asked: RestAPIExecutionConfig | None, at: int) -> None:
+def _require_parameters(definition: ShieldDefinition, asked: RestAPIExecutionConfig | None, place: str) -> None:
     """The parameters are what the third party is to be given: required ones must stand in its params or body."""
     given = {**((asked and asked.params) or {}), **((asked and asked.body) or {})}
     for name, parameter in (definition.parameters or {}).items():
         if parameter.required and name not in given:
             raise BadInput(
                 f"the parameter {name!r} is required, and stands neither in params nor in body",
-                param=f"shields.{at}.execution_config",
+                param=f"{place}.execution_config",
             )
 
 
@@ -371,6 +390,16 @@ def _log(
         told += f" text={json.dumps([one.text for one in said if one.is_judged])[:10_000]}"
     is_ignored = outcome == "violation" and run.action == OnViolationAction.ignore
     logger.log(logging.INFO if outcome == "passed" or is_ignored else logging.WARNING, "%s", told)
+
+
+def _response(definition: ShieldDefinition, verdict: Verdict) -> ShieldResponse:
+    return ShieldResponse(
+        shield_type=definition.shield_type,
+        is_violation=verdict.is_violation,
+        violation_type=verdict.type,
+        violation_return_message=verdict.message,
+        score=verdict.score,
+    )
 
 
 def _act(definition: ShieldDefinition, verdict: Verdict, place: str) -> None:

@@ -23,7 +23,7 @@ from stack.api.safety import RestAPIExecutionConfig
 from stack.api.wire import Wire, describe
 from stack.context import Context
 from stack.errors import BadInput, Unavailable
-from stack.fetcher import Fetcher
+from stack.fetcher import Fetcher, refused_header
 from stack.shield_config import ThirdPartyShield, why_not_askable
 from stack.shields.verdict import UNJUDGED, Said, Verdict
 
@@ -36,12 +36,6 @@ FETCHER = Fetcher()
 # its sender likes, and takes none of the threads that the config's third parties have.
 _CALLS_OF_REQUESTS = ThreadPoolExecutor(32, thread_name_prefix="third-party-of-request")
 _CALLS_OF_CONFIG = ThreadPoolExecutor(32, thread_name_prefix="third-party-of-config")
-# What HTTP itself needs to be right, and what names another host or proxy.
-_OWN_HEADERS = frozenset(
-    ("host", "content-length", "content-type", "content-encoding", "transfer-encoding", "connection", "te", "trailer",
-     "upgrade", "expect", "accept", "accept-encoding", "user-agent", "proxy-authorization", "proxy-connection",
-     "keep-alive")
-)  # fmt: skip
 
 
 class Answer(Wire):
@@ -109,10 +103,8 @@ def _request(asked: RestAPIExecutionConfig, said: Sequence[Said]) -> tuple[str, 
     separator = "&" if "?" in asked.url else "?"
     url = asked.url + (separator + urlencode(params) if params else "")
     headers = _texts(asked.headers or {}, "headers")
-    for name, value in headers.items():
-        is_token = name.isascii() and name.replace("-", "").replace("_", "").isalnum()
-        if not is_token or name.lower() in _OWN_HEADERS or not (value.isascii() and value.isprintable()):
-            raise BadInput(f"the header {name[:100]!r} cannot be sent", param="execution_config.headers")
+    if (name := refused_header(headers)) is not None:
+        raise BadInput(f"the header {name[:100]!r} cannot be sent", param="execution_config.headers")
     messages = [{"role": one.role, "content": one.text} for one in said]
     content = json.dumps({**(asked.body or {}), "messages": messages}).encode()
     return url, headers, content

@@ -6,6 +6,7 @@ for the job supervisor and the administrator, say so in their docstring.
 """
 
 from stack.store.adapters import Adapter, Adapters
+from stack.store.agentic_system import Agents
 from stack.store.artifacts import Artifact, Artifacts
 from stack.store.connection import connect, now
 from stack.store.datasets import Datasets
@@ -17,6 +18,7 @@ from stack.store.migrate import migrate
 from stack.store.models import AddedModel, AddedModels
 from stack.store.telemetry import Telemetry
 from stack.store.traces import Traces
+from stack.store.turns import Turns
 
 __all__ = ["Adapter", "AddedModel", "Artifact", "Attempt", "Job", "MemoryBank", "Store", "now"]
 
@@ -38,6 +40,8 @@ class Store:
         self.models = AddedModels(self.engine)
         self.artifacts = Artifacts(self.engine)
         self.memory_banks = MemoryBanks(self.engine)
+        self.agents = Agents(self.engine)
+        self.turns = Turns(self.engine)
         self.experiments = Experiments(self.engine)
         self.telemetry = Telemetry(self.engine)
         self.traces = Traces(self.engine)

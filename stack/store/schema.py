@@ -207,6 +207,98 @@ dropped_memory_banks = Table(
     Column("tenant", _Tenant, nullable=False),
 )
 
+# Agents. `version` is the newest of theirs: a change of the config makes another one.
+agents = Table(
+    "agents",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Index("agents_by_time", "tenant", "created_at", "id"),
+)
+
+agent_versions = Table(
+    "agent_versions",
+    schema,
+    Column("agent_id", String(32), ForeignKey("agents.id"), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("config", JSON, nullable=False),
+    Column("created_at", _Time, nullable=False),
+)
+
+# `turns` is how many were accepted; `memory_bank_id` the bank of the session's attachments, once there are some.
+agent_sessions = Table(
+    "agent_sessions",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("agent_id", String(32), ForeignKey("agents.id"), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("memory_bank_id", _Id),
+    Column("turns", Integer, nullable=False),
+    Index("agent_sessions_by_agent", "agent_id", "created_at", "id"),
+)
+
+# `request` holds the messages and attachments, `config` the agent's at its version with what the turn has in its place.
+# Only the `owner` that took the turn last, whose number is `epoch`, may write what becomes of it. `cancelled_at` is
+# when its end was asked for.
+turns = Table(
+    "turns",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("tenant", _Tenant, nullable=False),
+    Column("agent_id", String(32), ForeignKey("agents.id"), nullable=False),
+    Column("session_id", String(32), ForeignKey("agent_sessions.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("agent_version", Integer, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("config", JSON, nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("epoch", Integer, nullable=False),
+    Column("owner", String(200)),
+    Column("accepted_at", _Time, nullable=False),
+    Column("started_at", _Time),
+    Column("cancelled_at", _Time),
+    Column("completed_at", _Time),
+    Column("output_message", JSON(none_as_null=True)),
+    Column("output_attachments", JSON, nullable=False),
+    Column("error", JSON(none_as_null=True)),
+    UniqueConstraint("session_id", "number"),
+    Index("turns_by_agent", "agent_id"),
+    Index("turns_by_state", "state", "session_id", "number"),
+)
+
+# The journal of turns. A step is written before it begins, and again with its `details` when it has ended. `about` is
+# what it is for, and `attempt` counts how often it was begun.
+steps = Table(
+    "steps",
+    schema,
+    Column("id", String(32), primary_key=True),
+    Column("turn_id", String(32), ForeignKey("turns.id"), nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("kind", String(20), nullable=False),
+    Column("about", JSON, nullable=False),
+    Column("attempt", Integer, nullable=False),
+    Column("details", JSON(none_as_null=True)),
+    Column("started_at", _Time, nullable=False),
+    Column("completed_at", _Time),
+    UniqueConstraint("turn_id", "number"),
+)
+
+# The calls of a step of the kind tool_execution. `approval` is asked, approved or denied, where the client is asked.
+tool_runs = Table(
+    "tool_runs",
+    schema,
+    Column("step_id", String(32), ForeignKey("steps.id"), primary_key=True),
+    Column("call_id", String(200), primary_key=True),
+    Column("began_at", _Time),
+    Column("ended_at", _Time),
+    Column("response", JSON(none_as_null=True)),
+    Column("approval", String(10)),
+)
+
 # What `name` among the files of stack/artifacts.py is, and where it came from.
 artifacts = Table(
     "artifacts",

@@ -1,0 +1,355 @@
+"""The rows of turns and of their steps: the journal, by which a turn goes on where it was, whoever runs it.
+
+A turn is run by the owner that took it last. Each `take` raises the turn's epoch, and whatever an owner writes is
+written only while the epoch is still its own: one that was given up for dead and lives on can write nothing more. It
+finds that out by the error Conflict with the code "superseded"; so it does where the turn was deleted.
+"""
+
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Connection, Engine, func, insert, select, update
+
+from stack.api.agentic_system import StepType, TurnState
+from stack.errors import Conflict
+from stack.store.connection import now, writing
+from stack.store.schema import agent_sessions, steps, tool_runs, turns
+
+UNFINISHED = (TurnState.queued, TurnState.running, TurnState.awaiting_approval)
+# What the approval of a call is.
+ASKED, APPROVED, DENIED = "asked", "approved", "denied"
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A row of `turns`. `request` holds `messages` and `attachments`; `config` is the AgentConfig that it runs with."""
+
+    id: str
+    tenant: str
+    agent_id: str
+    session_id: str
+    number: int
+    agent_version: int
+    request: dict[str, Any]
+    config: dict[str, Any]
+    state: str
+    epoch: int
+    owner: str | None
+    accepted_at: str
+    started_at: str | None
+    cancelled_at: str | None
+    completed_at: str | None
+    output_message: dict[str, Any] | None
+    output_attachments: list[dict[str, Any]]
+    error: dict[str, Any] | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in UNFINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class NewTurn:
+    """What is known of a turn when it is accepted."""
+
+    tenant: str
+    agent_id: str
+    session_id: str
+    agent_version: int
+    request: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A row of `steps`. It has `details` once it has ended: the step's own fields, as the wire type has them."""
+
+    id: str
+    turn_id: str
+    number: int
+    kind: str
+    about: dict[str, Any]
+    attempt: int
+    details: dict[str, Any] | None
+    started_at: str
+    completed_at: str | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.completed_at is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRun:
+    """A row of `tool_runs`: what is known of a call. `response` is what it gave."""
+
+    step_id: str
+    call_id: str
+    began_at: str | None
+    ended_at: str | None
+    response: dict[str, Any] | None
+    approval: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A session that has something to run: the first of its turns that have not ended, and who has taken it last."""
+
+    tenant: str
+    session_id: str
+    turn_id: str
+    state: str
+    owner: str | None
+
+
+class Refused(StrEnum):
+    """Why a turn is not accepted: its session is not there, has got another turn meanwhile, or has its fill."""
+
+    gone = "gone"
+    moved = "moved"
+    full = "full"
+
+
+class Turns:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    # Accepting, looking up, cancelling, approving
+
+    def accept(self, new: NewTurn, most: int, behind: int | None = None) -> Turn | Refused:
+        """Adds a turn to the end of a session, of whose turns no more than `most` may be unfinished by that.
+
+        If `behind` is given, the last turn of the session must be that one.
+        """
+        with writing(self._engine) as connection:
+            mine = (agent_sessions.c.tenant == new.tenant) & (agent_sessions.c.id == new.session_id)
+            last = connection.execute(select(agent_sessions.c.turns).where(mine).with_for_update()).scalar()
+            if last is None:
+                return Refused.gone
+            if behind not in (None, last):
+                return Refused.moved
+            if _unfinished(connection, new.session_id) >= most:
+                return Refused.full
+            turn = Turn(
+                id=uuid.uuid4().hex, **asdict(new), number=last + 1, state=TurnState.queued.value, epoch=0, owner=None,
+                accepted_at=now(), started_at=None, cancelled_at=None, completed_at=None, output_message=None,
+                output_attachments=[], error=None,
+            )  # fmt: skip
+            connection.execute(insert(turns).values(**asdict(turn)))
+            connection.execute(update(agent_sessions).where(mine).values(turns=turn.number))
+        return turn
+
+    def get(self, tenant: str, id: str) -> Turn | None:
+        query = select(turns).where(turns.c.tenant == tenant, turns.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return Turn(**found) if found else None
+
+    def last_of(self, session_id: str) -> Turn | None:
+        """The turn of a session that was accepted last."""
+        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number.desc()).limit(1)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return Turn(**found) if found else None
+
+    def of_session(self, session_id: str, ids: Collection[str] | None = None, before: int | None = None) -> list[Turn]:
+        """The turns of a session, or some of them, or those before one of a number, in their order."""
+        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
+        if ids is not None:
+            query = query.where(turns.c.id.in_(ids))
+        if before is not None:
+            query = query.where(turns.c.number < before)
+        with self._engine.connect() as connection:
+            return [Turn(**row) for row in connection.execute(query).mappings()]
+
+    def steps_of(self, turn_ids: Collection[str]) -> list[Step]:
+        """The steps of turns, in their order within each."""
+        query = select(steps).where(steps.c.turn_id.in_(turn_ids)).order_by(steps.c.turn_id, steps.c.number)
+        with self._engine.connect() as connection:
+            return [Step(**row) for row in connection.execute(query).mappings()]
+
+    def finished_before(self, turn: Turn, most: int) -> list[tuple[Turn, list[Step]]]:
+        """The last completed turns of a session before one of it, at most so many, in their order, with their steps."""
+        query = select(turns).where(turns.c.session_id == turn.session_id, turns.c.number < turn.number)
+        query = query.where(turns.c.state == TurnState.completed).order_by(turns.c.number.desc()).limit(most)
+        with self._engine.connect() as connection:
+            found = [Turn(**row) for row in connection.execute(query).mappings()]
+        steps_by_turn: dict[str, list[Step]] = {one.id: [] for one in found}
+        for step in self.steps_of(steps_by_turn):
+            steps_by_turn[step.turn_id].append(step)
+        return [(one, steps_by_turn[one.id]) for one in reversed(found)]
+
+    def step(self, turn_id: str, id: str) -> Step | None:
+        query = select(steps).where(steps.c.turn_id == turn_id, steps.c.id == id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).mappings().first()
+        return Step(**found) if found else None
+
+    def runs_of(self, turn_id: str) -> list[ToolRun]:
+        """What is known of the calls of a turn."""
+        query = select(tool_runs).join(steps, steps.c.id == tool_runs.c.step_id).where(steps.c.turn_id == turn_id)
+        query = query.order_by(steps.c.number, tool_runs.c.call_id)
+        with self._engine.connect() as connection:
+            return [ToolRun(**row) for row in connection.execute(query).mappings()]
+
+    def cancel(self, tenant: str, id: str) -> TurnState | None:
+        """Ends a turn that nobody runs, and notes for one that is run that it is to end; None if it is not there.
+
+        Returns the state that it is in by that: one that is run stays `running` until its owner has stopped.
+        """
+        with writing(self._engine) as connection:
+            query = select(turns.c.state).where(turns.c.tenant == tenant, turns.c.id == id).with_for_update()
+            state = connection.execute(query).scalar()
+            if state is None:
+                return None
+            time = now()
+            if state == TurnState.running:
+                _write(connection, id, cancelled_at=time)
+            elif state in UNFINISHED:
+                state = TurnState.cancelled
+                _write(connection, id, state=state.value, cancelled_at=time, completed_at=time)
+            return TurnState(state)
+
+    def approve(self, tenant: str, id: str, approvals: Mapping[str, bool]) -> TurnState | None:
+        """Writes down what the client says of calls that await it; once all are decided, the turn is queued again.
+
+        Returns the turn's state then; None if it does not await anything (any more).
+        """
+        with writing(self._engine) as connection:
+            query = select(turns.c.state).where(turns.c.tenant == tenant, turns.c.id == id).with_for_update()
+            if connection.execute(query).scalar() != TurnState.awaiting_approval:
+                return None
+            awaited = tool_runs.c.step_id.in_(select(steps.c.id).where(steps.c.turn_id == id))
+            awaited &= tool_runs.c.approval == ASKED
+            for decision in (True, False):
+                calls = [call_id for call_id, is_approved in approvals.items() if is_approved is decision]
+                decided = update(tool_runs).where(awaited, tool_runs.c.call_id.in_(calls))
+                connection.execute(decided.values(approval=APPROVED if decision else DENIED))
+            if connection.execute(select(tool_runs.c.call_id).where(awaited).limit(1)).first() is not None:
+                return TurnState.awaiting_approval
+            _write(connection, id, state=TurnState.queued.value)
+            return TurnState.queued
+
+    # What whoever runs turns does
+
+    def due(self) -> list[Due]:
+        """The sessions of all tenants that have a turn to be run, or one that is run."""
+        first = select(turns.c.session_id, func.min(turns.c.number).label("number"))
+        first_of = first.where(turns.c.state.in_(UNFINISHED)).group_by(turns.c.session_id).subquery()
+        query = select(turns.c.tenant, turns.c.session_id, turns.c.id, turns.c.state, turns.c.owner)
+        same = (first_of.c.session_id == turns.c.session_id) & (first_of.c.number == turns.c.number)
+        query = query.join(first_of, same).where(turns.c.state != TurnState.awaiting_approval)
+        with self._engine.connect() as connection:
+            return [Due(*row) for row in connection.execute(query.order_by(turns.c.accepted_at, turns.c.id))]
+
+    def next_of(self, session_id: str) -> Turn | None:
+        """The first turn of a session that has not ended."""
+        query = select(turns).where(turns.c.state.in_(UNFINISHED), turns.c.session_id == session_id)
+        with self._engine.connect() as connection:
+            found = connection.execute(query.order_by(turns.c.number).limit(1)).mappings().first()
+        return Turn(**found) if found else None
+
+    def take(self, id: str, owner: str) -> Turn | None:
+        """queued or running -> running, by a new owner; None if the turn has ended, awaits approval, or is gone."""
+        with writing(self._engine) as connection:
+            query = select(turns).where(turns.c.id == id).with_for_update()
+            found = connection.execute(query).mappings().first()
+            if found is None or found["state"] not in (TurnState.queued, TurnState.running):
+                return None
+            taken: dict[str, Any] = dict(state=TurnState.running.value, epoch=found["epoch"] + 1, owner=owner)
+            taken["started_at"] = found["started_at"] or now()
+            _write(connection, id, **taken)
+        return Turn(**{**found, **taken})
+
+    @contextmanager
+    def journal(self, turn: Turn) -> Iterator["Journal"]:
+        """A transaction in the journal of a turn, which is run by the owner that `turn` was taken by.
+
+        Raises Conflict with the code "superseded" where it is not any more: then nothing is written.
+        """
+        with writing(self._engine) as connection:
+            query = select(turns.c.epoch, turns.c.state).where(turns.c.id == turn.id).with_for_update()
+            found = connection.execute(query).first()
+            if found is None or (found.epoch, found.state) != (turn.epoch, TurnState.running):
+                raise Conflict(f"the turn {turn.id!r} is not run from here any more", code="superseded")
+            yield Journal(connection, turn)
+
+
+class Journal:
+    """What a turn's owner writes in one transaction: the end of a step and the beginning of the next, say."""
+
+    def __init__(self, connection: Connection, turn: Turn) -> None:
+        self._connection = connection
+        self._turn = turn
+
+    def add_step(self, step: Step) -> None:
+        """A step begins for the first time."""
+        self._connection.execute(insert(steps).values(**asdict(step)))
+
+    def save_step(self, step: Step) -> None:
+        """A step that is there begins again, or has ended, or has other details."""
+        values = dict(
+            attempt=step.attempt, about=step.about, details=step.details, started_at=step.started_at,
+            completed_at=step.completed_at,
+        )  # fmt: skip
+        self._connection.execute(update(steps).where(steps.c.id == step.id).values(**values))
+
+    def begin_runs(self, step: Step, call_ids: Sequence[str]) -> None:
+        """Calls begin, the first time or again."""
+        query = select(tool_runs.c.call_id).where(tool_runs.c.step_id == step.id, tool_runs.c.call_id.in_(call_ids))
+        known = set(self._connection.execute(query).scalars())
+        began_at = now()
+        if known:
+            again = update(tool_runs).where(tool_runs.c.step_id == step.id, tool_runs.c.call_id.in_(known))
+            self._connection.execute(again.values(began_at=began_at))
+        rows = [dict(step_id=step.id, call_id=one, began_at=began_at) for one in call_ids if one not in known]
+        if rows:
+            self._connection.execute(insert(tool_runs), rows)
+
+    def end_run(self, step: Step, call_id: str, response: dict[str, Any]) -> None:
+        """What a call has given."""
+        mine = (tool_runs.c.step_id == step.id) & (tool_runs.c.call_id == call_id)
+        self._connection.execute(update(tool_runs).where(mine).values(ended_at=now(), response=response))
+
+    def ask_approval(self, step: Step, call_ids: Sequence[str]) -> Turn:
+        """running -> awaiting_approval: the client is to say of these calls of a step whether they are run."""
+        rows = [dict(step_id=step.id, call_id=call_id, approval=ASKED) for call_id in call_ids]
+        self._connection.execute(insert(tool_runs), rows)
+        return self._set(state=TurnState.awaiting_approval.value)
+
+    def complete(
+        self, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()
+    ) -> Turn:
+        """running -> completed."""
+        return self._end(
+            TurnState.completed, output_message=output_message, output_attachments=list(output_attachments)
+        )
+
+    def fail(self, error: dict[str, Any]) -> Turn:
+        """running -> failed. `error` holds `code` and `message`."""
+        return self._end(TurnState.failed, error=error)
+
+    def cancelled(self) -> Turn:
+        """running -> cancelled, once what the owner did has stopped."""
+        return self._end(TurnState.cancelled)
+
+    def _end(self, state: TurnState, **values: Any) -> Turn:
+        return self._set(state=state.value, completed_at=now(), **values)
+
+    def _set(self, **values: Any) -> Turn:
+        _write(self._connection, self._turn.id, **values)
+        return replace(self._turn, **values)
+
+
+def _unfinished(connection: Connection, session_id: str) -> int:
+    query = select(func.count()).select_from(turns)
+    query = query.where(turns.c.state.in_(UNFINISHED), turns.c.session_id == session_id)
+    return int(connection.execute(query).scalar_one())
+
+
+def _write(connection: Connection, id: str, **values: Any) -> None:
+    connection.execute(update(turns).where(turns.c.id == id).values(**values))
