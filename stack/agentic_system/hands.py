@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from stack.agentic_system.tools import asking
+from stack.agentic_system.tools import asking, code_interpreter
+from stack.agentic_system.tools.code_interpreter import CodeInterpreter
 from stack.agentic_system.tools.function_call import remote_builtin, remote_function
 from stack.agentic_system.tools.mcp_servers import Server, tools_of
 from stack.agentic_system.tools.photogen import Photogen, RemotePhotogen
@@ -52,12 +53,15 @@ async def open_hands(
 
 
 def require_hands(config: AgentsConfig, definitions: Sequence[AgentTool]) -> None:
-    """Raises BadInput for a definition of which can be told, before any turn, that it cannot be met."""
+    """Raises BadInput for a definition of which can be told, before any turn, that it cannot be met.
+
+    It may start a sandbox: it runs in a thread.
+    """
     for definition in definitions:
         if isinstance(definition, McpToolDefinition):
             _mcp_server(config, definition.server)
-        else:
-            _tool(config, definition, ())
+        elif isinstance(_tool(config, definition, ()), CodeInterpreter):
+            code_interpreter.require()
 
 
 def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File]) -> Tool | None:
@@ -92,7 +96,7 @@ def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File]) ->
                 )
             return Photogen(config.photogen)
         case CodeInterpreterToolDefinition():
-            raise BadInput("the tool code_interpreter cannot be used here", param="tools")
+            return CodeInterpreter(files, seconds=min(code_interpreter.CELL_S, config.tool_timeout_s / 2))
 
 
 def _mcp_server(config: AgentsConfig, name: str) -> McpServer:
