@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import (
     AgentTool,
     CodeInterpreterToolDefinition,
@@ -25,7 +26,6 @@ from stack.api.agent_tools import (
 )
 from stack.api.agentic_system import AgentConfig, StepType
 from stack.api.safety import OnViolationAction, ShieldDefinition
-from stack.agents_config import AgentsConfig
 from stack.store.turns import Step, ToolRun
 
 # How often in a row the model is told that its call cannot be read.
@@ -139,7 +139,7 @@ def is_clients(tool: AgentTool) -> bool:
         case FunctionCallToolDefinition():
             return tool.remote_execution is None
         case CodeInterpreterToolDefinition():
-            return tool.remote_execution is None and not tool.enable_inline_code_execution
+            return not tool.enable_inline_code_execution
         case _:
             return False
 
@@ -242,13 +242,6 @@ def violation(step: Step) -> dict[str, Any] | None:
     return {"role": "assistant", "content": text, "stop_reason": "end_of_turn", "tool_calls": []}
 
 
-def withdrawn(steps: Sequence[Step]) -> int | None:
-    """The number of the answer that the last step, a shield, does not let pass."""
-    if not _is_shield(steps[-1], "output") or violation(steps[-1]) is None:
-        return None
-    return answer_of(steps).number
-
-
 def answer_of(steps: Sequence[Step]) -> Step:
     """The last answer of the model."""
     return next(step for step in reversed(steps) if step.kind == StepType.inference and step.has_ended)
@@ -270,7 +263,8 @@ def _answer_before(steps: Sequence[Step], step: Step) -> Step:
 
 
 def _with_calls(answer: Step, calls: Sequence[Call]) -> dict[str, Any]:
-    return _details(answer)["model_response"] | {"tool_calls": list(calls)}
+    message: dict[str, Any] = _details(answer)["model_response"]
+    return message | {"tool_calls": list(calls)}
 
 
 def _unread_in_a_row(steps: Sequence[Step]) -> int:
