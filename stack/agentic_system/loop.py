@@ -231,7 +231,7 @@ class Loop:
         """Raises Unavailable for a step that was begun so often that it will hardly end."""
         step: Step | None = self.journal.steps[-1] if self.journal.steps else None
         if step is not None and not step.has_ended and step.attempt >= MAX_ATTEMPTS:
-            raise Unavailable(f"a step of the turn was broken off {step.attempt} times", code="broken_off")
+            raise Unavailable(f"a step of the turn was broken off {step.attempt} times")
 
     def _output_attachments(self) -> list[dict[str, Any]]:
         """The files that tools have made, in the order of the calls."""
