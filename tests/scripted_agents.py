@@ -53,7 +53,8 @@ class Model(ScriptedEngine):
         self.hang_for: Callable[[Body], bool] = lambda body: False
 
     def _by_script(self, body: Body) -> str:
-        return self.script[sum(message["role"] == "assistant" for message in body["messages"])]
+        said = [message for message in body["messages"] if message["role"] == "assistant"]
+        return self.script[len(said)]
 
     async def _generate(self, endpoint: Endpoint, body: Body) -> AsyncGenerator[bytes]:
         if (fault := self.fail_for(body)) is not None:
