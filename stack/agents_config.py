@@ -41,9 +41,9 @@ class AgentsConfig(Wire):
     `tool_timeout_s`. In a session one turn runs, and `max_queued_turns` more may wait. A session's actor ends when it
     has had nothing to do for `idle_s`, and `warm` actors wait for sessions.
 
-    `photogen` is the image model of the tool of that name: an address that speaks OpenAI's image API, or an id.
-    `mcp_servers` are those whose tools agents may name. Keys of search services stand in the environment:
-    BRAVE_SEARCH_KEY, BING_SEARCH_KEY, WOLFRAM_ALPHA_KEY.
+    `photogen` is the image model of the tool of that name: an address that speaks OpenAI's image API, as its clients'
+    base_url, or the id of an application of Ray Serve. `mcp_servers` are those whose tools agents may name. Keys of
+    services stand in the environment: BRAVE_SEARCH_KEY, BING_SEARCH_KEY, WOLFRAM_ALPHA_KEY, PHOTOGEN_KEY.
     """
 
     max_steps: Annotated[int, Field(ge=1, le=10_000)] = 50

@@ -2,8 +2,8 @@
 
 Such an address must not lead the server to where only the server can go. So the addresses that its name stands for are
 looked up once, all of them must be public, and the connection goes to one of those, while TLS still proves the name.
-There are no redirects and no proxies; bytes and time are bounded. An address of the config is the operator's, and may be
-inside: it is asked by a Fetcher that allows that.
+There are no redirects and no proxies; bytes and time are bounded. An address of the config is the operator's, and may
+be inside: it is asked by a Fetcher that allows that.
 """
 
 import contextlib

@@ -35,7 +35,7 @@ WEIGHTS = {
 }
 WITH_BOTH_DATABASES = {
     f"tests.api.test_{name}"
-    for name in ("datasets", "experiments", "keys", "life_cycle", "metrics", "telemetry", "tenants")
+    for name in ("agentic_system", "datasets", "experiments", "keys", "life_cycle", "metrics", "telemetry", "tenants")
 }
 
 

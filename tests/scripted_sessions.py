@@ -1,8 +1,13 @@
 """Sessions that run turns in this process, by a script: as the real ones they write rows, but ask no model."""
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
 
+from pydantic import BaseModel
+
+from stack.agentic_system.events import event
 from stack.agentic_system.sessions import Event
 from stack.agentic_system.shown import awaited, shown_step, shown_turn
 from stack.api.agentic_system import (
@@ -18,8 +23,8 @@ from stack.api.agentic_system import (
 from stack.api.messages import CompletionMessage, ToolCall
 from stack.context import Context
 from stack.errors import BadInput, StackError
-from stack.store import Store
-from stack.store.turns import Turn
+from stack.store import Store, now
+from stack.store.turns import Step, Turn
 
 TEXT = "Paris"
 
@@ -39,6 +44,7 @@ class ScriptedSessions:
         self.gone_on: list[tuple[str, Mapping[str, str]]] = []
         self.cancelled: list[str] = []
         self.ended: list[str] = []
+        self.watched = asyncio.Event()  # set once somebody waits for what is still to come
         self.left: list[str] = []  # the turns whose events were left before their end
 
     async def start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
@@ -63,62 +69,67 @@ class ScriptedSessions:
         ids = [event.id for event in events]
         if after is not None and after not in ids:
             raise BadInput(f"the turn has no event {after!r}", param="after")
-        for event in events[ids.index(after) + 1 if after is not None else 0 :]:
-            yield event
+        for one in events[ids.index(after) + 1 if after is not None else 0 :]:
+            yield one
         turn = await asyncio.to_thread(context.store.turns.get, context.tenant, turn_id)
         assert turn is not None
         if turn.error is not None:
             raise StackError(turn.error["message"], code=turn.error["code"])
-        try:
-            await asyncio.Event().wait() if turn.state in (TurnState.queued, TurnState.running) else None
-        finally:
-            self.left += [] if turn.has_ended else [turn_id]
+        if turn.state in (TurnState.queued, TurnState.running):
+            self.watched.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.left.append(turn_id)
 
     def run(self, store: Store, turn_id: str) -> None:
         turn = store.turns.take(turn_id, "the script")
         assert turn is not None
-        step = store.turns.begin_step(turn, 1, StepType.inference, {})
-        message = CompletionMessage(content=TEXT, tool_calls=list(self.calls))
-        store.turns.end_step(turn, step, {"model_response": message.model_dump(mode="json")})
-        if self.fault is not None:
-            store.turns.fail(turn, {"code": self.fault.code, "message": self.fault.message})
-        elif asked := [call.call_id for call in self.calls if call.tool_name in turn.config["approval"]]:
-            step = store.turns.begin_step(turn, 2, StepType.tool_execution, {})
-            store.turns.ask_approval(turn, step, asked)
-        else:
-            store.turns.complete(turn, message.model_dump(mode="json"))
+        message = CompletionMessage(content=TEXT, tool_calls=list(self.calls)).model_dump(mode="json")
+        with store.turns.journal(turn) as journal:
+            journal.add_step(_step(turn, 1, StepType.inference, {"model_response": message}))
+            if self.fault is not None:
+                journal.fail({"code": self.fault.code, "message": self.fault.message})
+            elif asked := [call.call_id for call in self.calls if call.tool_name in turn.config["approval"]]:
+                step = _step(turn, 2, StepType.tool_execution, None)
+                journal.add_step(step)
+                journal.ask_approval(step, asked)
+            else:
+                journal.complete(message)
 
     def _complete(self, store: Store, turn_id: str) -> None:
         turn = store.turns.take(turn_id, "the script, again")
         assert turn is not None
-        store.turns.complete(turn, CompletionMessage(content=TEXT).model_dump(mode="json"))
+        with store.turns.journal(turn) as journal:
+            journal.complete(CompletionMessage(content=TEXT).model_dump(mode="json"))
 
     def _events(self, context: Context, turn_id: str) -> list[Event]:
         """Those that have been."""
         turn, kind = context.store.turns.get(context.tenant, turn_id), StepType.inference
         assert turn is not None
         steps, runs = context.store.turns.steps_of([turn_id]), context.store.turns.runs_of(turn_id)
-        events = [Event("start", AgenticSystemTurnResponseTurnStartPayload(turn_id=turn_id))]
+        events = [_event("start", AgenticSystemTurnResponseTurnStartPayload(turn_id=turn_id))]
         for step in steps[:1]:
-            about = dict(step_type=kind, step_id=step.id)
-            events += [
-                Event("1.1.0", AgenticSystemTurnResponseStepStartPayload.model_validate(about)),
-                Event(
-                    "1.1.1",
-                    AgenticSystemTurnResponseStepProgressPayload.model_validate(
-                        about | {"model_response_text_delta": TEXT}
-                    ),
-                ),
-                Event(
-                    "1.end",
-                    AgenticSystemTurnResponseStepCompletePayload(step_type=kind, step_details=shown_step(step)),
-                ),
-            ]
+            begun = AgenticSystemTurnResponseStepStartPayload(step_type=kind, step_id=step.id)
+            said = AgenticSystemTurnResponseStepProgressPayload(
+                step_type=kind, step_id=step.id, model_response_text_delta=TEXT
+            )
+            ended = AgenticSystemTurnResponseStepCompletePayload(step_type=kind, step_details=shown_step(step))
+            events += [_event("1.1.0", begun), _event("1.1.1", said), _event("1.end", ended)]
         if turn.state == TurnState.awaiting_approval:
             calls = awaited([shown_step(step) for step in steps if step.has_ended], runs)
             asked = AgenticSystemTurnResponseAwaitingApprovalPayload(turn_id=turn_id, tool_calls=calls)
-            events.append(Event("asked", asked))
+            events.append(_event("2.approval", asked))
         if turn.state == TurnState.completed:
             done = AgenticSystemTurnResponseTurnCompletePayload(turn=shown_turn(turn, steps, runs))
-            events.append(Event("end", done))
+            events.append(_event("end", done))
         return events
+
+
+def _event(place: str, payload: BaseModel) -> Event:
+    return event(place, payload.model_dump(mode="json", exclude_none=True))
+
+
+def _step(turn: Turn, number: int, kind: StepType, details: dict[str, Any] | None) -> Step:
+    """A step that has ended, if it has details."""
+    return Step(uuid.uuid4().hex, turn.id, number, kind.value, {}, 1, details, now(), now() if details else None)

@@ -33,38 +33,41 @@ from stack.errors import BadInput
 
 @asynccontextmanager
 async def open_hands(
-    config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File] = ()
+    config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File] = (), *, is_resumed: bool = False
 ) -> AsyncGenerator[Mapping[str, Tool]]:
     """The tools that are run here, by the names that the model calls them by, while the turn lasts.
 
-    `files` are the turn's attachments, for tools that read files. Raises BadInput for a definition that cannot be met,
-    and Unavailable where an MCP server cannot be asked for its tools.
+    `files` are the turn's attachments, for tools that read files. `is_resumed` says that the turn has run before, with
+    other tools than these, whose state is gone. Raises BadInput for a definition that cannot be met, and Unavailable
+    where an MCP server cannot be asked for its tools.
     """
     async with AsyncExitStack() as opened:
-        tools = [one for definition in definitions if (one := _tool(config, definition, files)) is not None]
+        tools = [one for definition in definitions if (one := _tool(config, definition, files, is_resumed))]
         mcp = [definition for definition in definitions if isinstance(definition, McpToolDefinition)]
         servers = {one.server: Server(one.server, _mcp_server(config, one.server)) for one in mcp}
-        for closing in (*tools, *servers.values()):
-            opened.push_async_callback(closing.close)
-        # Each opens on its own, so that several take as long as the slowest.
-        for found in await asyncio.gather(*(tools_of(servers[one.server], one) for one in mcp)):
-            tools += found
+        for tool in tools:
+            opened.push_async_callback(tool.close)
+        for server in servers.values():
+            opened.push_async_callback(server.close)
+        try:
+            async with asyncio.TaskGroup() as group:  # so that several take as long as the slowest
+                found = [group.create_task(tools_of(servers[one.server], one)) for one in mcp]
+        except ExceptionGroup as failed:  # by the first one, for which the others were given up
+            raise failed.exceptions[0] from failed
+        tools += [tool for task in found for tool in task.result()]
         yield {tool.name: tool for tool in tools}
 
 
-def require_hands(config: AgentsConfig, definitions: Sequence[AgentTool]) -> None:
-    """Raises BadInput for a definition of which can be told, before any turn, that it cannot be met.
-
-    It may start a sandbox: it runs in a thread.
-    """
+async def require_hands(config: AgentsConfig, definitions: Sequence[AgentTool]) -> None:
+    """Raises BadInput for a definition of which can be told, before any turn, that it cannot be met here."""
     for definition in definitions:
         if isinstance(definition, McpToolDefinition):
             _mcp_server(config, definition.server)
-        elif isinstance(_tool(config, definition, ()), CodeInterpreter):
-            code_interpreter.require()
+        elif isinstance(_tool(config, definition, (), False), CodeInterpreter):
+            await code_interpreter.check()
 
 
-def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File]) -> Tool | None:
+def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File], is_resumed: bool) -> Tool | None:
     """The tool of a definition; None for what is run elsewhere or otherwise."""
     match definition:
         case FunctionCallToolDefinition(remote_execution=None) | MemoryToolDefinition() | McpToolDefinition():
@@ -96,7 +99,8 @@ def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File]) ->
                 )
             return Photogen(config.photogen)
         case CodeInterpreterToolDefinition():
-            return CodeInterpreter(files, seconds=min(code_interpreter.CELL_S, config.tool_timeout_s / 2))
+            seconds = min(code_interpreter.CELL_S, config.tool_timeout_s / 2)
+            return CodeInterpreter(files, seconds=seconds, is_resumed=is_resumed)
 
 
 def _mcp_server(config: AgentsConfig, name: str) -> McpServer:

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from stack.context import Context
 from tests.samples import dataset, dialogs, write_rows
 from tests.scripted_deployer import RUNNING, ScriptedDeployer
+from tests.scripted_sessions import ScriptedSessions
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
@@ -34,11 +35,18 @@ def deployer() -> ScriptedDeployer:
 
 
 @pytest.fixture
-def app(context: Context, waiting_for: dict[str, str], deployer: ScriptedDeployer) -> FastAPI:
+def sessions() -> ScriptedSessions:
+    return ScriptedSessions()
+
+
+@pytest.fixture
+def app(
+    context: Context, waiting_for: dict[str, str], deployer: ScriptedDeployer, sessions: ScriptedSessions
+) -> FastAPI:
     async def ready() -> dict[str, str]:
         return waiting_for
 
-    return gateway.create_app(context, ready, deployer)
+    return gateway.create_app(context, ready, deployer, sessions=sessions)
 
 
 @pytest.fixture

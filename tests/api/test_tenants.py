@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from stack import keys
+from stack.api.messages import ToolCall
 from stack.context import Context, Principal
 from stack.store import Adapter, now
 from tests import samples
@@ -36,6 +37,7 @@ from tests.samples import (
     reward_training,
     write_rows,
 )
+from tests.scripted_sessions import ScriptedSessions
 
 OWNER = "acme"
 LOG = {"message": "hello", "level": "info", "timestamp": "2030-01-01T00:00:00.000Z"}
@@ -47,6 +49,10 @@ CHAT = {"model": "small:tune-1", "messages": [{"role": "user", "content": "a"}]}
 GENERATIONS = [{"dialog": CHAT["messages"], "sampled_generations": [{"role": "assistant", "content": "b"}]}]
 GENERATION = {"dialogs": CHAT["messages"], "filtering_function": "none"}
 UPLOADED = {"columns": {"dialog": "dialog"}, "content_url": "UPLOAD_URL"}
+AGENT_CONFIG = {"model": "small", "instructions": "Be brief."}
+MEMORY = {"type": "memory", "memory_bank_configs": [{"type": "keyvalue", "bank_id": "BANK", "keys": ["a"]}]}
+FUNCTION = {"type": "function_call", "function_name": "run_it", "description": "Runs it.", "parameters": {}}
+SAID = [{"role": "user", "content": "a"}]
 
 
 def on_model(named: str) -> dict[str, Any]:
@@ -160,6 +166,30 @@ NAMING: list[tuple[str, str, Any]] = [
     ("POST", "/logging/get_logs", {"query": "", "filters": {"run_id": "RUN"}}),
     ("POST", "/logging/get_logs", {"query": "", "filters": {"job_uuid": "tune-1"}}),
     ("GET", "/telemetry/get_trace?trace_id=trace-1", None),
+    ("GET", "/agentic_system/get?agent_id=AGENT", None),
+    ("POST", "/agentic_system/update", {"agent_id": "AGENT", "agent_config": AGENT_CONFIG}),
+    ("POST", "/agentic_system/create", {"agent_config": AGENT_CONFIG | {"model": "small:tune-1"}}),
+    ("POST", "/agentic_system/create", {"agent_config": AGENT_CONFIG | {"tools": [MEMORY]}}),
+    ("GET", "/agentic_system/session/list?agent_id=AGENT", None),
+    ("POST", "/agentic_system/session/create", {"agent_id": "AGENT", "session_name": "talk"}),
+    ("POST", "/agentic_system/session/get?agent_id=AGENT&session_id=SESSION", {}),
+    ("POST", "/agentic_system/turn/create", {"agent_id": "AGENT", "session_id": "SESSION", "messages": SAID}),
+    (
+        "POST",
+        "/agentic_system/turn/create",
+        {"agent_id": "AGENT", "session_id": "SESSION", "messages": SAID, "tools": [MEMORY]},
+    ),
+    ("GET", "/agentic_system/turn/get?agent_id=AGENT&turn_id=TURN", None),
+    ("GET", "/agentic_system/turn/events?agent_id=AGENT&turn_id=TURN", None),
+    ("GET", "/agentic_system/step/get?agent_id=AGENT&turn_id=TURN&step_id=STEP", None),
+    ("POST", "/agentic_system/turn/cancel", {"agent_id": "AGENT", "turn_id": "TURN"}),
+    (
+        "POST",
+        "/agentic_system/turn/approve",
+        {"agent_id": "AGENT", "turn_id": "AWAITING", "approvals": {"call-1": True}},
+    ),
+    ("POST", "/agentic_system/session/delete", {"agent_id": "AGENT", "session_id": "SESSION"}),
+    ("POST", "/agentic_system/delete", {"agent_id": "AGENT"}),
 ]
 # Requests that are answered with lists, in which there is something of acme's for acme alone.
 LISTING: list[tuple[str, str, Any]] = [
@@ -172,6 +202,7 @@ LISTING: list[tuple[str, str, Any]] = [
     ("GET", "/batch_inference/jobs", None),
     ("GET", "/memory_banks/ingest/jobs", None),
     ("GET", "/experiments/list", None),
+    ("GET", "/agentic_system/list", None),
     ("POST", "/logging/get_logs", {"query": ""}),
     ("POST", "/logging/get_logs", {"query": "", "filters": {"trace_id": "trace-1"}}),
 ]
@@ -209,6 +240,8 @@ class Tenants:
         """A path or a body with the ids in place."""
         if isinstance(value, dict):
             return {key: self._filled(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self._filled(one) for one in value]
         if isinstance(value, str):
             return re.sub("|".join(self.ids), lambda found: self.ids[found[0]], value)
         return value
@@ -220,7 +253,7 @@ def of_tenant(app: FastAPI, context: Context, tenant: str, *more_scopes: str) ->
 
 
 @pytest.fixture
-def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) -> Tenants:
+def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any], sessions: ScriptedSessions) -> Tenants:
     owner, other = of_tenant(app, context, OWNER), of_tenant(app, context, "other")
 
     def made(client: TestClient, path: str, **body: Any) -> Any:
@@ -258,6 +291,13 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
     texts = write_rows(home / "data" / "documents.jsonl", [{"document_id": "b", "content": "a text"}])
     made(owner, "/datasets/create", uuid="documents", dataset=dataset(texts, document_id="text", content="text"))
     made(owner, "/memory_banks/ingest", **ingestion("documents", bank_id=bank))
+    agent = made(owner, "/agentic_system/create", agent_config=AGENT_CONFIG | {"tools": [FUNCTION]})["agent_id"]
+    session = made(owner, "/agentic_system/session/create", agent_id=agent, session_name="talk")["session_id"]
+    turn = made(owner, "/agentic_system/turn/create", agent_id=agent, session_id=session, messages=SAID)
+    sessions.calls = [ToolCall(call_id="call-1", tool_name="run_it", arguments={})]
+    asking = dict(agent_id=agent, session_id=session, messages=SAID, approval=["run_it"])
+    awaiting = made(owner, "/agentic_system/turn/create", **asking)["turn_id"]
+    sessions.calls = []
     # The longer words first: UPLOAD_URL is not UPLOAD.
     ids = {
         "UPLOAD_URL": upload["content_url"],
@@ -266,6 +306,8 @@ def tenants(app: FastAPI, context: Context, home: Path, data: dict[str, Any]) ->
         "RUN": run,
         "BANK": bank,
     }
+    ids |= {"AGENT": agent, "SESSION": session, "TURN": turn["turn_id"], "STEP": turn["steps"][0]["step_id"]}
+    ids |= {"AWAITING": awaiting}
     return Tenants(owner, other, ids | {"ARTIFACT": artifact, "MINE": "mine", "PAIRS": "my-pairs"})
 
 

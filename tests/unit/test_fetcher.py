@@ -202,7 +202,7 @@ def serving(tls: ssl.SSLContext, answer: Answer) -> Iterator[tuple[int, list[Any
             with suppress(OSError):  # the client may leave
                 answer(self)
 
-        do_POST = do_PUT = do_GET  # noqa: N815
+        do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -506,9 +506,9 @@ def test_a_disk_that_fails_otherwise_is_neither_full_nor_the_hosts_fault(authori
 
 
 def test_a_fetch_leaves_no_thread_behind(fetch: Any) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     fetch(sends())
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_the_one_that_is_used_allows_only_public_addresses() -> None:
@@ -518,3 +518,134 @@ def test_the_one_that_is_used_allows_only_public_addresses() -> None:
     assert default.ports == {443}
     assert default.tls.check_hostname
     assert default.tls.verify_mode == ssl.CERT_REQUIRED
+
+
+# Asking with any method
+
+
+@pytest.fixture
+def ask(authority: Authority) -> Iterator[Callable[..., fetcher.Answer]]:
+    """Asks a server that answers so, which is found under HOST."""
+
+    def ask(
+        answer: Answer,
+        method: str = "GET",
+        headers: dict[str, str] | None = None,
+        content: bytes | None = None,
+        most: int = 100_000,
+        cut: fetcher.Cut | None = None,
+    ) -> fetcher.Answer:
+        with serving(authority.server(HOST), answer) as (port, requests):
+            asking = Fetcher(
+                resolve=lambda *_: ["127.0.0.1"],
+                is_allowed=is_this_machine,
+                ports=frozenset({port}),
+                tls=authority.client(),
+            )
+            try:
+                return asking.ask(f"https://{HOST}:{port}/a?x=1", method, headers or {}, content, most, cut)
+            finally:
+                seen.extend(requests)
+
+    seen: list[Any] = []
+    ask.seen = seen  # type: ignore[attr-defined]
+    return ask
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "PUT", "DELETE"])
+def test_what_is_asked_is_sent_and_what_is_answered_is_given(ask: Any, method: str) -> None:
+    def echoes(handler: http.server.BaseHTTPRequestHandler) -> None:
+        said = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        sends(200, f"{handler.command} {said.decode()}".encode(), Content_Type="text/plain; charset=utf-8")(handler)
+
+    content = b'{"a": 1}' if method in ("POST", "PUT") else None
+    answer = ask(echoes, method, {"X-Key": "k", "accept": "text/plain"}, content)
+    said = f"{method} {content.decode() if content else ''}".encode()
+    assert answer == fetcher.Answer(200, "text/plain; charset=utf-8", said)
+    ((path, headers),) = ask.seen
+    assert path == "/a?x=1"
+    sent = {name.lower(): value for name, value in headers.items()}
+    assert (sent["x-key"], sent["accept"]) == ("k", "text/plain")
+    assert sent.get("content-type") == ("application/json" if content else None)
+
+
+@pytest.mark.parametrize("status", [200, 201, 204, 400, 404, 500, 503])
+def test_other_statuses_than_redirects_are_given(ask: Any, status: int) -> None:
+    assert ask(sends(status, b"")).status == status
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (sends(302, b"", Location="https://127.0.0.1/secret"), "redirects are not followed"),
+        (sends(Content_Encoding="gzip"), "content-encoding"),
+        (without_end, "more than 100000 bytes"),
+        (breaks_off, "broke off"),
+    ],
+)
+def test_what_is_asked_and_not_answered_as_it_should_is_unavailable(ask: Any, answer: Answer, words: str) -> None:
+    with pytest.raises(Unavailable, match=words) as caught:
+        ask(answer)
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{"Host": "inside"}, {"content-length": "1"}, {"X A": "b"}, {"X-A": "b\r\nX-C: d"}, {"X-A": "ä"}, {"X-A": "\0"}],
+)
+def test_headers_that_are_not_the_askers_are_refused(ask: Any, headers: dict[str, str]) -> None:
+    with pytest.raises(BadInput, match="cannot be sent"):
+        ask(sends(), headers=headers)
+    assert ask.seen == []
+
+
+def test_what_is_asked_can_be_cut_off_by_another_thread(ask: Any) -> None:
+    cut, ended = fetcher.Cut(), threading.Event()
+
+    def hangs(handler: http.server.BaseHTTPRequestHandler) -> None:
+        cut()
+        handler.rfile.read(1)
+        ended.set()
+
+    with pytest.raises(Unavailable, match="does not answer"):
+        ask(hangs, cut=cut)
+    assert ended.wait(10)
+
+
+def test_what_is_cut_off_before_it_begins_is_not_asked(ask: Any) -> None:
+    cut = fetcher.Cut()
+    cut()
+    with pytest.raises(Unavailable, match="it was given up"):
+        ask(sends(), cut=cut)
+    assert ask.seen == []
+
+
+def test_http_is_asked_only_where_it_is_allowed() -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Says)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/"
+    try:
+        with pytest.raises(BadInput, match="allowed: https"):
+            Fetcher(is_allowed=is_this_machine, ports=None).ask(url, "GET", {}, None, 100)
+        inside = Fetcher(is_allowed=is_this_machine, ports=None, takes_http=True)
+        assert inside.ask(url, "GET", {}, None, 100) == fetcher.Answer(200, "text/plain", b"here")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Says(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        sends(200, b"here", Content_Type="text/plain")(self)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("url", ["http://example.org/", "https://example.org:8080/", "file:///etc/passwd", "https://"])
+def test_what_could_not_be_asked_is_told_without_asking(url: str) -> None:
+    with pytest.raises(BadInput):
+        Fetcher().require_askable(url)
+    Fetcher().require_askable("https://none.invalid/")

@@ -1,6 +1,8 @@
 """The rows of agents, sessions and turns: who may write what, in which order, and what a deletion takes along."""
 
+import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ from stack.api.agentic_system import StepType, TurnState
 from stack.errors import Conflict
 from stack.store import MemoryBank, Store, now
 from stack.store.schema import agent_sessions, agent_versions, agents, steps, tool_runs, turns
-from stack.store.turns import APPROVED, DENIED, NewTurn, Refused, Turn
+from stack.store.turns import APPROVED, DENIED, Journal, NewTurn, Refused, Step, Turn
 from tests import threads
 
 CONFIG = {"model": "small", "instructions": "Be brief."}
@@ -42,6 +44,25 @@ def running(store: Store, session_id: str) -> Turn:
     turn = store.turns.take(accepted(store, session_id).id, "one")
     assert turn is not None
     return turn
+
+
+def new_step(turn: Turn, number: int = 1, kind: StepType = StepType.tool_execution) -> Step:
+    return Step(uuid.uuid4().hex, turn.id, number, kind.value, {"final": True}, 1, None, now(), None)
+
+
+def begin(store: Store, turn: Turn, number: int = 1) -> Step:
+    """A step of a turn, which is written down."""
+    step = new_step(turn, number)
+    with store.turns.journal(turn) as journal:
+        journal.add_step(step)
+    return step
+
+
+def ask(store: Store, turn: Turn, *call_ids: str) -> Step:
+    step = begin(store, turn)
+    with store.turns.journal(turn) as journal:
+        journal.ask_approval(step, call_ids)
+    return step
 
 
 def rows_in(store: Store) -> dict[str, int]:
@@ -126,8 +147,9 @@ def test_a_session_is_given_one_bank_however_often(store: Store) -> None:
 def with_everything(store: Store, session_id: str) -> Turn:
     """A turn with steps, one of which has calls."""
     turn = running(store, session_id)
-    step = store.turns.begin_step(turn, 1, StepType.tool_execution, {})
-    store.turns.begin_runs(turn, step, ["call-1", "call-2"])
+    step = begin(store, turn)
+    with store.turns.journal(turn) as journal:
+        journal.begin_runs(step, ["call-1", "call-2"])
     return turn
 
 
@@ -143,9 +165,9 @@ def test_a_deleted_session_takes_all_along_and_leaves_the_others(store: Store) -
     assert [one.id for one in store.memory_banks.page("default", None, 10)] == ["stays"]
     assert store.memory_banks.dropped() == [("gone", "default")]
     with pytest.raises(Conflict) as refused:
-        store.turns.begin_step(turn, 2, StepType.inference, {})
+        begin(store, turn, 2)
     assert refused.value.code == "superseded"
-    store.turns.begin_step(other, 2, StepType.inference, {})
+    begin(store, other, 2)
 
 
 def test_a_deleted_agent_takes_its_sessions_along(store: Store) -> None:
@@ -168,7 +190,7 @@ def test_a_session_that_is_deleted_while_it_is_used_breaks_nothing(store: Store)
     def write() -> None:
         for number in range(1, 20):
             try:
-                store.turns.begin_step(turn, number, StepType.inference, {})
+                begin(store, turn, number)
             except Conflict:
                 return
 
@@ -238,83 +260,105 @@ def test_some_turns_of_a_session(store: Store) -> None:
 def test_steps_are_written_before_and_after(store: Store) -> None:
     turn = running(store, session_in(store))
     assert turn.started_at is not None
-    step = store.turns.begin_step(turn, 1, StepType.inference, {"final": True})
+    step = begin(store, turn)
     assert store.turns.steps_of([turn.id]) == [step]
-    assert (step.kind, step.about, step.attempt, step.has_ended) == ("inference", {"final": True}, 1, False)
-    ended = store.turns.end_step(turn, step, {"model_response": {"content": "a\0"}})
+    ended = replace(step, details={"model_response": {"content": "a\0"}}, completed_at=now())
+    with store.turns.journal(turn) as journal:
+        journal.save_step(ended)
     assert store.turns.steps_of([turn.id]) == [ended]
-    assert ended.has_ended
+    assert (step.has_ended, ended.has_ended) == (False, True)
     assert store.turns.step(turn.id, step.id) == ended
     assert store.turns.step("another", step.id) is None
-    done = store.turns.complete(turn, {"content": "a"}, [{"content": "b", "mime_type": "text/plain"}])
+    with store.turns.journal(turn) as journal:
+        done = journal.complete({"content": "a"}, [{"content": "b", "mime_type": "text/plain"}])
     assert store.turns.get("default", turn.id) == done
     assert (done.state, done.has_ended) == ("completed", True)
 
 
-def test_a_step_that_begins_again_keeps_its_id_and_counts_its_attempts(store: Store) -> None:
-    turn = running(store, session_in(store))
-    first = store.turns.begin_step(turn, 1, StepType.inference, {"a": 1})
-    again = store.turns.begin_step(turn, 1, StepType.inference, {"a": 1})
-    assert (again.id, again.attempt) == (first.id, 2)
-    assert store.turns.steps_of([turn.id]) == [again]
-
-
 def test_runs_are_written_before_and_after(store: Store) -> None:
     turn = running(store, session_in(store))
-    step = store.turns.begin_step(turn, 1, StepType.tool_execution, {})
-    store.turns.begin_runs(turn, step, ["b", "a"])
-    store.turns.end_run(turn, step, "a", {"content": "4"})
+    step = begin(store, turn)
+    with store.turns.journal(turn) as journal:
+        journal.begin_runs(step, ["b", "a"])
+        journal.end_run(step, "a", {"content": "4"})
     first, second = store.turns.runs_of(turn.id)
     assert (first.call_id, first.response, second.call_id, second.response) == ("a", {"content": "4"}, "b", None)
     assert first.began_at
     assert first.ended_at
     assert second.began_at
     assert not second.ended_at
-    store.turns.begin_runs(turn, step, ["b"])
-    store.turns.end_run(turn, step, "b", {"content": "5"})
+    with store.turns.journal(turn) as journal:
+        journal.begin_runs(step, ["b"])
+        journal.end_run(step, "b", {"content": "5"})
     assert [run.response for run in store.turns.runs_of(turn.id)] == [{"content": "4"}, {"content": "5"}]
 
 
-def writes(store: Store, turn: Turn) -> dict[str, Callable[[], Any]]:
+def test_what_one_transaction_writes_is_written_together_or_not_at_all(store: Store) -> None:
+    turn = running(store, session_in(store))
+    step = new_step(turn)
+
+    def write_and_fail() -> None:
+        with store.turns.journal(turn) as journal:
+            journal.add_step(step)
+            raise ValueError("broken off")
+
+    with pytest.raises(ValueError, match="broken off"):
+        write_and_fail()
+    assert store.turns.steps_of([turn.id]) == []
+
+
+def write_all(store: Store, turn: Turn) -> list[Callable[[Journal], Any]]:
     """All that an owner can write."""
-    step = store.turns.begin_step(turn, 1, StepType.tool_execution, {})
-    return {
-        "begin_step": lambda: store.turns.begin_step(turn, 2, StepType.inference, {}),
-        "begin_again": lambda: store.turns.begin_step(turn, 1, StepType.inference, {}),
-        "end_step": lambda: store.turns.end_step(turn, step, {}),
-        "begin_runs": lambda: store.turns.begin_runs(turn, step, ["a"]),
-        "end_run": lambda: store.turns.end_run(turn, step, "a", {}),
-        "ask_approval": lambda: store.turns.ask_approval(turn, step, ["a"]),
-        "complete": lambda: store.turns.complete(turn, {}),
-        "fail": lambda: store.turns.fail(turn, {}),
-        "end_cancelled": lambda: store.turns.end_cancelled(turn),
-    }
+    step = begin(store, turn)
+    return [
+        lambda journal: journal.add_step(new_step(turn, 2)),
+        lambda journal: journal.save_step(replace(step, attempt=2)),
+        lambda journal: journal.begin_runs(step, ["a"]),
+        lambda journal: journal.end_run(step, "a", {}),
+        lambda journal: journal.ask_approval(step, ["a"]),
+        *ENDS.values(),
+    ]
+
+
+ENDS: dict[str, Callable[[Journal], Any]] = {
+    "completed": lambda journal: journal.complete({"content": "a"}),
+    "failed": lambda journal: journal.fail({"code": "away", "message": "The model is away."}),
+    "cancelled": lambda journal: journal.cancelled(),
+}
+
+
+def write_in(store: Store, turn: Turn, write: Callable[[Journal], Any]) -> None:
+    with store.turns.journal(turn) as journal:
+        write(journal)
 
 
 def test_an_owner_that_was_given_up_can_write_nothing_more(store: Store) -> None:
     turn = running(store, session_in(store))
-    of_first = writes(store, turn)
+    of_first = write_all(store, turn)
     second = store.turns.take(turn.id, "two")
     assert second is not None
     assert (second.epoch, second.owner, second.started_at) == (2, "two", turn.started_at)
     before = rows_in(store), store.turns.get("default", turn.id), store.turns.steps_of([turn.id])
-    for write in of_first.values():
+    for write in of_first:
         with pytest.raises(Conflict) as refused:
-            write()
+            write_in(store, turn, write)
         assert refused.value.code == "superseded"
     assert (rows_in(store), store.turns.get("default", turn.id), store.turns.steps_of([turn.id])) == before
-    store.turns.complete(second, {"content": "a"})
+    write_in(store, second, ENDS["completed"])
 
 
-@pytest.mark.parametrize("end", ["complete", "fail", "end_cancelled"])
-def test_a_turn_that_has_ended_is_not_written_any_more(store: Store, end: str) -> None:
+@pytest.mark.parametrize("state", ENDS)
+def test_a_turn_that_has_ended_is_not_written_any_more(store: Store, state: str) -> None:
     turn = running(store, session_in(store))
-    of_turn = writes(store, turn)
-    of_turn[end]()
-    for write in of_turn.values():
+    every = write_all(store, turn)
+    write_in(store, turn, ENDS[state])
+    for write in every:
         with pytest.raises(Conflict):
-            write()
+            write_in(store, turn, write)
     assert store.turns.take(turn.id, "two") is None
+    found = store.turns.get("default", turn.id)
+    assert found is not None
+    assert (found.state, found.has_ended) == (state, True)
 
 
 def test_of_owners_that_take_a_turn_at_once_one_has_it(store: Store) -> None:
@@ -324,12 +368,26 @@ def test_of_owners_that_take_a_turn_at_once_one_has_it(store: Store) -> None:
 
     def begins(owner: Turn) -> bool:
         try:
-            store.turns.begin_step(owner, 1, StepType.inference, {})
+            begin(store, owner)
         except Conflict:
             return False
         return True
 
     assert [owner.epoch for owner in owners if owner and begins(owner)] == [5]
+
+
+def test_the_completed_turns_before_one(store: Store) -> None:
+    session_id = session_in(store)
+    turns_there = []
+    for state in ("completed", "failed", "completed", "completed"):
+        turn = with_everything(store, session_id)
+        write_in(store, turn, ENDS[state])
+        turns_there.append(turn.id)
+    last = accepted(store, session_id)
+    found = store.turns.finished_before(last, 2)
+    assert [turn.id for turn, _ in found] == turns_there[2:]
+    assert [[step.turn_id for step in its] for _, its in found] == [[one] for one in turns_there[2:]]
+    assert [turn.id for turn, _ in store.turns.finished_before(last, 10)] == [turns_there[0], *turns_there[2:]]
 
 
 # What is due
@@ -348,7 +406,7 @@ def test_a_session_is_due_with_its_first_turn(store: Store) -> None:
     turn = store.turns.take(mine[0].id, "one")
     assert turn is not None
     assert ("running", "one") in {(one.state, one.owner) for one in store.turns.due()}
-    store.turns.complete(turn, {})
+    write_in(store, turn, ENDS["completed"])
     store.turns.cancel("acme", theirs.id)
     assert [one.turn_id for one in store.turns.due()] == [mine[1].id]
     first_left = store.turns.next_of(first)
@@ -359,8 +417,7 @@ def test_a_session_is_due_with_its_first_turn(store: Store) -> None:
 def test_a_session_that_awaits_approval_is_not_due(store: Store) -> None:
     session_id = session_in(store)
     turn = running(store, session_id)
-    step = store.turns.begin_step(turn, 1, StepType.tool_execution, {})
-    store.turns.ask_approval(turn, step, ["a"])
+    ask(store, turn, "a")
     accepted(store, session_id)
     assert store.turns.due() == []
     assert store.turns.take(turn.id, "two") is None
@@ -392,16 +449,16 @@ def test_a_turn_that_runs_is_told_to_end(store: Store) -> None:
     assert found.cancelled_at
     assert not found.completed_at
     again = store.turns.take(turn.id, "two")
-    assert again is not None and again.cancelled_at, "whoever takes it over knows"
-    store.turns.end_cancelled(again)
+    assert again is not None
+    assert again.cancelled_at, "whoever takes it over knows"
+    write_in(store, again, ENDS["cancelled"])
     assert store.turns.cancel("default", turn.id) == TurnState.cancelled
 
 
 def test_a_turn_goes_on_when_all_its_calls_are_decided(store: Store) -> None:
     turn = running(store, session_in(store))
-    step = store.turns.begin_step(turn, 1, StepType.tool_execution, {})
     assert store.turns.approve("default", turn.id, {"a": True}) is None
-    store.turns.ask_approval(turn, step, ["a", "b"])
+    step = ask(store, turn, "a", "b")
     assert store.turns.approve("acme", turn.id, {"a": True}) is None
     assert store.turns.approve("default", turn.id, {"a": True, "nothing": True}) == TurnState.awaiting_approval
     # What is decided stays so.
@@ -414,13 +471,12 @@ def test_a_turn_goes_on_when_all_its_calls_are_decided(store: Store) -> None:
     ]
     again = store.turns.take(turn.id, "two")
     assert again is not None
-    store.turns.begin_runs(again, step, ["a"])
+    write_in(store, again, lambda journal: journal.begin_runs(step, ["a"]))
     assert [run.approval for run in store.turns.runs_of(turn.id)] == [APPROVED, DENIED]
 
 
 def test_a_turn_that_awaits_approval_can_be_cancelled(store: Store) -> None:
     turn = running(store, session_in(store))
-    step = store.turns.begin_step(turn, 1, StepType.tool_execution, {})
-    store.turns.ask_approval(turn, step, ["a"])
+    ask(store, turn, "a")
     assert store.turns.cancel("default", turn.id) == TurnState.cancelled
     assert store.turns.approve("default", turn.id, {"a": True}) is None

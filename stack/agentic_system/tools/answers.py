@@ -34,7 +34,7 @@ def plain(text: str) -> str:
 
 
 def read_json(answer: Answer, of: str) -> dict[str, Any]:
-    """An API's answer, a JSON object. Raises ToolFailed, which does not repeat what a refusal says: it may name keys."""
+    """An API's answer, a JSON object. Raises ToolFailed, without what a refusal says: it may name the key."""
     if answer.status in (401, 403):
         raise ToolFailed(f"{of} refuses the key")
     if answer.status == 429:

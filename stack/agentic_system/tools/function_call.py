@@ -1,7 +1,7 @@
 """A function that is called by a request to the address of its `remote_execution`.
 
-The request is what stack/agentic_system/tools/templates.py makes of the arguments; the answer is text or JSON. Addresses
-are public ones, by https, without redirects: whoever makes an agent cannot reach what only the server can.
+The request is what stack/agentic_system/tools/templates.py makes of the arguments; the answer is text or JSON.
+Addresses are public ones, by https, without redirects: whoever makes an agent cannot reach what only the server can.
 """
 
 from dataclasses import dataclass

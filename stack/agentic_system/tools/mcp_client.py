@@ -109,10 +109,8 @@ class Session:
 
     async def _keep(self) -> None:
         """Holds the session: what opens it closes it, in one task, as its task groups want it."""
-        if isinstance(self._server, StdioMcpServer):
-            transport = _process(self._server)
-        else:
-            transport = _http(self._server)
+        server = self._server
+        transport = _process(server) if isinstance(server, StdioMcpServer) else _http(server)
         async with Client(transport, cache=None) as client:
             self._ready.set_result(client)
             await self._is_closing.wait()
@@ -122,7 +120,7 @@ class Session:
         asking = asyncio.create_task(question)
         try:
             await asyncio.wait((asking, self._keeper), return_when=FIRST_COMPLETED)
-            if not asking.done():
+            if not asking.done() or asking.cancelled():
                 raise SessionFailed("it has gone", is_gone=True)
             return asking.result()
         except MCPError as error:

@@ -1,8 +1,8 @@
 """Tools of MCP servers (Model Context Protocol), which the config lists and an agent's definition names.
 
-An agent has those tools of a server that its definition allows, under the server's names and with its schemas. A server
-is opened at the turn's start, and once more for a later call where it has died meanwhile; it is closed at the turn's end.
-What a tool gives is text, images and files; what it gives in structure is told where it gives no text.
+An agent has those tools of a server that its definition allows, under the server's names and with its schemas. A
+server is opened at the turn's start, and again for a later call where it has died meanwhile; it is closed at the turn's
+end. What a tool gives is text, images and files; what it gives in structure is told where it gives no text.
 """
 
 import asyncio
@@ -10,7 +10,6 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -130,9 +129,9 @@ def output_of(result: "types.CallToolResult") -> Output:
             text, attachment = f"[{attachment.mime_type}, left out: there are more than {MAX_ATTACHMENTS}]", None
         texts.append(text)
         attachments += [attachment] if attachment is not None else []
-    if not any(block.type in ("text", "resource") for block in result.content):
-        if result.structured_content is not None:
-            texts.insert(0, json.dumps(result.structured_content, ensure_ascii=False))
+    has_text = any(block.type in ("text", "resource") for block in result.content)
+    if not has_text and result.structured_content is not None:
+        texts.insert(0, json.dumps(result.structured_content, ensure_ascii=False))
     text = plain("\n".join(text for text in texts if text))
     if result.is_error:
         raise ToolFailed(cut(text, MAX_ERROR_CHARACTERS) or "it has failed, and does not say why")
@@ -176,8 +175,6 @@ def _file(encoded: str, mime_type: str) -> tuple[str, Attachment | None]:
 def _tool(server: Server, tool: "types.Tool") -> McpTool:
     try:
         schema = check_schema(tool.input_schema)
-        if schema.get("type") != "object":
-            raise ValueError("the schema is none of an object")
     except ValueError as error:
         raise BadInput(
             f"the tool {tool.name!r} of the MCP server {server.name!r} cannot be used: {error}", param="tools"

@@ -82,7 +82,7 @@ def _prompt(call: Call) -> str:
 
 
 async def _asked(url: str, body: dict[str, Any], call: Call) -> dict[str, Any]:
-    key = call.keys.get(keys.PHOTOGEN)
+    key = keys.find(call, keys.PHOTOGEN)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     request = Filled(url, "POST", headers, json.dumps(body).encode())
     return read_json(await asking.ask(asking.INNER_FETCHER, request, MAX_ANSWER_BYTES), OF)
@@ -100,7 +100,7 @@ async def _served(application: str, body: dict[str, Any]) -> dict[str, Any]:
         try:
             answer = await request
         except asyncio.CancelledError:
-            request.cancel()
+            request.cancel()  # type: ignore[no-untyped-call]
             raise
     except (RayError, RayServeException) as error:
         raise ToolFailed(f"{OF} cannot answer now") from error

@@ -163,9 +163,7 @@ def _filled_body(value: Any, arguments: Mapping[str, Any]) -> Any:
     return _PLACE.sub(lambda place: _text(_argument(place, arguments)), value)
 
 
-def _filled_entries(
-    entries: Iterable[tuple[Any, Any]], arguments: Mapping[str, Any]
-) -> Iterator[tuple[Any, Any]]:
+def _filled_entries(entries: Iterable[tuple[Any, Any]], arguments: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     for name, value in entries:
         try:
             yield name, _filled_body(value, arguments)

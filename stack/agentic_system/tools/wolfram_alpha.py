@@ -1,7 +1,8 @@
 """Questions to Wolfram|Alpha, by its Full Results API (https://products.wolframalpha.com/api/documentation).
 
     GET /v2/query?appid=KEY&input=…&output=json&format=plaintext
-    {"queryresult": {"success": true, "error": false, "pods": [{"title", "primary", "subpods": [{"title", "plaintext"}]}]}}
+    {"queryresult": {"success": true, "error": false, "pods": [
+        {"title", "primary", "subpods": [{"title", "plaintext"}]}]}}
 
 The model is given the pods' texts: {"input": …, "pods": [{"title", "text"}]}, the primary ones first.
 """
@@ -38,7 +39,12 @@ class WolframAlpha:
         question = str(call.arguments["query"]).strip()
         if not 0 < len(question) <= MAX_INPUT_CHARACTERS:
             raise ToolFailed(f"the query has {len(question)} characters; allowed: 1 to {MAX_INPUT_CHARACTERS}")
-        params = {"appid": keys.key_of(call, keys.WOLFRAM_ALPHA), "input": question, "output": "json", "format": "plaintext"}
+        params = {
+            "appid": keys.key_of(call, keys.WOLFRAM_ALPHA),
+            "input": question,
+            "output": "json",
+            "format": "plaintext",
+        }
         try:
             url = f"{URL}?{urlencode(params)}"
         except UnicodeEncodeError as error:
