@@ -67,7 +67,8 @@ def test_only_plain_files_with_one_name_are_read(folder: int, path: Path, monkey
     (path / "dangling").symlink_to("nowhere")
     (path / "folder").symlink_to("../secrets")
     (path / "loop").symlink_to("loop")
-    (path / "hard").hardlink_to(path.parent / "secret")
+    (path.parent / "other").write_bytes(b"secret")
+    (path / "hard").hardlink_to(path.parent / "other")
     os.mkfifo(path / "fifo")
     with socket.socket(socket.AF_UNIX) as unix:
         monkeypatch.chdir(path)  # a socket's path is short
