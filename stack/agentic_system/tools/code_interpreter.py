@@ -5,7 +5,6 @@ import base64
 import logging
 import mimetypes
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
@@ -36,14 +35,10 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-@cache
-def require() -> None:
-    """Raises BadInput where the tool cannot run on this machine: it never runs but in a sandbox.
-
-    Once it could, this is not looked at again. It blocks, in a thread that runs no event loop.
-    """
+async def check() -> None:
+    """Raises BadInput where the tool cannot run on this machine: it never runs but in a sandbox."""
     try:
-        asyncio.run(sandbox.check())
+        await sandbox.check()
     except CannotStart as error:
         raise BadInput(f"the tool code_interpreter cannot be used here: {error}", param="tools") from error
 
