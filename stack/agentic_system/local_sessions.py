@@ -26,10 +26,29 @@ class LocalSessions:
         self._owner = f"process-{uuid.uuid4().hex}"
         self._sessions: dict[str, Session] = {}
         self._is_closed = False
+        self._one_left = asyncio.Event()
 
     async def start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
         """Has a turn run that was accepted, after those before it in its session. Raises Unavailable."""
-        self._of(context.tenant, turn.session_id).start(turn.id, keys)
+        self.tell(context.tenant, turn.session_id, turn.id, keys)
+
+    def tell(self, tenant: str, session_id: str, turn_id: str, keys: Mapping[str, str]) -> None:
+        """The same, of a turn of which no more is known. Raises Unavailable."""
+        self._of(tenant, session_id).start(turn_id, keys)
+
+    def wake(self, tenant: str, session_id: str) -> None:
+        """Has all turns run of a session that can be. Raises Unavailable."""
+        self._of(tenant, session_id).wake()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sessions
+
+    async def until_idle(self) -> None:
+        """Returns when no session has anything to do."""
+        while self._sessions:
+            self._one_left.clear()
+            await self._one_left.wait()
 
     async def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
         """The events of a turn behind the one with the id `after`. Raises NotFound."""
@@ -58,6 +77,7 @@ class LocalSessions:
         """Stops all of a session that was deleted."""
         if (session := self._sessions.pop(session_id, None)) is not None:
             await session.stop(Conflict("the session was deleted", code="cancelled"))
+            self._one_left.set()
 
     async def recover(self) -> None:
         """Goes on with what was left undone, of all tenants."""
@@ -105,3 +125,4 @@ class LocalSessions:
     def _forget(self, session: Session) -> None:
         if session.is_idle and self._sessions.get(session.id) is session:
             del self._sessions[session.id]
+            self._one_left.set()

@@ -124,7 +124,7 @@ class TurnRun:
             looks_up = retrieves(config, messages, given, self._session_bank)
             loop = Loop(
                 context=self._context,
-                memory=self._place.memory,
+                ask_memory=self._place.ask_memory,
                 config=config,
                 plan=plan_of(config, turn.request["messages"], self._bounds, retrieves=looks_up),
                 session_bank=self._session_bank,
