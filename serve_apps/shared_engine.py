@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_apps.actor_calls import NAMESPACE, Call, Calls, answer_of
 from stack.agentic_system.look_ups import LookUp
+from stack.agentic_system.loop import LOST
 from stack.channel import Receiver, Target
 from stack.config import Config, EmbeddingModel, SequenceClassifier
 from stack.context import Context
@@ -149,7 +150,7 @@ class ActorEngine:
         if self._shared is shared:
             self._shared = None
         if not tries_left:
-            raise Unavailable("what asks the models has died; ask again") from error
+            raise Unavailable("what asks the models has died; ask again", code=LOST) from error
 
 
 def fingerprint(config: Config) -> str:

@@ -21,6 +21,7 @@ from stack.agentic_system.plan import (
     Retrieve,
     RunCalls,
     Shield,
+    Todo,
     answer_of,
     next_step,
     seconds_of,
@@ -39,6 +40,8 @@ from stack.store.turns import Step
 
 # How often a step is begun: one that ends whatever runs it would be begun for ever.
 MAX_ATTEMPTS = 5
+# The code of the Unavailable that does not end a turn: what has asked for a step has died, which is begun again.
+LOST = "lost"
 
 
 class Hands(Protocol):
@@ -88,15 +91,22 @@ class Loop:
                 case AskApproval():
                     return await self._ask_approval(todo)
             self._require_attempts()
-            match todo:
-                case Shield():
-                    await self._judge(todo)
-                case Retrieve():
-                    await self._retrieve()
-                case Infer():
-                    await self._infer(todo)
-                case RunCalls():
-                    await self._run_calls(todo)
+            try:
+                await self._do(todo)
+            except Unavailable as error:
+                if error.code != LOST:
+                    raise
+
+    async def _do(self, todo: Todo) -> None:
+        match todo:
+            case Shield():
+                await self._judge(todo)
+            case Retrieve():
+                await self._retrieve()
+            case Infer():
+                await self._infer(todo)
+            case RunCalls():
+                await self._run_calls(todo)
 
     # The kinds of steps
 
