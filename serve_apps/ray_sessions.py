@@ -24,8 +24,7 @@ from stack.store.turns import Turn
 # How long the pool may take to answer: it may have died, and be replaced.
 POOL_S = 30.0
 AGAIN_S = 0.25
-# Of how many sessions it is known which actor they had last.
-MAX_KNOWN = 10_000
+MAX_STARTED = 10_000
 
 
 class RaySessions:
@@ -34,28 +33,49 @@ class RaySessions:
     def __init__(self, pool: Any) -> None:
         self._pool = pool
         self._receiver = Receiver(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-        self._known: dict[str, Member] = {}
+        # Turns that were started and whose events nobody has asked for yet, with their actors where they have one.
+        self._started: dict[str, tuple[Turn, Member | None]] = {}
 
     async def start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
         """Has a turn run that was accepted. Raises TooManyRequests where too many sessions wait, and Unavailable."""
         member = await self._ask("start", context.tenant, turn.session_id, turn.id, dict(keys), within=POOL_S)
-        self._keep(turn.session_id, member)
+        self._started[turn.id] = turn, member
+        if len(self._started) > MAX_STARTED:
+            del self._started[next(iter(self._started))]
 
-    async def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
-        """The events of a turn behind the one with the id `after`. Raises NotFound.
+    def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
+        """The events of a turn behind the one with the id `after`. The iterator raises NotFound.
 
         Where the actor dies, they go on with those of the next one.
         """
-        turn = await _found(context, turn_id)
-        if after is None:  # it does not depend on anything, and whoever waits for an actor knows that it has begun
+        return self._events(context, turn_id, after, self._started.pop(turn_id, None))
+
+    async def _events(
+        self, context: Context, turn_id: str, after: str | None, begun: tuple[Turn, Member | None] | None
+    ) -> AsyncGenerator[Event]:
+        turn, member = begun or (await _found(context, turn_id), None)
+        if after is None:  # it says nothing more, and whoever waits for an actor knows by it that the turn has begun
             after = "start"
             yield event(after, started(turn_id))
-        while not _is_told_by_rows(turn):
-            async with aclosing(self._told(context, turn, after)) as events:
-                async for one in events:
-                    after = one.id
-                    yield one
-            turn = await _found(context, turn_id)
+        lost = None
+        while not turn.has_ended and turn.state != TurnState.awaiting_approval:
+            member = member or await self._ask("find", context.tenant, turn.session_id, lost)
+            try:
+                async with aclosing(self._told(context, member, turn, after)) as events:
+                    async for one in events:
+                        after = one.id
+                        yield one
+                if after == "end" or after.endswith(".approval"):
+                    return
+            except BadInput:  # there is no event `after`
+                raise
+            except RayActorError:
+                lost = member.name
+            except (StackError, ConnectionError, RayError):
+                # What the turn failed by is in its row. If it has not, it has left this actor, or this client reads
+                # more slowly than the model writes.
+                await asyncio.sleep(AGAIN_S)
+            turn, member = await _found(context, turn_id), None
         async with aclosing((await _retold(context, turn)).read(after)) as events:
             async for one in events:
                 yield one
@@ -82,49 +102,20 @@ class RaySessions:
         member: Member | None = await self._ask("known", session_id, within=POOL_S)
         if member is not None:
             await _tell(member.handle.end.remote(session_id))
-        self._known.pop(session_id, None)
 
-    async def _told(self, context: Context, turn: Turn, after: str) -> AsyncGenerator[Event]:
-        """What actors tell of a turn that has not ended, from one event on, until one tells no more.
-
-        The turn has ended then, awaits approval, or has to be asked for again. Raises BadInput for an `after` that is
-        no event of the turn.
-        """
-        member = self._known.pop(turn.session_id, None)
-        if member is None:
-            member = await self._ask("find", context.tenant, turn.session_id, None)
-        try:
-            async with aclosing(self._events_of(member, turn, after)) as events:
-                async for one in events:
-                    yield one if one.data else await _whole_event(context, turn.id, one.id)
-        except BadInput:
-            raise
-        except RayActorError:
-            self._keep(turn.session_id, await self._ask("find", context.tenant, turn.session_id, member.name))
-        except (StackError, ConnectionError, RayError):
-            # What the turn failed by stands in its row. If it has not, it has left this actor, or this client reads
-            # more slowly than it goes on.
-            await asyncio.sleep(AGAIN_S)
-
-    async def _events_of(self, member: Member, turn: Turn, after: str) -> AsyncGenerator[Event]:
-        """What an actor tells: events whose data is empty where it is large."""
+    async def _told(self, context: Context, member: Member, turn: Turn, after: str) -> AsyncGenerator[Event]:
+        """What an actor tells of a turn, until it tells no more."""
         stream = await self._receiver.open()
+        asked = (context.tenant, turn.session_id, turn.id, after, stream.target)
         try:
-            call = Call(member.handle.events.remote(turn.session_id, turn.id, after, stream.target))
-            async with aclosing(while_it_lasts(call, stream, None)) as items:
+            items = while_it_lasts(Call(member.handle.events.remote(*asked)), stream, None)
+            async with aclosing(items):
                 async for item in items:
                     for line in item.decode().split("\n")[:-1]:
                         event_id, _, data = line.partition(" ")
-                        yield Event(event_id, data)
+                        yield Event(event_id, data) if data else await _large_event(context, turn.id, event_id)
         finally:
             self._receiver.close(stream)
-
-    def _keep(self, session_id: str, member: Member | None) -> None:
-        self._known.pop(session_id, None)
-        if member is not None:
-            self._known[session_id] = member
-            if len(self._known) > MAX_KNOWN:
-                del self._known[next(iter(self._known))]
 
     async def _ask(self, method: str, *arguments: Any, within: float | None = None) -> Any:
         """Asks the pool; where it dies meanwhile, its next replica is asked. Raises StackError of it, and Unavailable.
@@ -169,10 +160,6 @@ async def _found(context: Context, turn_id: str) -> Turn:
     return turn
 
 
-def _is_told_by_rows(turn: Turn) -> bool:
-    return turn.has_ended or turn.state == TurnState.awaiting_approval
-
-
 async def _retold(context: Context, turn: Turn) -> Stream:
     """The events of a turn that nobody runs."""
     turns = context.store.turns
@@ -180,7 +167,7 @@ async def _retold(context: Context, turn: Turn) -> Stream:
     return replay.whole(turn, steps, runs)
 
 
-async def _whole_event(context: Context, turn_id: str, id: str) -> Event:
+async def _large_event(context: Context, turn_id: str, id: str) -> Event:
     """An event of a turn that is in its rows: the end of a step, or of the turn."""
     stream = await _retold(context, await _found(context, turn_id))
     async with aclosing(stream.read()) as events:

@@ -4,6 +4,7 @@ It is one of the pool (serve_apps/session_pool.py), which gives it a session. Wh
 can be many: models and memory banks are asked by another actor (serve_apps/shared_engine.py).
 """
 
+from collections import deque
 from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from ray.actor import exit_actor
 
 from serve_apps.actor_calls import Calls
 from serve_apps.shared_engine import ActorEngine, fingerprint
+from stack.agentic_system.events import Stream
 from stack.agentic_system.hands import open_hands
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.loop import Place
@@ -24,6 +26,7 @@ from stack.models import Ended, Failure
 # An event that is larger goes as its id alone: all of it is in the rows of the turn, where whoever reads has it from.
 MAX_EVENT_BYTES = 2**20
 NOT_HERE = "not_here"
+MAX_RECENT = 8
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class SessionActor:
         self._fingerprint = fingerprint(config)
         self._sessions = LocalSessions(Place(self._context, self._engine.retrieve, open_hands))
         self._sender = Sender()
+        # A turn that has ended before anybody reads its events: all of them can be read for a while.
+        self._recent: deque[Stream] = deque(maxlen=MAX_RECENT)
         self._tenant: str | None = None
         self._session_id: str | None = None
         self._calls = Calls()
@@ -58,7 +63,7 @@ class SessionActor:
             return False
         self._tenant, self._session_id = tenant, session_id
         for turn_id, of_turn in keys.items():
-            self._sessions.tell(tenant, session_id, turn_id, of_turn)
+            self._recent.append(self._sessions.tell(tenant, session_id, turn_id, of_turn))
         self._sessions.wake(tenant, session_id)
         return True
 
@@ -72,23 +77,22 @@ class SessionActor:
         """Has a turn run of the session that the actor has; False if that is not this one."""
         if self._session_id != session_id or self._tenant is None:
             return False
-        self._sessions.tell(self._tenant, session_id, turn_id, keys)
+        self._recent.append(self._sessions.tell(self._tenant, session_id, turn_id, keys))
         return True
 
-    async def events(self, session_id: str, turn_id: str, after: str | None, target: Target) -> Ended:
+    async def events(self, tenant: str, session_id: str, turn_id: str, after: str | None, target: Target) -> Ended:
         """Sends the events of a turn of the session, one a line: the id and, behind a blank, the data.
 
-        Raises Conflict with the code NOT_HERE if the actor does not have the session.
+        Raises Conflict with the code NOT_HERE if the actor does not have the session, nor had the turn just now.
         """
-        if self._session_id != session_id or self._tenant is None:
+        if self._session_id != session_id and not self._sessions.has_stream(tenant, turn_id):
             raise Conflict(f"the actor does not have the session {session_id!r}", code=NOT_HERE)
         sent = 0
         with self._calls.one():
             outlet = await self._sender.open(target)
             try:
-                async with aclosing(
-                    self._sessions.events(self._context.of_tenant(self._tenant), turn_id, after)
-                ) as events:
+                events = self._sessions.events(self._context.of_tenant(tenant), turn_id, after)
+                async with aclosing(events):
                     async for event in events:
                         line = f"{event.id} {event.data}\n".encode()
                         if len(line) > MAX_EVENT_BYTES:

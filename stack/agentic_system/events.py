@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator
+from copy import copy
 from typing import Any
 
 from stack.agentic_system.sessions import Event
@@ -44,6 +45,7 @@ class Stream:
         self._held_from: int | None = None
         self._kept: dict[int, list[int]] = {}  # where the progress of a step is
         self._kept_count = 0
+        self._is_retold = False
         self._is_over = False
         self._error: StackError | None = None
         self._changed = asyncio.Event()
@@ -63,6 +65,11 @@ class Stream:
         if self._kept_count > MAX_KEPT and len(self._kept) > 1:
             self._forget(next(iter(self._kept)))
         self.put(id, payload)
+
+    def retold(self) -> None:
+        """All events are there again of what was before: now a reader's last one can be looked for."""
+        self._is_retold = True
+        self._wake()
 
     def hold(self) -> None:
         """Readers see no more than there is by now."""
@@ -85,9 +92,12 @@ class Stream:
         self._events[self._places[id]] = event(id, payload)
 
     def finish(self, error: StackError | None = None) -> None:
-        """Nothing more comes; the readers' iterators end, by the error where there is one. The first call counts."""
+        """Nothing more comes; the readers' iterators end, by the error where there is one. The first call counts.
+
+        What is held back then is never seen.
+        """
         if not self._is_over:
-            self._is_over, self._error, self._held_from = True, error, None
+            self._is_over, self._error = True, error
             self._wake()
 
     async def read(self, after: str | None = None) -> AsyncGenerator[Event]:
@@ -95,6 +105,9 @@ class Stream:
 
         Raises BadInput for an id that is not of this turn, and what the turn failed by.
         """
+        if after is not None:
+            while after not in self._places and not (self._is_retold or self._is_over):
+                await self._changed.wait()
         at = 0 if after is None else self._behind(after)
         while True:
             changed = self._changed
@@ -103,9 +116,9 @@ class Stream:
                 at += 1
                 if (one := self._events[at - 1]) is not None:
                     yield one
-            if self._is_over and at >= len(self._events):
+            if self._is_over and at >= end:
                 if self._error is not None:
-                    raise self._error
+                    raise copy(self._error)  # of each reader its own, as it keeps the reader's frames
                 return
             if changed is self._changed:
                 await changed.wait()

@@ -8,6 +8,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from weakref import WeakValueDictionary
 
 from stack.agentic_system import replay
 from stack.agentic_system.events import Stream
@@ -25,6 +26,7 @@ class LocalSessions:
         self._place = place
         self._owner = f"process-{uuid.uuid4().hex}"
         self._sessions: dict[str, Session] = {}
+        self._streams = WeakValueDictionary[tuple[str, str], Stream]()  # by tenant and turn, as long as they are used
         self._is_closed = False
         self._one_left = asyncio.Event()
 
@@ -32,9 +34,14 @@ class LocalSessions:
         """Has a turn run that was accepted, after those before it in its session. Raises Unavailable."""
         self.tell(context.tenant, turn.session_id, turn.id, keys)
 
-    def tell(self, tenant: str, session_id: str, turn_id: str, keys: Mapping[str, str]) -> None:
-        """The same, of a turn of which no more is known. Raises Unavailable."""
-        self._of(tenant, session_id).start(turn_id, keys)
+    def tell(self, tenant: str, session_id: str, turn_id: str, keys: Mapping[str, str]) -> Stream:
+        """The same, of a turn of which no more is known. Gives its stream, which others find as long as it is kept."""
+        stream = self._streams[tenant, turn_id] = self._of(tenant, session_id).start(turn_id, keys)
+        return stream
+
+    def has_stream(self, tenant: str, turn_id: str) -> bool:
+        """Whether there is the stream of a turn that is run here, or was just now."""
+        return (tenant, turn_id) in self._streams
 
     def wake(self, tenant: str, session_id: str) -> None:
         """Has all turns run of a session that can be. Raises Unavailable."""
@@ -50,9 +57,17 @@ class LocalSessions:
             self._one_left.clear()
             await self._one_left.wait()
 
-    async def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
-        """The events of a turn behind the one with the id `after`. Raises NotFound."""
-        stream = await self._stream(context, turn_id)
+    def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
+        """The events of a turn behind the one with the id `after`. The iterator raises NotFound.
+
+        The stream of a turn that is run by now is taken hold of here: nothing of it is missed by asking late for it.
+        """
+        return self._events(context, turn_id, after, self._streams.get((context.tenant, turn_id)))
+
+    async def _events(
+        self, context: Context, turn_id: str, after: str | None, stream: Stream | None
+    ) -> AsyncGenerator[Event]:
+        stream = stream or await self._stream(context, turn_id)
         async with aclosing(stream.read(after)) as events:
             async for event in events:
                 yield event
@@ -71,12 +86,13 @@ class LocalSessions:
         """Has a turn run on whose calls the client has decided about. Raises Unavailable."""
         turn = await asyncio.to_thread(context.store.turns.get, context.tenant, turn_id)
         if turn is not None and not turn.has_ended:
-            self._of(context.tenant, turn.session_id).start(turn_id, keys)
+            self.tell(context.tenant, turn.session_id, turn.id, keys)
 
-    async def end(self, context: Context, session_id: str) -> None:  # noqa: ARG002  # the protocol's
+    async def end(self, context: Context, session_id: str) -> None:
         """Stops all of a session that was deleted."""
         if (session := self._sessions.pop(session_id, None)) is not None:
-            await session.stop(Conflict("the session was deleted", code="cancelled"))
+            for turn_id in await session.stop(Conflict("the session was deleted", code="cancelled")):
+                self._streams.pop((context.tenant, turn_id), None)
             self._one_left.set()
 
     async def recover(self) -> None:

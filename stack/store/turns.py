@@ -223,8 +223,8 @@ class Turns:
             query = select(turns.c.state).where(turns.c.tenant == tenant, turns.c.id == id).with_for_update()
             if connection.execute(query).scalar() != TurnState.awaiting_approval:
                 return None
-            awaited = tool_runs.c.step_id.in_(select(steps.c.id).where(steps.c.turn_id == id))
-            awaited &= tool_runs.c.approval == ASKED
+            of_turn = tool_runs.c.step_id.in_(select(steps.c.id).where(steps.c.turn_id == id))
+            awaited = of_turn & (tool_runs.c.approval == ASKED)
             for decision in (True, False):
                 calls = [call_id for call_id, is_approved in approvals.items() if is_approved is decision]
                 decided = update(tool_runs).where(awaited, tool_runs.c.call_id.in_(calls))

@@ -120,7 +120,7 @@ class Session:
         asking = asyncio.create_task(question)
         try:
             await asyncio.wait((asking, self._keeper), return_when=FIRST_COMPLETED)
-            if not asking.done():
+            if not asking.done() or asking.cancelled():
                 raise SessionFailed("it has gone", is_gone=True)
             return asking.result()
         except MCPError as error:
