@@ -44,11 +44,15 @@ class Stream:
         self._held_from: int | None = None
         self._kept: dict[int, list[int]] = {}  # where the progress of a step is
         self._kept_count = 0
+        self._is_retold = False
         self._is_over = False
         self._error: StackError | None = None
         self._changed = asyncio.Event()
 
     def put(self, id: str, payload: Payload) -> None:
+        """Adds an event, unless it is there already."""
+        if id in self._places:
+            return
         self._places[id] = len(self._events)
         self._events.append(event(id, payload))
         self._wake()
@@ -60,6 +64,11 @@ class Stream:
         if self._kept_count > MAX_KEPT and len(self._kept) > 1:
             self._forget(next(iter(self._kept)))
         self.put(id, payload)
+
+    def retold(self) -> None:
+        """All events are there again of what was before: now a reader's last one can be looked for."""
+        self._is_retold = True
+        self._wake()
 
     def hold(self) -> None:
         """Readers see no more than there is by now."""
@@ -92,6 +101,9 @@ class Stream:
 
         Raises BadInput for an id that is not of this turn, and what the turn failed by.
         """
+        if after is not None:
+            while after not in self._places and not (self._is_retold or self._is_over):
+                await self._changed.wait()
         at = 0 if after is None else self._behind(after)
         while True:
             changed = self._changed
@@ -115,7 +127,7 @@ class Stream:
             step = place[1]
             if (end := self._places.get(f"{step}.end")) is not None:
                 return end
-            begun = [at for id, at in self._places.items() if id.startswith(f"{step}.") and id.endswith(".0")]
+            begun = [at for name, at in self._places.items() if name.startswith(f"{step}.") and name.endswith(".0")]
             if begun:
                 return begun[-1]
             # It was begun by an attempt that is lost, and is not begun again yet.

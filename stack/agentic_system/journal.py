@@ -22,23 +22,21 @@ Entry = Callable[[Transaction], None]
 class Journal:
     """`turn`, `steps` and `runs` (by call id) are as they are in the rows, with what waits to be written."""
 
-    def __init__(self, store: Store, turn: Turn, steps: Sequence[Step] = (), runs: Sequence[ToolRun] = ()) -> None:
+    def __init__(self, store: Store, turn: Turn) -> None:
         self._store = store
         self.turn = turn
-        self.steps = list(steps)
-        self.runs = {run.call_id: run for run in runs}
+        self.steps: list[Step] = []
+        self.runs: dict[str, ToolRun] = {}
         self._entries: list[Entry] = []
         self._then: list[Callable[[], None]] = []
         self._committing = asyncio.Lock()
         self._failed_by: Exception | None = None
 
-    @classmethod
-    async def open(cls, store: Store, turn: Turn) -> "Journal":
-        """The journal of a turn that was taken."""
-        if turn.epoch == 1:  # nobody has run it before
-            return cls(store, turn)
-        steps, runs = await asyncio.to_thread(lambda: (store.turns.steps_of([turn.id]), store.turns.runs_of(turn.id)))
-        return cls(store, turn, steps, runs)
+    def load(self) -> None:
+        """Reads what others have written who had the turn before. It blocks."""
+        if self.turn.epoch > 1:
+            self.steps = self._store.turns.steps_of([self.turn.id])
+            self.runs = {run.call_id: run for run in self._store.turns.runs_of(self.turn.id)}
 
     def begin_step(self, kind: StepType, about: dict[str, Any]) -> Step:
         """The next step begins, or the last one again where it has not ended."""
@@ -140,7 +138,7 @@ class Journal:
             with self._store.turns.journal(self.turn) as rows:
                 for entry in entries:
                     entry(rows)
-        except Exception as error:  # raised by every commit from now on: what is in memory is ahead of the rows
+        except Exception as error:  # noqa: BLE001  # every commit raises it: what is in memory is ahead of the rows
             self._failed_by = error
 
 

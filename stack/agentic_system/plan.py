@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import (
     AgentTool,
     CodeInterpreterToolDefinition,
@@ -25,7 +26,6 @@ from stack.api.agent_tools import (
 )
 from stack.api.agentic_system import AgentConfig, StepType
 from stack.api.safety import OnViolationAction, ShieldDefinition
-from stack.agents_config import AgentsConfig
 from stack.store.turns import Step, ToolRun
 
 # How often in a row the model is told that its call cannot be read.
@@ -139,7 +139,7 @@ def is_clients(tool: AgentTool) -> bool:
         case FunctionCallToolDefinition():
             return tool.remote_execution is None
         case CodeInterpreterToolDefinition():
-            return tool.remote_execution is None and not tool.enable_inline_code_execution
+            return not tool.enable_inline_code_execution
         case _:
             return False
 
@@ -270,7 +270,8 @@ def _answer_before(steps: Sequence[Step], step: Step) -> Step:
 
 
 def _with_calls(answer: Step, calls: Sequence[Call]) -> dict[str, Any]:
-    return _details(answer)["model_response"] | {"tool_calls": list(calls)}
+    message: dict[str, Any] = _details(answer)["model_response"]
+    return message | {"tool_calls": list(calls)}
 
 
 def _unread_in_a_row(steps: Sequence[Step]) -> int:

@@ -32,6 +32,7 @@ UNREAD = (
     "Call a tool that there is, with the arguments that it takes, or answer in words."
 )
 UNANSWERED = "No answer was given."
+LEFT_OUT = "[an attachment that is not here any more]"
 _TAGS = re.compile(r"<(?=/?\s*(?:tool_output|retrieved)\b)", re.IGNORECASE)
 _SPECIAL = re.compile(r"<(?=\||/?s>)|\[(?=/?INST\])")
 
@@ -86,6 +87,36 @@ def tool_output(response: dict[str, Any]) -> Message:
     }
 
 
+def with_parts(messages: list[Message], attachments: Sequence[dict[str, Any]], line: str) -> list[Message]:
+    """The messages, to the last user message of which attachments are added, and a line."""
+    told = [_joined([{"type": "attachment", "attachment": one} for one in attachments], "")] if attachments else []
+    told += [line] if line else []
+    users = [at for at, message in enumerate(messages) if message["role"] == "user"]
+    if not users:
+        return messages + [{"role": "user", "content": part} for part in told]
+    content = messages[users[-1]]["content"]
+    for part in told:
+        content = _joined(content, part)
+    return [*messages[: users[-1]], messages[users[-1]] | {"content": content}, *messages[users[-1] + 1 :]]
+
+
+def without_attachments(messages: Sequence[Message]) -> list[Message]:
+    """The messages with a note in the place of each attachment and image."""
+    return [
+        message if isinstance(message["content"], str) else message | {"content": _noted(message["content"])}
+        for message in messages
+    ]
+
+
+def attachments_in(messages: Iterable[Message]) -> int:
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    return sum(part["type"] != "text" for content in contents for part in content)
+
+
+def _noted(parts: list[dict[str, Any]]) -> str:
+    return "".join(part["text"] if part["type"] == "text" else LEFT_OUT for part in parts)
+
+
 def with_answers(messages: Sequence[Message]) -> list[Message]:
     """The messages, in which each call has an answer, as models expect it: the client may have given none."""
     told: list[Message] = []
@@ -102,10 +133,15 @@ def with_answers(messages: Sequence[Message]) -> list[Message]:
     return told + _unanswered(waiting)
 
 
-def fit(
-    system: list[Message], past: Sequence[list[Message]], current: list[Message], tokens: int
-) -> tuple[list[Message], bool]:
-    """The messages that have room in so many tokens, and whether something had to go.
+def with_line(messages: list[Message], line: str) -> list[Message]:
+    """The messages, behind which the user says one more line."""
+    if messages and messages[-1]["role"] == "user":
+        return [*messages[:-1], messages[-1] | {"content": _joined(messages[-1]["content"], line)}]
+    return [*messages, {"role": "user", "content": line}]
+
+
+def fit(system: list[Message], past: Sequence[list[Message]], current: list[Message], tokens: int) -> list[Message]:
+    """The messages that have room in so many tokens; the current ones in any case.
 
     `past` are the turns before, each as its messages, oldest first.
     """
@@ -115,15 +151,15 @@ def fit(
         limit //= 2
         fitting = [_cut_output(message, limit) for message in current]
     room -= size
-    kept: list[list[Message]] = []
+    before: list[Message] = []
     for turn in reversed(past):
+        # The calls that the first messages answer: without them, these could not be told.
+        is_needed = (before or current)[:1] != [] and (before or current)[0]["role"] == "tool"
         room -= tokens_of(turn)
-        if room < 0:
+        if room < 0 and not is_needed:
             break
-        kept.append(turn)
-    before = [message for turn in reversed(kept) for message in turn]
-    told = with_answers([*system, *before, *fitting])
-    return [_told(message) for message in told], fitting is not current or len(kept) < len(past)
+        before = turn + before
+    return [_told(message) for message in with_answers([*system, *before, *fitting])]
 
 
 def tokens_of(messages: Iterable[Message]) -> int:
@@ -157,7 +193,41 @@ def _told(message: Message) -> Message:
 
 
 def _unanswered(calls: dict[str, str]) -> list[Message]:
-    return [{"role": "tool", "tool_call_id": id, "name": name, "content": UNANSWERED} for id, name in calls.items()]
+    return [{"role": "tool", "tool_call_id": one, "name": name, "content": UNANSWERED} for one, name in calls.items()]
+
+
+def of_turn(
+    messages: Iterable[dict[str, Any]], steps: Iterable[dict[str, Any]], output: dict[str, Any]
+) -> list[Message]:
+    """A turn that is complete, for those after it: what was asked, without what was looked up for it, what was called
+    and what that gave, and the answer. `steps` are the details of its steps."""
+    told = of_steps([message for details in steps for message in of_step(details)])
+    if not output["tool_calls"]:
+        if told and _is_answer(told[-1]):
+            told.pop()  # the same as the output, or what a shield has withdrawn
+        told.append(answered(output))
+    return asked(without_context(one) for one in messages) + told
+
+
+def of_step(details: dict[str, Any]) -> list[Message]:
+    """What a step that has ended adds to what the model is told."""
+    if "model_response" in details:
+        return [answered(details["model_response"])]
+    return [tool_output(response) for response in details.get("tool_responses") or ()]
+
+
+def of_steps(messages: Sequence[Message]) -> list[Message]:
+    """What the steps of a turn add, without answers that were followed by others: cut off, or calls that were none."""
+    last = len(messages) - 1
+    return [message for at, message in enumerate(messages) if at == last or not _is_answer(message)]
+
+
+def _is_answer(message: Message) -> bool:
+    return message["role"] == "assistant" and not message.get("tool_calls")
+
+
+def without_context(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if key != "context"}
 
 
 def _input(message: dict[str, Any]) -> Message:

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pydantic import TypeAdapter
 
 from stack.api import agentic_system as api
-from stack.api.agentic_system import StepType
 from stack.api.messages import ToolCall
 from stack.store.turns import ASKED, Step, ToolRun, Turn
 
@@ -51,5 +50,5 @@ def shown_turn(turn: Turn, steps: Iterable[Step], runs: Iterable[ToolRun] = ()) 
 def awaited(steps: Sequence[api.Step], runs: Iterable[ToolRun]) -> list[ToolCall]:
     """The calls that the client is to approve of: some of those of the last answer of the model."""
     asked = {run.call_id for run in runs if run.approval == ASKED}
-    answers = [step for step in steps if step.step_type == StepType.inference]
+    answers = [step for step in steps if isinstance(step, api.InferenceStep)]
     return [call for call in answers[-1].model_response.tool_calls if call.call_id in asked] if answers else []

@@ -74,18 +74,23 @@ async def create(context: Context, request: CreateMemoryBankRequest) -> api.Memo
     Raises BadInput for a config that cannot be served, NotFound for an unknown model, and Unavailable where a model
     whose dimensions the config does not tell cannot be asked for them.
     """
+    bank = await new(context, request)
+    await asyncio.to_thread(context.store.memory_banks.add, bank)
+    return _described(bank)
+
+
+async def new(context: Context, request: CreateMemoryBankRequest) -> MemoryBank:
+    """The row of a new bank, which is not added yet. Raises as `create` does."""
     config = request.config
     dimensions = None
     if isinstance(config, GraphBankConfig):
         config = await set_up(context, config)
     if isinstance(config, VectorBankConfig):
         dimensions = await _dimensions(context, config)
-    bank = MemoryBank(
+    return MemoryBank(
         f"{ID}{uuid.uuid4().hex}", context.tenant, request.name, request.url, config.model_dump(mode="json"),
         dimensions, bytes=0, created_at=now(),
     )  # fmt: skip
-    await asyncio.to_thread(context.store.memory_banks.add, bank)
-    return _described(bank)
 
 
 def get(context: Context, bank_id: str) -> api.MemoryBank:

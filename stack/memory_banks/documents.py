@@ -124,15 +124,20 @@ async def embed(context: Context, bank: MemoryBank, texts: Sequence[str]) -> NDA
 
 def require_chunk_size(model: EmbeddingModel, config: VectorBankConfig) -> None:
     """Raises BadInput for chunks that are longer than what an embedding model takes."""
-    token_counter(model.folder)
-    special = Tokenizer.from_file(str(model.folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False)
-    most = _max_tokens(model.folder) - special
+    most = longest_chunk(model)
     if config.chunk_size_in_tokens > most:
         raise BadInput(
             f"chunk_size_in_tokens is {config.chunk_size_in_tokens}; allowed: 8 to {most}, as the embedding model "
             f"{model.id!r} takes no more",
             param="config.chunk_size_in_tokens",
         )
+
+
+def longest_chunk(model: EmbeddingModel) -> int:
+    """How many tokens a chunk can have that an embedding model takes. It reads the model's files."""
+    token_counter(model.folder)
+    special = Tokenizer.from_file(str(model.folder / "tokenizer.json")).num_special_tokens_to_add(is_pair=False)
+    return _max_tokens(model.folder) - special
 
 
 def _max_tokens(folder: Path) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, func, insert, select, update
 
-from stack.api.agentic_system import StepType, TurnState
+from stack.api.agentic_system import TurnState
 from stack.errors import Conflict
 from stack.store.connection import now, writing
 from stack.store.schema import agent_sessions, steps, tool_runs, turns
@@ -223,8 +223,8 @@ class Turns:
             query = select(turns.c.state).where(turns.c.tenant == tenant, turns.c.id == id).with_for_update()
             if connection.execute(query).scalar() != TurnState.awaiting_approval:
                 return None
-            awaited = tool_runs.c.step_id.in_(select(steps.c.id).where(steps.c.turn_id == id))
-            awaited &= tool_runs.c.approval == ASKED
+            of_turn = tool_runs.c.step_id.in_(select(steps.c.id).where(steps.c.turn_id == id))
+            awaited = of_turn & (tool_runs.c.approval == ASKED)
             for decision in (True, False):
                 calls = [call_id for call_id, is_approved in approvals.items() if is_approved is decision]
                 decided = update(tool_runs).where(awaited, tool_runs.c.call_id.in_(calls))
@@ -321,9 +321,7 @@ class Journal:
         self._connection.execute(insert(tool_runs), rows)
         return self._set(state=TurnState.awaiting_approval.value)
 
-    def complete(
-        self, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()
-    ) -> Turn:
+    def complete(self, output_message: dict[str, Any], output_attachments: Sequence[dict[str, Any]] = ()) -> Turn:
         """running -> completed."""
         return self._end(
             TurnState.completed, output_message=output_message, output_attachments=list(output_attachments)

@@ -1,0 +1,45 @@
+"""The turns of a session before the one that is run, as the model is told of them: read once, then kept."""
+
+import asyncio
+from collections.abc import Iterable
+
+from stack.agentic_system import prompt
+from stack.agentic_system.prompt import Message
+from stack.api.agentic_system import TurnState
+from stack.context import Context
+from stack.store.turns import Step, Turn
+
+# How many turns before one are read: the model's context has room for few of them.
+MAX_TURNS = 50
+
+
+class Past:
+    def __init__(self) -> None:
+        self._turns: list[list[Message]] = []
+        self._last: int | None = None  # the number of the turn that they end with
+
+    async def before(self, context: Context, turn: Turn, model: str) -> list[list[Message]]:
+        """The turns before one that are complete, oldest first: as many as the model's context has room for."""
+        if self._last != turn.number - 1:
+            rows = await asyncio.to_thread(context.store.turns.finished_before, turn, MAX_TURNS)
+            self._turns = [_told(*row) for row in rows]
+        left = (await context.models.find(model)).base.context
+        for at in range(len(self._turns) - 1, -1, -1):
+            left -= prompt.tokens_of(self._turns[at])
+            if left < 0:
+                del self._turns[: at + 1]
+                break
+        self._last = turn.number - 1
+        return self._turns
+
+    def add(self, turn: Turn, steps: Iterable[Step]) -> None:
+        """A turn has ended, whose `before` was asked for."""
+        if turn.state == TurnState.completed:
+            self._turns.append(_told(turn, steps))
+        self._last = turn.number
+
+
+def _told(turn: Turn, steps: Iterable[Step]) -> list[Message]:
+    assert turn.output_message is not None, "the turn is not complete"
+    details = [step.details for step in steps if step.details is not None]
+    return prompt.of_turn(turn.request["messages"], details, turn.output_message)

@@ -1,0 +1,80 @@
+"""A turn's events made from its rows: of a turn that has ended, that awaits approval, or that goes on elsewhere."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stack import errors
+from stack.agentic_system.events import Progress, Stream, awaiting, completed, started
+from stack.agentic_system.shown import awaited, shown_step, shown_turn
+from stack.api.agentic_system import TurnState
+from stack.errors import Conflict, StackError
+from stack.store.turns import Step, ToolRun, Turn
+
+_ERRORS = (
+    errors.BadInput, errors.ShieldViolation, errors.NotFound, errors.Conflict, errors.TooLarge, errors.TooManyRequests,
+    errors.EngineFailed, errors.Unavailable, errors.StorageFull,
+)  # fmt: skip
+_BY_CODE: Mapping[str, type[StackError]] = {one.code: one for one in _ERRORS}
+
+
+def retell(stream: Stream, steps: Iterable[Step]) -> None:
+    """Puts the events of a turn's steps that have ended into its stream, which has nothing but its start."""
+    for step in steps:
+        if step.has_ended:
+            Progress(stream, step.number, step.attempt, step.kind, step.id).begin()
+            stream.put(f"{step.number}.end", completed(details_of(step)))
+    stream.retold()
+
+
+def whole(turn: Turn, steps: Sequence[Step], runs: Iterable[ToolRun]) -> Stream:
+    """The stream of a turn that nobody runs: it has ended, or awaits approval."""
+    stream = begun(turn.id)
+    retell(stream, steps)
+    if turn.state == TurnState.awaiting_approval:
+        calls = awaited([shown_step(step) for step in steps if step.has_ended], runs)
+        tell_awaiting(stream, turn.id, steps[-1].number, [one.model_dump(mode="json") for one in calls])
+    else:
+        tell_end(stream, turn, steps)
+    return stream
+
+
+def begun(turn_id: str) -> Stream:
+    stream = Stream()
+    stream.put("start", started(turn_id))
+    return stream
+
+
+def tell_awaiting(stream: Stream, turn_id: str, step: int, calls: list[dict[str, Any]]) -> None:
+    stream.put(f"{step}.approval", awaiting(turn_id, calls))
+    stream.finish()
+
+
+def tell_end(stream: Stream, turn: Turn, steps: Sequence[Step]) -> None:
+    """The end of a turn: an event where it is complete, else an error."""
+    if turn.state == TurnState.completed:
+        told = shown_turn(turn, steps).model_dump(mode="json", exclude_none=True)
+        stream.put("end", {"event_type": "turn_complete", "turn": told})
+    stream.finish(error_of(turn))
+
+
+def error_of(turn: Turn) -> StackError | None:
+    """What the readers of an ended turn's events are told in the place of its end, if it is not complete."""
+    if turn.state == TurnState.cancelled:
+        return Conflict("the turn was cancelled", code="cancelled")
+    if turn.error is None:
+        return None
+    kind = _BY_CODE.get(turn.error["code"], StackError)
+    return kind(turn.error["message"], code=turn.error["code"])
+
+
+def details_of(step: Step) -> dict[str, Any]:
+    """A step that has ended as its wire type has it, as JSON."""
+    assert step.details is not None, "the step has not ended"
+    return {
+        "step_type": step.kind,
+        "turn_id": step.turn_id,
+        "step_id": step.id,
+        "started_at": step.started_at,
+        "completed_at": step.completed_at,
+        **step.details,
+    }

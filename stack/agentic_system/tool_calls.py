@@ -1,0 +1,244 @@
+"""The calls of one tool_execution step: each checked, then run side by side, each with its row begun and ended.
+
+What a tool gives is text for the model, of a bounded length. Nothing of it is ever run: calls are what the model's own
+message has, and nothing else.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stack import safety
+from stack.agentic_system.described import fitting_arguments
+from stack.agentic_system.events import Progress
+from stack.agentic_system.journal import Journal
+from stack.agentic_system.plan import Call, RunCalls
+from stack.agentic_system.tools import tool as tools
+from stack.agentic_system.tools.answers import plain
+from stack.agentic_system.tools.tool import MAX_CHARACTERS, Output, Tool, ToolFailed, cut
+from stack.api.messages import MAX_ATTACHMENT_CHARACTERS, CompletionMessage, Message, ToolCall, ToolResponseMessage
+from stack.api.safety import OnViolationAction, ShieldDefinition
+from stack.context import Context
+from stack.errors import StackError
+from stack.prompt_formats import Tool as Definition
+from stack.prompt_formats.arguments import Misfit
+from stack.store.turns import DENIED
+
+logger = logging.getLogger("ray.serve")
+
+AT_ONCE = 16
+# How long a call that was cut off has to end what it does.
+GRACE_S = 5.0
+# Of one call.
+MAX_ATTACHMENTS = 20
+UNKNOWN = (
+    "The outcome of this call is unknown: it had begun when what ran it was lost, so it may have happened. It was not "
+    "repeated."
+)
+DENIED_BY_USER = "The call was denied by the user, and was not run."
+ONE_TOO_MANY = "The call was not run: the turn has made as many calls as it may."
+
+Response = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a turn's calls are run with: the tools that are run here, and all that the model was told of, by name."""
+
+    context: Context
+    journal: Journal
+    tools: Mapping[str, Tool]
+    told: Mapping[str, Definition]
+    shields: Mapping[str, tuple[Sequence[ShieldDefinition], Sequence[ShieldDefinition]]]
+    keys: Mapping[str, str]
+    timeout_s: float
+
+
+def decided(bench: Bench, todo: RunCalls) -> dict[str, Response]:
+    """What is known of calls before any of them is run: those that have ended, and those that are not to be run."""
+    known: dict[str, Response] = {}
+    for call in todo.calls:
+        run = bench.journal.runs.get(call["call_id"])
+        tool = bench.tools.get(call["tool_name"])
+        if run is not None and run.response is not None:
+            known[call["call_id"]] = run.response
+        elif run is not None and run.approval == DENIED:
+            known[call["call_id"]] = _said(DENIED_BY_USER)
+        elif run is not None and run.began_at is not None and not (tool is not None and tool.is_idempotent):
+            known[call["call_id"]] = _said(UNKNOWN)
+        elif call["call_id"] in todo.refused:
+            known[call["call_id"]] = _said(ONE_TOO_MANY)
+        else:
+            try:
+                fitting_arguments(bench.told, call["tool_name"], call["arguments"])
+            except Misfit as error:
+                known[call["call_id"]] = _said(f"The call was not run: {error}.")
+    return known
+
+
+def at_once(bench: Bench, todo: RunCalls, known: Mapping[str, Response]) -> list[str]:
+    """The calls whose running begins with the step: no shield is asked about them before."""
+    return [
+        call["call_id"]
+        for call in todo.calls
+        if call["call_id"] not in known and call["tool_name"] in bench.tools and not _shields(bench, call)[0]
+    ]
+
+
+async def run_calls(
+    bench: Bench, todo: RunCalls, known: Mapping[str, Response], progress: Progress
+) -> dict[str, Response]:
+    """What each call has given, by its id; nothing of those that are left to the client.
+
+    `known` is what `decided` says, and the calls of `at_once` are begun in the journal. The end of each call is written
+    as it comes, but for the last one's, which is left to the next commit. Raises as Journal.commit does.
+    """
+    slots = asyncio.Semaphore(AT_ONCE)
+    begun = set(at_once(bench, todo, known))
+    left = {call["call_id"] for call in todo.calls} - known.keys()
+    responses = dict(known)
+    for call_id, response in known.items():
+        progress.tool_text(call_id, response["content"])
+
+    async def run(call: Call) -> None:
+        async with slots:
+            response = await _run(bench, call, progress, is_begun=call["call_id"] in begun)
+        left.discard(call["call_id"])
+        if response is None:
+            return
+        responses[call["call_id"]] = response
+        if call["call_id"] in bench.journal.runs:
+            bench.journal.end_run(call["call_id"], response)
+            if left:
+                await bench.journal.commit()
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for call in todo.calls:
+                if call["call_id"] in left:
+                    group.create_task(run(call))
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return responses
+
+
+async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) -> Response | None:
+    """What a call has given; None for one that is the client's to run."""
+    before, after = _shields(bench, call)
+    message = CompletionMessage(content="", tool_calls=[ToolCall.model_validate(call)])
+    if refusal := await _refusal(bench.context, before, message, "the arguments"):
+        progress.tool_text(call["call_id"], refusal)
+        return _said(refusal)
+    tool = bench.tools.get(call["tool_name"])
+    if tool is None:
+        return None
+    if not is_begun:
+        bench.journal.begin_runs([call["call_id"]])
+        await bench.journal.commit()
+    told = _Told(progress, call["call_id"], is_silent=bool(after))
+    output = await _output(bench, tool, call, told)
+    content = cut(plain(output.content), MAX_CHARACTERS)
+    said = ToolResponseMessage(call_id=call["call_id"], tool_name=call["tool_name"], content=content)
+    if refusal := await _refusal(bench.context, after, said, "the output"):
+        progress.tool_text(call["call_id"], refusal)
+        return _said(refusal)
+    told.finish(content)
+    kept = [one for one in output.attachments if _length(one.content) <= MAX_ATTACHMENT_CHARACTERS][:MAX_ATTACHMENTS]
+    if len(kept) < len(output.attachments):
+        content += f"\n[{len(output.attachments) - len(kept)} files are left out: too many, or too large]"
+    return {"content": content, "attachments": [one.model_dump(mode="json") for one in kept]}
+
+
+async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
+    """What a tool gives, or what is said in its place where it fails, within the time that a call has."""
+    arguments = fitting_arguments(bench.told, call["tool_name"], call["arguments"])
+    task = asyncio.ensure_future(tool.run(tools.Call(call["call_id"], arguments, bench.keys, told)))
+    try:
+        done, _ = await asyncio.wait([task], timeout=bench.timeout_s)
+    except asyncio.CancelledError:
+        await _end(task, call)
+        raise
+    finally:
+        told.end()
+    if not done:
+        await _end(task, call)
+        return Output(f"The call failed: it had not ended after {bench.timeout_s:g} s, and was cut off.")
+    try:
+        return task.result()
+    except ToolFailed as error:
+        return Output(f"The call failed: {error.message}")
+    except asyncio.CancelledError:
+        return Output("The call failed: the tool has given it up.")
+    except Exception:  # whatever a tool dies of is the end of this call, and of nothing else
+        logger.exception("the tool %s failed in the call %s", tool.name, call["call_id"])
+        return Output("The call failed: the tool died.")
+
+
+async def _end(task: "asyncio.Future[Output]", call: Call) -> None:
+    """Cuts a call off. What does not end by that is left alone, so that it holds up nothing."""
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=GRACE_S)
+    if not done:
+        logger.error("the call %s of %s does not end, though it was cut off", call["call_id"], call["tool_name"])
+    elif not task.cancelled():
+        task.exception()  # which nobody needs any more
+
+
+async def _refusal(context: Context, shields: Sequence[ShieldDefinition], message: Message, what: str) -> str | None:
+    """Why a call is not run, or its output not told; None where all shields let it pass. They run side by side."""
+    verdicts = await asyncio.gather(*(_verdict(context, shield, message, what) for shield in shields))
+    return next((one for one in verdicts if one is not None), None)
+
+
+async def _verdict(context: Context, shield: ShieldDefinition, message: Message, what: str) -> str | None:
+    try:
+        response = await safety.judge(context, shield, [message])
+    except StackError as error:
+        return f"The shield {str(shield.shield_type)!r} could not judge {what} of the call: {error.message}"
+    if not response.is_violation or shield.on_violation_action != OnViolationAction.raise_:
+        return None
+    why = response.violation_return_message or response.violation_type or "a violation"
+    return f"The shield {str(shield.shield_type)!r} does not pass {what} of the call: {why}"
+
+
+class _Told:
+    """What a tool tells while it runs, for whoever watches: bounded, and nothing once the call is over.
+
+    A silent one waits for what the shields say of the output.
+    """
+
+    def __init__(self, progress: Progress, call_id: str, *, is_silent: bool) -> None:
+        self._progress = progress
+        self._call_id = call_id
+        self._is_silent = is_silent
+        self._is_over = False
+        self._size = 0
+
+    def __call__(self, text: str) -> None:
+        if self._is_silent or self._is_over or self._size >= MAX_CHARACTERS:
+            return
+        told = plain(text[: MAX_CHARACTERS - self._size])
+        self._size += len(told)
+        self._progress.tool_text(self._call_id, told)
+
+    def end(self) -> None:
+        self._is_over = True
+
+    def finish(self, content: str) -> None:
+        """The output itself, where nothing was told of it before."""
+        if not self._size:
+            self._progress.tool_text(self._call_id, content)
+
+
+def _shields(bench: Bench, call: Call) -> tuple[Sequence[ShieldDefinition], Sequence[ShieldDefinition]]:
+    return bench.shields.get(call["tool_name"], ((), ()))
+
+
+def _said(text: str) -> Response:
+    return {"content": text, "attachments": []}
+
+
+def _length(content: str | list[str]) -> int:
+    return len(content) if isinstance(content, str) else sum(map(len, content))

@@ -1,0 +1,149 @@
+"""One turn, from where its journal has it to its end, whatever that is.
+
+Whoever runs a turn has taken it in its row, and goes on behind the last step that has ended. A step that had begun is
+done again, but for calls of tools whose outcome nobody knows: the model is told that.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy.exc import SQLAlchemyError
+
+from stack.agentic_system import files
+from stack.agentic_system.conversation import Conversation
+from stack.agentic_system.described import definitions
+from stack.agentic_system.events import Stream
+from stack.agentic_system.journal import Journal
+from stack.agentic_system.loop import Loop, Place, retrieves
+from stack.agentic_system.past import Past
+from stack.agentic_system.plan import is_clients, plan_of
+from stack.agentic_system.replay import retell, tell_end
+from stack.agentic_system.tool_calls import Bench
+from stack.api.agent_tools import CodeInterpreterToolDefinition, names_of
+from stack.api.agentic_system import AgentConfig, InputMessage, TurnState
+from stack.api.messages import Attachment
+from stack.errors import StackError
+from stack.store.turns import Turn
+
+logger = logging.getLogger("ray.serve")
+
+_MESSAGES: TypeAdapter[list[InputMessage]] = TypeAdapter(list[InputMessage])
+_ATTACHMENTS: TypeAdapter[list[Attachment]] = TypeAdapter(list[Attachment])
+
+
+class TurnRun:
+    """The running of one turn, which was taken: `run` it once, and `cancel` it at any time.
+
+    `past` are the turns before it in its session, to which it is added at its end.
+    """
+
+    def __init__(self, place: Place, turn: Turn, stream: Stream, past: Past, keys: Mapping[str, str]) -> None:
+        self._place = place
+        self._context = place.context.of_tenant(turn.tenant)
+        self._bounds = place.context.config.agents
+        self._stream = stream
+        self._past = past
+        self._keys = keys
+        self._task: asyncio.Task[Any] | None = None
+        self._is_cancelled = turn.cancelled_at is not None
+        self._journal = Journal(self._context.store, turn)
+        self._session_bank: str | None = None
+
+    async def run(self) -> Turn:
+        """The turn's row at its end, or where it awaits approval; its stream is finished then.
+
+        Raises Conflict with the code "superseded" where another owner has taken it meanwhile, and CancelledError, with
+        the turn left to another owner, where it is cancelled otherwise than by `cancel`.
+        """
+        self._task = asyncio.current_task()
+        try:
+            await self._load()
+            retell(self._stream, self._journal.steps)
+            if self._is_cancelled:
+                raise asyncio.CancelledError
+            await self._to_its_end()
+        except asyncio.CancelledError:
+            if not self._is_cancelled:
+                raise
+            end = self._journal.cancel
+        except StackError as error:
+            if error.code == "superseded":
+                raise
+            end = partial(self._journal.fail, {"code": error.code, "message": error.message})
+        except SQLAlchemyError:
+            raise  # the journal cannot be written: the turn is as it was there, for another owner
+        except Exception:  # a fault of ours ends the turn, for whose end others wait
+            logger.exception("the turn %s failed", self._journal.turn.id)
+            end = partial(
+                self._journal.fail, {"code": StackError.code, "message": "the turn failed by an internal error"}
+            )
+        else:
+            return self._journal.turn
+        if self._journal.turn.state == TurnState.running:
+            end()
+            self._journal.then(lambda: tell_end(self._stream, self._journal.turn, self._journal.steps))
+            await self._journal.commit()
+        return self._journal.turn
+
+    @property
+    def is_cancelled(self) -> bool:
+        return self._is_cancelled
+
+    def cancel(self) -> None:
+        """Ends the turn, cancelled, unless it has ended by then."""
+        if not self._is_cancelled:
+            self._is_cancelled = True
+            if self._task is not None:
+                self._task.cancel()
+
+    async def _load(self) -> None:
+        """Reads what the turn goes by beside its own row, in one go."""
+
+        def read() -> None:
+            self._journal.load()
+            turn = self._journal.turn
+            session = self._context.store.agents.get_session(turn.tenant, turn.session_id)
+            self._session_bank = session.memory_bank_id if session is not None else None
+
+        await asyncio.to_thread(read)
+
+    async def _to_its_end(self) -> None:
+        turn = self._journal.turn
+        config = AgentConfig.model_validate(turn.config)
+        messages = _MESSAGES.validate_python(turn.request["messages"])
+        given = _ATTACHMENTS.validate_python(turn.request["attachments"])
+        had = await files.files_of(given) if given and _reads_files(config) else []
+        shields = {name: (tool.input_shields, tool.output_shields) for tool in config.tools for name in names_of(tool)}
+        past = await self._past.before(self._context, turn, config.model)
+        async with self._place.hands(self._bounds, config.tools, had, is_resumed=turn.epoch > 1) as tools:
+            told = definitions(config, tools)
+            looks_up = retrieves(config, messages, given, self._session_bank)
+            loop = Loop(
+                context=self._context,
+                memory=self._place.memory,
+                config=config,
+                plan=plan_of(config, turn.request["messages"], self._bounds, retrieves=looks_up),
+                session_bank=self._session_bank,
+                messages=messages,
+                attachments=given,
+                journal=self._journal,
+                stream=self._stream,
+                conversation=Conversation(
+                    self._context, config, past, turn.request["messages"], given, [file.name for file in had]
+                ),
+                bench=Bench(
+                    self._context, self._journal, tools, told, shields, self._keys, self._bounds.tool_timeout_s
+                ),
+            )
+            await loop.run()
+        if self._journal.turn.has_ended:
+            self._past.add(self._journal.turn, self._journal.steps)
+
+
+def _reads_files(config: AgentConfig) -> bool:
+    """Whether a tool that is run here reads files."""
+    return any(isinstance(tool, CodeInterpreterToolDefinition) and not is_clients(tool) for tool in config.tools)
