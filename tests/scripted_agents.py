@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from serve_apps.scripted_answers import answer_to
@@ -53,7 +53,8 @@ class Model(ScriptedEngine):
         self.hang_for: Callable[[Body], bool] = lambda body: False
 
     def _by_script(self, body: Body) -> str:
-        return self.script[sum(message["role"] == "assistant" for message in body["messages"])]
+        said = [message for message in body["messages"] if message["role"] == "assistant"]
+        return self.script[len(said)]
 
     async def _generate(self, endpoint: Endpoint, body: Body) -> AsyncGenerator[bytes]:
         if (fault := self.fail_for(body)) is not None:
@@ -145,7 +146,7 @@ class Agents:
         """An agent, and a session of it."""
         own = [tool.config for tool in self.tools.values()]
         given = {"model": "small", "instructions": "Be brief.", "tools": [*own, *tools]} | config
-        agent_id = await asyncio.to_thread(agents.create, self.context, AgentConfig.model_validate(given))
+        agent_id = await agents.create(self.context, AgentConfig.model_validate(given))
         request = CreateAgenticSystemSessionRequest(agent_id=agent_id, session_name="a session")
         return agent_id, await asyncio.to_thread(agents.create_session, self.context, request)
 
@@ -182,6 +183,28 @@ def answer_of(call_id: str, name: str, content: Any) -> dict[str, Any]:
 def payload_of(event: Event) -> dict[str, Any]:
     payload: dict[str, Any] = json.loads(event.data)["event"]["payload"]
     return payload
+
+
+def said(turn: api.Turn) -> str:
+    """The text of a turn's answer."""
+    assert turn.output_message is not None, turn
+    assert isinstance(turn.output_message.content, str)
+    return turn.output_message.content
+
+
+def contents(turn: api.Turn) -> list[Any]:
+    """What the turn's tools have given, in the order of the calls."""
+    executed = [step for step in turn.steps if step.step_type == "tool_execution"]
+    return [one.content for step in executed for one in step.tool_responses]
+
+
+async def seen(agents: Agents, turn: Turn, kind: str) -> Event:
+    """The first event of a kind, as soon as it is there."""
+    async with aclosing(agents.sessions.events(agents.context, turn.id)) as events:
+        async for event in events:
+            if payload_of(event)["event_type"] == kind:
+                return event
+    raise AssertionError(f"the turn has ended without an event of the kind {kind}")
 
 
 def config_of(**more: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """How a sandbox is started: what bubblewrap lets the program in it see, and take from the machine.
 
-What is there, all of it read-only: the machine's libraries (/usr/lib and its like), Python without what is installed
-for it (/python), some libraries for data and plots (/libraries), four devices, and the program. The one place to write
-is /mnt, in memory, with a bound. There is no /proc, /sys, /etc, /home, /root or /run, and nothing of the stack.
+What is there, all of it read-only: the machine's shared libraries (/usr/lib and its like), Python without what is
+installed for it (/python), some libraries for data and plots (/libraries), four devices, and the program. The one place
+to write is /mnt, in memory, with a bound. There is no /proc, /sys, /home, /root, /run or /var, nothing in /etc but
+where libraries are, and nothing of the stack.
 
 All namespaces are its own: users, processes, network (with no interface but its own loopback), mounts, IPC, host name.
 """
@@ -14,9 +15,8 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 from stack.agentic_system import cells, seccomp
@@ -39,7 +39,8 @@ ENVIRONMENT = {
     "LD_LIBRARY_PATH": f"/python/{sys.platlibdir}",
     "MPLBACKEND": "Agg",
     "MPLCONFIGDIR": f"{cells.TEMPORARY}/matplotlib",
-    # Threads of linear algebra reserve much of the memory that the sandbox may have.
+    # Threads reserve much of the addresses that the sandbox may have: those of linear algebra, and all for malloc.
+    "MALLOC_ARENA_MAX": "2",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "JOBLIB_MULTIPROCESSING": "0",  # there are no processes to share its work
@@ -57,13 +58,18 @@ def is_root() -> bool:
 
 
 def start(
-    settings: cells.Settings, room: int, visible: Sequence[str], out: socket.socket, users: Sequence[socket.socket]
+    settings: cells.Settings,
+    room: int,
+    visible: Sequence[str],
+    out: socket.socket,
+    told: socket.socket,
+    wait: socket.socket,
 ) -> subprocess.Popen[bytes]:
     """Starts the program with its settings. What it and bubblewrap print goes to `out`.
 
-    `room` is that of /mnt in bytes, `visible` what `files` gives. `users` are for root alone: to the first one
-    bubblewrap tells of its process, and at the end of the second one it goes on. The sandbox ends with the thread that
-    calls this. Raises CannotStart.
+    `room` is that of /mnt in bytes, `visible` what `files` gives. Bubblewrap writes to `told` which the sandbox's first
+    process is; for root, it goes on when the other end of `wait` is closed. The sandbox ends with the thread that calls
+    this. Raises CannotStart.
     """
     program = shutil.which("bwrap")
     if program is None:
@@ -76,7 +82,8 @@ def start(
                 [
                     program,
                     *("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--hostname", "sandbox"),
-                    *("--cap-drop", "ALL", *_users([one.fileno() for one in users]), "--seccomp", str(calls.fileno())),
+                    *("--cap-drop", "ALL", *_users(wait.fileno()), "--seccomp", str(calls.fileno())),
+                    *("--info-fd", str(told.fileno())),
                     *visible,
                     *("--perms", "0777", "--size", str(room), "--tmpfs", "/mnt", "--symlink", cells.TEMPORARY, "/tmp"),  # noqa: S108
                     *("--remount-ro", "/", "--chdir", "/", "--clearenv"),
@@ -88,7 +95,7 @@ def start(
                 stderr=out.fileno(),
                 env={},
                 cwd="/",
-                pass_fds=(calls.fileno(), settings["control"], *(one.fileno() for one in users)),
+                pass_fds=(calls.fileno(), settings["control"], told.fileno(), wait.fileno()),
                 start_new_session=True,
             )
     except seccomp.UnknownMachine as error:
@@ -97,12 +104,11 @@ def start(
         raise CannotStart(f"bubblewrap cannot be started: {error.strerror}") from error
 
 
-def map_users(told: bytes) -> None:
-    """Makes the users of a sandbox of which bubblewrap has told: root, who sets it up, and nobody, whom it becomes.
+def map_users(process: int) -> None:
+    """Makes the users of a sandbox by its first process: root, who sets it up, and nobody, whom its program becomes.
 
     Raises CannotStart.
     """
-    process = json.loads(told)["child-pid"]
     try:
         for which in ("uid_map", "gid_map"):
             with open(f"/proc/{process}/{which}", "w") as file:
@@ -117,33 +123,38 @@ def files() -> tuple[str, ...]:
     return tuple(_files())
 
 
-def _users(users: Sequence[int]) -> Iterator[str]:
-    if not users:
+def _users(wait: int) -> Iterator[str]:
+    if is_root():  # the program becomes USER, and gives up these rights with that
+        yield from ("--userns-block-fd", str(wait), "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
+    else:
         yield from ("--uid", str(USER), "--gid", str(USER))
-        return
-    told, wait = users
-    yield from ("--info-fd", str(told), "--userns-block-fd", str(wait))
-    # The program becomes USER, and gives up these rights with that.
-    yield from ("--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
 
 
 def _files() -> Iterator[str]:
     # Those that bubblewrap makes by itself are open to root alone.
     for folder in ("/usr", "/etc", "/dev", "/python", "/python/bin", f"/python/{sys.platlibdir}", cells.LIBRARIES):
         yield from ("--perms", "0755", "--dir", folder)
-    for folder in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
-        if os.path.islink(folder):
-            yield from ("--symlink", os.readlink(folder), folder)
-        elif os.path.isdir(folder):
-            yield from ("--ro-bind", folder, folder)
+    yield from _system_libraries()
     yield from ("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache")
     yield from _python_files()
     for path in _installed():
         yield from ("--ro-bind", str(path), f"{cells.LIBRARIES}/{path.name}")
-    for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):
-        # Written to, but not changed: the device itself is the machine's.
-        yield from ("--dev-bind", device, device, "--remount-ro", device)
+    for device in ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"):  # the machine's own, which are root's
+        yield from ("--dev-bind", device, device)
     yield from ("--ro-bind", cells.__file__, _PROGRAM)
+
+
+def _system_libraries() -> Iterator[str]:
+    architecture = sysconfig.get_config_var("MULTIARCH")
+    for folder in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")):
+        if folder.is_symlink():
+            yield from ("--symlink", str(folder.readlink()), str(folder))
+        elif architecture and (folder / architecture).is_dir():  # Debian's: beside it are whole programs
+            yield from ("--perms", "0755", "--dir", str(folder))
+            yield from ("--ro-bind", str(folder / architecture), str(folder / architecture))
+        elif folder.is_dir():
+            yield from ("--ro-bind", str(folder), str(folder))
+            yield from _emptied(folder.glob("python3*/*-packages"))
 
 
 def _python() -> str:
@@ -151,7 +162,7 @@ def _python() -> str:
 
 
 def _python_files() -> Iterator[str]:
-    """Python under /python, and nothing in the folders of what is installed for it, here and in /usr/lib."""
+    """Python under /python, without what is installed for it (site-packages, Debian's dist-packages)."""
     standard = Path(os.__file__).resolve().parent  # …/lib/python3.11
     inside = Path("/python", sys.platlibdir)
     yield from ("--ro-bind", os.path.realpath(sys._base_executable), _python())  # type: ignore[attr-defined]
@@ -159,16 +170,12 @@ def _python_files() -> Iterator[str]:
         yield from ("--ro-bind", str(standard), str(inside / standard.name))
     else:  # with libraries of its own
         yield from ("--ro-bind", str(standard.parent), str(inside))
-    for kind in ("site-packages", "dist-packages"):
-        if (standard / kind).is_dir():
-            yield from _emptied(inside / standard.name / kind)
-        for folder in ("/usr/lib", "/usr/lib64"):
-            if not os.path.islink(folder):
-                yield from chain.from_iterable(map(_emptied, Path(folder).glob(f"python3*/{kind}")))
+    yield from _emptied(inside / standard.name / installed.name for installed in standard.glob("*-packages"))
 
 
-def _emptied(folder: Path) -> Iterator[str]:
-    yield from ("--perms", "0555", "--size", "4096", "--tmpfs", str(folder), "--remount-ro", str(folder))
+def _emptied(folders: Iterable[Path]) -> Iterator[str]:
+    for folder in map(str, folders):
+        yield from ("--perms", "0555", "--size", "4096", "--tmpfs", folder, "--remount-ro", folder)
 
 
 def _installed() -> list[Path]:

@@ -29,6 +29,7 @@ READY, DONE, FAILED = b"R", b"D", b"F"
 FOLDER, TEMPORARY, LIBRARIES = "/mnt/data", "/mnt/tmp", "/libraries"
 # Of a value that is shown, and of a traceback the last frames beside those of cells.
 MAX_SHOWN = 100_000
+MAX_FILES = 1_000_000  # the highest number of one that bubblewrap may have left open
 LAST_FRAMES = 2
 
 
@@ -52,6 +53,8 @@ def main() -> None:
     """Runs the cells that come."""
     settings: Settings = json.loads(sys.argv[1])
     control = socket.socket(fileno=settings["control"])
+    os.closerange(3, control.fileno())
+    os.closerange(control.fileno() + 1, MAX_FILES)
     _become(settings["user"])
     _bound(settings)
     os.mkdir(FOLDER)
@@ -84,7 +87,8 @@ class Cells:
         """Runs a cell, prints its last value, saves its plots. Gives whether it went well."""
         self._count += 1
         name = f"<cell {self._count}>"
-        linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)
+        lines = f"{code}\n".splitlines(keepends=True)  # all of them with an end, by which tracebacks count
+        linecache.cache[name] = (len(code), None, lines, name)
         try:
             self._run(code, name)
             save_plots()
@@ -157,7 +161,7 @@ def _bound(settings: Settings) -> None:
         resource.setrlimit(what, (most, most))
     # The first ends the process by a signal of its own; the second, where that is ignored, by SIGKILL.
     resource.setrlimit(resource.RLIMIT_CPU, (settings["cpu"], settings["cpu"] + 1))
-    os.nice(10)
+    os.nice(5)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ async def require_hands(config: AgentsConfig, definitions: Sequence[AgentTool]) 
         if isinstance(definition, McpToolDefinition):
             _mcp_server(config, definition.server)
         elif isinstance(_tool(config, definition, (), False), CodeInterpreter):
-            await code_interpreter.check()
+            await asyncio.to_thread(code_interpreter.require)
 
 
 def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File], is_resumed: bool) -> Tool | None:
@@ -99,7 +99,8 @@ def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File], is
                 )
             return Photogen(config.photogen)
         case CodeInterpreterToolDefinition():
-            return CodeInterpreter(files, is_resumed=is_resumed)
+            seconds = min(code_interpreter.CELL_S, config.tool_timeout_s / 2)
+            return CodeInterpreter(files, seconds=seconds, is_resumed=is_resumed)
 
 
 def _mcp_server(config: AgentsConfig, name: str) -> McpServer:

@@ -14,6 +14,7 @@ ends with the thread that has started it.
 import asyncio
 import codecs
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -25,11 +26,14 @@ from stack.agentic_system import bubblewrap, cells
 from stack.agentic_system.bubblewrap import CannotStart
 
 START_S = 20.0
+END_S = 5.0
 # How often the number of its files is looked at. A process makes a hundred thousand in a second.
 WATCH_S = 0.1
 # Of what a cell prints, the beginning and the end are kept, in bytes.
 HEAD, TAIL = 12_000, 6_000
 LEFT_OUT = "\n[… {} bytes are left out …]\n"
+# What is printed is read so often, so that many small pieces take no more of the event loop's time than few large ones.
+_READ_S = 0.002
 _READ_BYTES = 65_536
 # How often what is left is read when a cell has ended: more than a socket holds.
 _READS = 64
@@ -62,8 +66,8 @@ class Ran:
 class Ended(Exception):
     """The sandbox has ended, by what the message says. `text` is what the cell had printed before."""
 
-    def __init__(self, how: str, text: str) -> None:
-        super().__init__(how)
+    def __init__(self, why: str, text: str) -> None:
+        super().__init__(why)
         self.text = text
 
 
@@ -81,13 +85,14 @@ async def check() -> None:
 
 
 class Sandbox:
-    """A sandbox that runs. `folder` is the open folder in which cells work; it stays when the processes have ended.
+    """A sandbox that runs.
 
     It belongs to the event loop in which it was started, and runs one cell at a time.
     """
 
     def __init__(self, limits: Limits, process: subprocess.Popen[bytes], control: socket.socket, out: socket.socket):
-        self.folder = -1
+        self._first: int | None = None
+        self._folder: int | None = None
         self._limits = limits
         self._process = process
         self._control = control
@@ -96,6 +101,7 @@ class Sandbox:
         out.setblocking(False)
         self._why: str | None = None
         self._watching: asyncio.TimerHandle | None = None
+        self._reading: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
 
     @classmethod
@@ -103,13 +109,13 @@ class Sandbox:
         """Starts one. Raises CannotStart."""
         visible = await asyncio.to_thread(bubblewrap.files)
         with contextlib.ExitStack() as held:
-            pairs = [socket.socketpair() for _ in range(4 if bubblewrap.is_root() else 2)]
-            control, out, *users = (held.enter_context(ours) for ours, _ in pairs)
+            pairs = [socket.socketpair() for _ in range(4)]
+            control, out, told, wait = (held.enter_context(ours) for ours, _ in pairs)
             with contextlib.ExitStack() as given:
                 ends = [given.enter_context(theirs) for _, theirs in pairs]
                 settings = cells.Settings(
                     control=ends[0].fileno(),
-                    user=bubblewrap.USER if users else None,
+                    user=bubblewrap.USER if bubblewrap.is_root() else None,
                     memory=limits.memory,
                     file=limits.file,
                     cpu=limits.cpu,
@@ -117,13 +123,11 @@ class Sandbox:
                     files=limits.open_files,
                 )
                 # Not in a thread: it would end with that.
-                process = bubblewrap.start(settings, limits.folder, visible, ends[1], ends[2:])
+                process = bubblewrap.start(settings, limits.folder, visible, *ends[1:])
             sandbox = cls(limits, process, control.dup(), out.dup())
             try:
                 async with asyncio.timeout(START_S):
-                    if users:
-                        await _map_users(*users)
-                    await sandbox._become_ready()
+                    await sandbox._become_ready(told, wait)
             except TimeoutError:
                 await sandbox.close()
                 raise CannotStart(f"a sandbox was not ready within {START_S:g} s") from None
@@ -131,6 +135,12 @@ class Sandbox:
                 await sandbox.close()
                 raise
         return sandbox
+
+    @property
+    def folder(self) -> int:
+        """The open folder in which cells work; it stays when the processes have ended, until this is closed."""
+        assert self._folder is not None
+        return self._folder
 
     @property
     def is_running(self) -> bool:
@@ -160,16 +170,18 @@ class Sandbox:
                 break
             printed.add(more)
         if not said:
-            how = self._why or await asyncio.to_thread(self._how_it_ended)
+            why = self._why
+            if why is None:
+                why = await asyncio.to_thread(self._how_it_ended)
             await self.end()
-            raise Ended(how, printed.text)
+            raise Ended(why, printed.text)
         return Ran(printed.text, said != cells.DONE)
 
     async def end(self) -> None:
         """Ends all its processes. Doing so again does nothing."""
         if self._watching is not None:
             self._watching.cancel()
-        self._process.kill()
+        self._kill()
         if self._ending is None:
             self._ending = asyncio.create_task(asyncio.to_thread(self._wait))
         await asyncio.shield(self._ending)
@@ -179,17 +191,19 @@ class Sandbox:
         await self.end()
         self._control.close()
         self._out.close()
-        if self.folder >= 0:
-            os.close(self.folder)
-            self.folder = -1
+        for file in (self._first, self._folder):
+            if file is not None:
+                os.close(file)
+        self._first = self._folder = None
 
     async def _ask(self, code: str, printed: "_Printed") -> bytes:
         """What is answered to a cell: nothing where the process has ended."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[bytes] = loop.create_future()
         text = code.encode(errors="replace")
-        while _received(self._control, _READ_BYTES):  # answers that nobody has asked for
-            pass
+        for _ in range(_READS):  # answers that nobody has asked for
+            if not _received(self._control, _READ_BYTES):
+                break
         loop.add_reader(self._control, self._answered, answer)
         loop.add_reader(self._out, self._print, printed)
         try:
@@ -198,9 +212,17 @@ class Sandbox:
         finally:
             loop.remove_reader(self._control)
             loop.remove_reader(self._out)
+            if self._reading is not None:
+                self._reading.cancel()
 
-    async def _become_ready(self) -> None:
-        """Waits for the program, and takes the folder that it gives."""
+    async def _become_ready(self, told: socket.socket, wait: socket.socket) -> None:
+        """Hears of its first process, makes its users for root, and waits for the program, which gives its folder."""
+        if heard := await _heard(told):  # else bubblewrap has ended
+            first = json.loads(heard)["child-pid"]
+            self._first = os.pidfd_open(first)
+            if bubblewrap.is_root():
+                bubblewrap.map_users(first)
+        wait.close()
         await _readable(self._control)
         said, files, _, _ = socket.recv_fds(self._control, len(cells.READY), 1, socket.MSG_CMSG_CLOEXEC)
         if not files:
@@ -208,7 +230,7 @@ class Sandbox:
             lines = (_received(self._out, _READ_BYTES) or b"").decode(errors="replace").strip().splitlines()
             raise CannotStart(lines[-1][:500] if lines else why)
         assert said == cells.READY
-        self.folder = files[0]
+        self._folder = files[0]
         self._watch()
 
     def _watch(self) -> None:
@@ -225,9 +247,11 @@ class Sandbox:
             answer.set_result(said)
 
     def _print(self, printed: "_Printed") -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._out)
         more = _received(self._out, _READ_BYTES)
-        if more == b"":  # everybody has closed it
-            asyncio.get_running_loop().remove_reader(self._out)
+        if more != b"":  # else everybody has closed it
+            self._reading = loop.call_later(_READ_S, loop.add_reader, self._out, self._print, printed)
         printed.add(more or b"")
         if printed.count > self._limits.printed:
             self._stop(f"the cell printed more than {self._limits.printed} bytes")
@@ -235,12 +259,20 @@ class Sandbox:
     def _stop(self, why: str) -> None:
         """Ends it, which whoever waits for an answer finds out by its end."""
         self._why = why
-        self._process.kill()
+        self._kill()
+
+    def _kill(self) -> None:
+        """Kills its first process, by which the kernel kills all others, and after which bubblewrap ends."""
+        if self._first is None:
+            self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._first, signal.SIGKILL)
 
     def _how_it_ended(self) -> str:
         """By the status of bubblewrap, which is that of the program: 128 and the number of a signal, like a shell's."""
         try:
-            status = self._process.wait(START_S)
+            status = self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             return "it answers no more"
         if status == 128 + signal.SIGXCPU:
@@ -251,9 +283,13 @@ class Sandbox:
 
     def _wait(self) -> None:
         """Waits until bubblewrap has ended, and then until nobody is left who could print: all in the sandbox."""
-        self._process.wait()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:  # it has not heard of its child's end
+            self._process.kill()
+            self._process.wait()
         with self._out.dup() as out, contextlib.suppress(ConnectionError):
-            out.settimeout(START_S)
+            out.settimeout(END_S)
             while out.recv(_READ_BYTES):
                 pass
 
@@ -284,15 +320,12 @@ class _Printed:
         return (self._head + between + self._tail).decode(errors="replace")
 
 
-async def _map_users(told: socket.socket, wait: socket.socket) -> None:
-    """Hears of bubblewrap's process, makes its users, and lets it go on. Raises CannotStart."""
+async def _heard(told: socket.socket) -> bytes:
     told.setblocking(False)
     heard = b""
     while more := await asyncio.get_running_loop().sock_recv(told, 4096):
         heard += more
-    if heard:  # else it has ended
-        bubblewrap.map_users(heard)
-    wait.close()
+    return heard
 
 
 async def _readable(source: socket.socket) -> None:

@@ -5,13 +5,14 @@ import base64
 import logging
 import mimetypes
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
 from stack.agentic_system import sandbox, sandbox_files
 from stack.agentic_system.bubblewrap import CannotStart
 from stack.agentic_system.sandbox import Ended, Limits, Sandbox
-from stack.agentic_system.sandbox_files import Produced
+from stack.agentic_system.sandbox_files import Mark
 from stack.agentic_system.tools.tool import Call, File, Output, ToolFailed, cut
 from stack.api.messages import Attachment
 from stack.errors import BadInput
@@ -35,12 +36,16 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-async def check() -> None:
-    """Raises BadInput where the tool cannot run on this machine: it never runs but in a sandbox."""
+@cache
+def require() -> None:
+    """Raises BadInput where the tool cannot run on this machine: it never runs but in a sandbox.
+
+    Once it could, this is not looked at again. It blocks, in a thread that runs no event loop.
+    """
     try:
-        await sandbox.check()
+        asyncio.run(sandbox.check())
     except CannotStart as error:
-        raise BadInput(f"the tool code_interpreter cannot run here: {error}", code="tool_unavailable") from error
+        raise BadInput(f"the tool code_interpreter cannot be used here: {error}", param="tools") from error
 
 
 class CodeInterpreter:
@@ -86,18 +91,17 @@ class CodeInterpreter:
             except BaseException:
                 await self._end()
                 raise
-            found = await _in_thread(
-                sandbox_files.produced, running.folder, before, MAX_FILES, MAX_FILE_BYTES, MAX_FILES_BYTES
-            )
+            told, attachments = await _in_thread(_produced, running.folder, before)
             if not running.is_running:
                 await self._end()
-        notes += _told(found)
-        content = "\n".join((text.rstrip("\n") or "It printed nothing.", *notes))
-        return Output(content, tuple(_attachment(name, file) for name, file in found.files.items()))
+        return Output("\n".join((text.rstrip("\n") or "It printed nothing.", *notes, *told)), attachments)
 
     async def close(self) -> None:
         """Ends the sandbox. A cell that runs is ended, too."""
-        await self._end()
+        if self._sandbox is not None:
+            await self._sandbox.end()
+        async with self._turn:
+            await self._end()
 
     async def _start(self) -> Sandbox:
         try:
@@ -106,12 +110,15 @@ class CodeInterpreter:
             _LOG.warning("the code interpreter cannot start: %s", error)
             raise ToolFailed("the code interpreter cannot start now") from error
         self._sandbox = running
-        for file in self._files:
-            try:
+        try:
+            for file in self._files:
                 await _in_thread(sandbox_files.put, running.folder, file.name, file.content)
-            except OSError as error:
-                await self._end()
-                raise ToolFailed(f"there is no room for the file {file.name!r}: {error.strerror}") from error
+        except OSError as error:
+            await self._end()
+            raise ToolFailed(f"there is no room for the file {file.name!r}: {error.strerror}") from error
+        except BaseException:
+            await self._end()
+            raise
         return running
 
     async def _end(self) -> None:
@@ -120,11 +127,13 @@ class CodeInterpreter:
             await running.close()
 
 
-def _told(found: Produced) -> list[str]:
-    """What the model is told of files."""
+def _produced(folder: int, before: dict[str, Mark]) -> tuple[list[str], tuple[Attachment, ...]]:
+    """What the model is told of the files that a cell has written, and those that are given on."""
+    found = sandbox_files.produced(folder, before, MAX_FILES, MAX_FILE_BYTES, MAX_FILES_BYTES)
     lines = [f"File: {name} ({_mime_type(name)}, {len(content)} bytes)" for name, content in found.files.items()]
     lines += [f"The file {name!r} is not given on: {why}." for name, why in found.left_out.items()]
-    return [cut("\n".join(lines), MAX_TOLD)] if lines else []
+    told = [cut("\n".join(lines), MAX_TOLD)] if lines else []
+    return told, tuple(_attachment(name, content) for name, content in found.files.items())
 
 
 def _attachment(name: str, content: bytes) -> Attachment:
