@@ -48,8 +48,8 @@ class Client(Protocol):
 
 
 class Attempts:
-    """`connect` makes a client of Ray's jobs, `address` is that of their Ray, `nodes` tells what each living node of the
-    cluster has, and `forget` removes the data sets that a job has registered which has no result."""
+    """`connect` makes a client of Ray's jobs, `address` is that of their Ray, `nodes` tells what each living node has,
+    and `forget` removes the data sets that a job has registered which has no result."""
 
     def __init__(
         self,
