@@ -1,7 +1,8 @@
 """The only public application: every route, behind request ids, bounds and one shape of errors."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -37,6 +38,9 @@ from serve_apps.routes import (
 )
 from stack import tracing
 from stack.added_models import Deployer
+from stack.agentic_system.hands import open_hands
+from stack.agentic_system.local_sessions import LocalSessions
+from stack.agentic_system.loop import Place
 from stack.agentic_system.sessions import Sessions
 from stack.config import GATEWAY, Config
 from stack.context import Context
@@ -116,15 +120,18 @@ def create_app(
     Memory banks are written by the writer of `memory` or, without one, in this process; and so are turns of agents run
     by `sessions`.
     """
+    memory = memory or Memory.open(context.config, BankWriter(context.config, context.store))
+    local_sessions = LocalSessions(Place(context, lambda: memory, open_hands)) if sessions is None else None
     app = FastAPI(
         title="Llama Stack on Ray",
         description="The Llama Stack's APIs at the root, OpenAI's under /v1.",
         docs_url=None,
         redoc_url=None,
+        lifespan=_closing(local_sessions),
     )
     app.state.context = context
-    app.state.memory = memory or Memory.open(context.config, BankWriter(context.config, context.store))
-    app.state.sessions = sessions
+    app.state.memory = memory
+    app.state.sessions = sessions or local_sessions
     app.state.ready = ready
     app.state.deployer = deployer or ServeDeployer()
     app.state.metrics = Metrics(context.store)
@@ -158,6 +165,18 @@ def create_app(
     app.add_middleware(RequestId)
     _document_errors(app)
     return app
+
+
+def _closing(sessions: LocalSessions | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """The life of an application, with whose end the sessions that are its own leave their turns to others."""
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        if sessions is not None:
+            await sessions.close()
+
+    return life
 
 
 def _larger_bodies(config: Config) -> dict[str, int]:

@@ -89,9 +89,7 @@ async def run_shields(context: Context, request: RunShieldsRequest) -> RunShield
         raise failed.error from failed
     for at, (definition, verdict) in enumerate(zip(request.shields, verdicts, strict=True)):
         _act(definition, verdict, f"shields.{at}")
-    return RunShieldsResponse(
-        responses=[_response(*pair) for pair in zip(request.shields, verdicts, strict=True)]
-    )
+    return RunShieldsResponse(responses=[_response(*pair) for pair in zip(request.shields, verdicts, strict=True)])
 
 
 async def judge(

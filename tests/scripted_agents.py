@@ -53,7 +53,8 @@ class Model(ScriptedEngine):
         self.hang_for: Callable[[Body], bool] = lambda body: False
 
     def _by_script(self, body: Body) -> str:
-        return self.script[sum(message["role"] == "assistant" for message in body["messages"])]
+        said = [message for message in body["messages"] if message["role"] == "assistant"]
+        return self.script[len(said)]
 
     async def _generate(self, endpoint: Endpoint, body: Body) -> AsyncGenerator[bytes]:
         if (fault := self.fail_for(body)) is not None:
@@ -145,7 +146,7 @@ class Agents:
         """An agent, and a session of it."""
         own = [tool.config for tool in self.tools.values()]
         given = {"model": "small", "instructions": "Be brief.", "tools": [*own, *tools]} | config
-        agent_id = await asyncio.to_thread(agents.create, self.context, AgentConfig.model_validate(given))
+        agent_id = await agents.create(self.context, AgentConfig.model_validate(given))
         request = CreateAgenticSystemSessionRequest(agent_id=agent_id, session_name="a session")
         return agent_id, await asyncio.to_thread(agents.create_session, self.context, request)
 

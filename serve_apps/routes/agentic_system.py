@@ -78,15 +78,15 @@ KeysOf = Annotated[dict[str, str], Depends(_keys)]
 
 
 @router.post("/create")
-def create(context: ContextOf, body: CreateAgenticSystemRequest) -> AgenticSystemCreateResponse:
+async def create(context: ContextOf, body: CreateAgenticSystemRequest) -> AgenticSystemCreateResponse:
     """Makes an agent. Its id is made here."""
-    return AgenticSystemCreateResponse(agent_id=agents.create(context, body.agent_config))
+    return AgenticSystemCreateResponse(agent_id=await agents.create(context, body.agent_config))
 
 
 @router.post("/update", response_model_exclude_none=True)
-def update(context: ContextOf, body: UpdateAgenticSystemRequest) -> AgentVersion:
+async def update(context: ContextOf, body: UpdateAgenticSystemRequest) -> AgentVersion:
     """Gives an agent another config, for the turns that are accepted from now on."""
-    return agents.update(context, body)
+    return await agents.update(context, body)
 
 
 @router.get("/get", response_model_exclude_none=True)

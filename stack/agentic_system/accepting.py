@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 
 from stack.agentic_system import agents
-from stack.agentic_system.checks import require_fitting, require_tools
+from stack.agentic_system.checks import require_fitting, require_runnable, require_tools
 from stack.agentic_system.sessions import Event, Sessions
 from stack.api import agentic_system as api
 from stack.api.agent_tools import names_of
@@ -40,6 +40,7 @@ async def create_turn(
     that cannot be used, Conflict for a turn that would have to wait and shall not, TooManyRequests where too many wait
     already, and Unavailable where it cannot be run: then it is cancelled.
     """
+    await require_runnable(context.config.agents, request.tools or [], "tools")
     turn = await asyncio.to_thread(accept, context, request)
     try:
         await sessions.start(context, turn, keys)
@@ -50,7 +51,7 @@ async def create_turn(
 
 
 def accept(context: Context, request: AgenticSystemTurnCreateRequest) -> Turn:
-    """The row of a new turn. Raises as `create_turn` does."""
+    """The row of a new turn, which nobody is told of. Raises as `create_turn` does, but for tools that cannot run."""
     session = agents.find_session(context, request.agent_id, request.session_id)
     if session.turns >= MAX_TURNS:
         raise Conflict(f"the session has {MAX_TURNS} turns, the most that one can have", code="session_full")

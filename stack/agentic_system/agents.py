@@ -23,20 +23,22 @@ from stack.store.agentic_system import AgentSession, AgentVersion
 from stack.store.turns import Step, Turn
 
 
-def create(context: Context, config: AgentConfig) -> str:
+async def create(context: Context, config: AgentConfig) -> str:
     """Makes an agent, and returns its id. Raises NotFound and BadInput for what its config names and cannot be used."""
-    require_usable(context, config)
-    return context.store.agents.add(context.tenant, config.model_dump(mode="json")).id
+    await require_usable(context, config)
+    agent = await asyncio.to_thread(context.store.agents.add, context.tenant, config.model_dump(mode="json"))
+    return agent.id
 
 
-def update(context: Context, request: UpdateAgenticSystemRequest) -> api.AgentVersion:
+async def update(context: Context, request: UpdateAgenticSystemRequest) -> api.AgentVersion:
     """Another version of an agent, for the turns that are accepted from now on. Raises as `create` does."""
-    find(context, request.agent_id)
-    require_usable(context, request.agent_config)
-    config = request.agent_config.model_dump(mode="json")
-    version = context.store.agents.add_version(context.tenant, request.agent_id, config)
+    agent_id, config = request.agent_id, request.agent_config
+    await asyncio.to_thread(find, context, agent_id)
+    await require_usable(context, config)
+    add = context.store.agents.add_version
+    version = await asyncio.to_thread(add, context.tenant, agent_id, config.model_dump(mode="json"))
     if version is None:
-        raise _no_agent(request.agent_id)
+        raise _no_agent(agent_id)
     return _shown(version)
 
 

@@ -1,38 +1,43 @@
 """Whether what an agent's config names can be used: it is found out when the agent is made, not in its turns."""
 
+import asyncio
 from collections.abc import Sequence
 
+from stack.agentic_system.hands import require_hands
+from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import (
     AgentTool,
     GraphBank,
     KeyValueBank,
     KeywordBank,
     LlmQueryGenerator,
-    McpToolDefinition,
     MemoryToolDefinition,
-    PhotogenToolDefinition,
     VectorBank,
     names_of,
 )
 from stack.api.agentic_system import AgentConfig
 from stack.api.inference import ToolChoice
-from stack.api.safety import RestAPIExecutionConfig
 from stack.context import Context
 from stack.errors import BadInput, NotFound
 from stack.memory_banks.banks import find
 from stack.safety import require_shields
 
 
-def require_usable(context: Context, config: AgentConfig, place: str = "agent_config.") -> None:
+async def require_usable(context: Context, config: AgentConfig) -> None:
     """Raises NotFound for a model or a bank that is not there, and BadInput for what else cannot be used.
 
-    `place` is how the place of the config's fields begins, which the errors name.
+    The errors name places in `agent_config`.
     """
-    require_model(context, config.model, f"{place}model")
-    require_tools(context, config.tools, f"{place}tools")
+    await asyncio.to_thread(_require_known, context, config)
+    await require_runnable(context.config.agents, config.tools, "agent_config.tools")
+
+
+def _require_known(context: Context, config: AgentConfig) -> None:
+    require_model(context, config.model, "agent_config.model")
+    require_tools(context, config.tools, "agent_config.tools")
     for field in ("input_shields", "output_shields"):
-        require_shields(context, getattr(config, field), f"{place}{field}")
-    require_fitting(config, place)
+        require_shields(context, getattr(config, field), f"agent_config.{field}")
+    require_fitting(config, "agent_config.")
 
 
 def require_fitting(config: AgentConfig, place: str) -> None:
@@ -52,6 +57,16 @@ def require_fitting(config: AgentConfig, place: str) -> None:
         )
 
 
+async def require_runnable(config: AgentsConfig, tools: Sequence[AgentTool], place: str) -> None:
+    """Raises BadInput for a tool that cannot be run here, whatever it is called with."""
+    for at, tool in enumerate(tools):
+        try:
+            await require_hands(config, [tool])
+        except BadInput as error:
+            error.param = f"{place}.{at}"
+            raise
+
+
 def require_model(context: Context, model: str, place: str) -> None:
     try:
         context.models.get(model)
@@ -64,31 +79,8 @@ def require_tools(context: Context, tools: Sequence[AgentTool], place: str) -> N
     for at, tool in enumerate(tools):
         require_shields(context, tool.input_shields, f"{place}.{at}.input_shields")
         require_shields(context, tool.output_shields, f"{place}.{at}.output_shields")
-        match tool:
-            case MemoryToolDefinition():
-                _require_memory(context, tool, f"{place}.{at}")
-            case McpToolDefinition():
-                _require_server(context, tool, f"{place}.{at}.server")
-            case PhotogenToolDefinition(remote_execution=None) if context.config.agents.photogen is None:
-                raise BadInput(
-                    "the tool photogen needs an image model, and the config has none (agents.photogen)",
-                    param=f"{place}.{at}",
-                )
-            case _ if tool.remote_execution is not None:
-                _require_address(tool.remote_execution, f"{place}.{at}.remote_execution.url")
-
-
-def _require_address(remote: RestAPIExecutionConfig, place: str) -> None:
-    if not remote.url.startswith(("https://", "http://")):
-        kind = remote.url.split(":")[0]
-        raise BadInput(f"url begins with {kind!r}; a tool is run at an address of https:// or http://", param=place)
-
-
-def _require_server(context: Context, tool: McpToolDefinition, place: str) -> None:
-    servers = context.config.agents.mcp_servers
-    if tool.server not in servers:
-        known = ", ".join(servers) or "none, as the config lists no agents.mcp_servers"
-        raise BadInput(f"there is no MCP server {tool.server!r}; there are: {known}", param=place)
+        if isinstance(tool, MemoryToolDefinition):
+            _require_memory(context, tool, f"{place}.{at}")
 
 
 def _require_memory(context: Context, tool: MemoryToolDefinition, place: str) -> None:

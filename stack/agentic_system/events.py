@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator
+from copy import copy
 from typing import Any
 
 from stack.agentic_system.sessions import Event
@@ -91,9 +92,12 @@ class Stream:
         self._events[self._places[id]] = event(id, payload)
 
     def finish(self, error: StackError | None = None) -> None:
-        """Nothing more comes; the readers' iterators end, by the error where there is one. The first call counts."""
+        """Nothing more comes; the readers' iterators end, by the error where there is one. The first call counts.
+
+        What is held back then is never seen.
+        """
         if not self._is_over:
-            self._is_over, self._error, self._held_from = True, error, None
+            self._is_over, self._error = True, error
             self._wake()
 
     async def read(self, after: str | None = None) -> AsyncGenerator[Event]:
@@ -112,9 +116,9 @@ class Stream:
                 at += 1
                 if (one := self._events[at - 1]) is not None:
                     yield one
-            if self._is_over and at >= len(self._events):
+            if self._is_over and at >= end:
                 if self._error is not None:
-                    raise self._error
+                    raise copy(self._error)  # of each reader its own, as it keeps the reader's frames
                 return
             if changed is self._changed:
                 await changed.wait()

@@ -8,6 +8,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from weakref import WeakValueDictionary
 
 from stack.agentic_system import replay
 from stack.agentic_system.events import Stream
@@ -25,15 +26,24 @@ class LocalSessions:
         self._place = place
         self._owner = f"process-{uuid.uuid4().hex}"
         self._sessions: dict[str, Session] = {}
+        self._streams = WeakValueDictionary[tuple[str, str], Stream]()  # by tenant and turn, as long as they are used
         self._is_closed = False
 
     async def start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
         """Has a turn run that was accepted, after those before it in its session. Raises Unavailable."""
-        self._of(context.tenant, turn.session_id).start(turn.id, keys)
+        self._start(context, turn, keys)
 
-    async def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
-        """The events of a turn behind the one with the id `after`. Raises NotFound."""
-        stream = await self._stream(context, turn_id)
+    def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
+        """The events of a turn behind the one with the id `after`. The iterator raises NotFound.
+
+        The stream of a turn that is run by now is taken hold of here: nothing of it is missed by asking late for it.
+        """
+        return self._events(context, turn_id, after, self._streams.get((context.tenant, turn_id)))
+
+    async def _events(
+        self, context: Context, turn_id: str, after: str | None, stream: Stream | None
+    ) -> AsyncGenerator[Event]:
+        stream = stream or await self._stream(context, turn_id)
         async with aclosing(stream.read(after)) as events:
             async for event in events:
                 yield event
@@ -52,12 +62,13 @@ class LocalSessions:
         """Has a turn run on whose calls the client has decided about. Raises Unavailable."""
         turn = await asyncio.to_thread(context.store.turns.get, context.tenant, turn_id)
         if turn is not None and not turn.has_ended:
-            self._of(context.tenant, turn.session_id).start(turn_id, keys)
+            self._start(context, turn, keys)
 
-    async def end(self, context: Context, session_id: str) -> None:  # noqa: ARG002  # the protocol's
+    async def end(self, context: Context, session_id: str) -> None:
         """Stops all of a session that was deleted."""
         if (session := self._sessions.pop(session_id, None)) is not None:
-            await session.stop(Conflict("the session was deleted", code="cancelled"))
+            for turn_id in await session.stop(Conflict("the session was deleted", code="cancelled")):
+                self._streams.pop((context.tenant, turn_id), None)
 
     async def recover(self) -> None:
         """Goes on with what was left undone, of all tenants."""
@@ -70,6 +81,10 @@ class LocalSessions:
         sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             await session.stop(Unavailable("what runs the turn is stopped; it goes on later"))
+
+    def _start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
+        stream = self._of(context.tenant, turn.session_id).start(turn.id, keys)
+        self._streams[context.tenant, turn.id] = stream
 
     async def _stream(self, context: Context, turn_id: str) -> Stream:
         turn = await self._found(context, turn_id)

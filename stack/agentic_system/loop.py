@@ -10,7 +10,7 @@ from stack import safety
 from stack.agentic_system import answer, files, tool_calls
 from stack.agentic_system.answer import Question
 from stack.agentic_system.conversation import Conversation
-from stack.agentic_system.events import Progress, Stream, completed
+from stack.agentic_system.events import Progress, Stream
 from stack.agentic_system.journal import Journal
 from stack.agentic_system.plan import (
     AskApproval,
@@ -23,11 +23,11 @@ from stack.agentic_system.plan import (
     answer_of,
     next_step,
     seconds_of,
-    withdrawn,
 )
 from stack.agentic_system.replay import details_of, tell_awaiting, tell_end
 from stack.agentic_system.tool_calls import Bench
 from stack.agentic_system.tools.tool import File, Tool
+from stack.agentic_system.withheld import Withheld
 from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import AgentTool, MemoryToolDefinition
 from stack.api.agentic_system import MAX_ATTACHMENTS, AgentConfig, InputMessage, StepType
@@ -47,7 +47,7 @@ class Hands(Protocol):
     """Opens the tools of a turn, as stack.agentic_system.hands.open_hands does."""
 
     def __call__(
-        self, config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File], *, is_resumed: bool
+        self, config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File], /, *, is_resumed: bool
     ) -> AbstractAsyncContextManager[Mapping[str, Tool]]: ...
 
 
@@ -73,6 +73,7 @@ class Loop:
     attachments: Sequence[Attachment]
     journal: Journal
     stream: Stream
+    withheld: Withheld
     conversation: Conversation
     bench: Bench
 
@@ -81,7 +82,6 @@ class Loop:
 
         Raises what ends a turn otherwise: StackError of a shield, a bank or the model that cannot be asked.
         """
-        self._withhold()
         while True:
             todo = next_step(self.plan, self.journal.steps, self.journal.runs)
             match todo:
@@ -140,11 +140,10 @@ class Loop:
 
     async def _infer(self, todo: Infer) -> None:
         steps = [step for step in self.journal.steps if step.has_ended]
-        self.journal.then(self.stream.release)
+        self.withheld.end()
         progress = self._begin(StepType.inference, {"final": todo.final, "after_unread": todo.unread})
         await self.journal.commit()
-        if self.plan.withholds:
-            self.stream.hold()
+        self.withheld.begin()
         spent = sum(step.about.get("tokens", 0) for step in steps)
         question = Question(
             context=self.context,
@@ -162,7 +161,7 @@ class Loop:
 
     async def _run_calls(self, todo: RunCalls) -> None:
         known = tool_calls.decided(self.bench, todo)
-        self.journal.then(self.stream.release)
+        self.withheld.end()
         progress = self._begin(StepType.tool_execution, {})
         if begun := tool_calls.at_once(self.bench, todo, known):
             self.journal.begin_runs(begun)
@@ -183,16 +182,14 @@ class Loop:
 
     async def _ask_approval(self, todo: AskApproval) -> None:
         calls = list(todo.calls)
-        self.journal.then(self.stream.release)
+        self.withheld.end()
         step = self.journal.begin_step(StepType.tool_execution, {})
         self.journal.ask_approval([call["call_id"] for call in calls])
         self.journal.then(lambda: tell_awaiting(self.stream, self.journal.turn.id, step.number, calls))
         await self.journal.commit()
 
     async def _complete(self, message: dict[str, Any]) -> None:
-        if (number := withdrawn(self.journal.steps)) is not None:
-            self._withdraw(number, message["content"])
-        self.journal.then(self.stream.release)
+        self.withheld.end()
         self.journal.complete(message, self._output_attachments())
         self.journal.then(lambda: tell_end(self.stream, self.journal.turn, self.journal.steps))
         await self.journal.commit()
@@ -211,21 +208,6 @@ class Loop:
         step = self.journal.end_step(details, about)
         progress.flush()
         self.journal.then(lambda: progress.end(details_of(step)))
-
-    def _withhold(self) -> None:
-        """Of a turn that was run before: an answer that shields have not let pass yet is not to be seen."""
-        steps = [step for step in self.journal.steps if step.has_ended]
-        todo = next_step(self.plan, self.journal.steps, self.journal.runs)
-        if self.plan.withholds and isinstance(todo, Shield) and todo.side == "output":
-            self.stream.hold_from(f"{answer_of(steps).number}.end")
-
-    def _withdraw(self, number: int, text: str) -> None:
-        """An answer that a shield does not let pass is taken out of what is kept and told, with what it said."""
-        step = self.journal.steps[number - 1]
-        assert step.details is not None
-        changed = step.details["model_response"] | {"content": text}
-        step = self.journal.change_step(number, step.details | {"model_response": changed})
-        self.journal.then(lambda: self.stream.withdraw(number, f"{number}.end", completed(details_of(step))))
 
     def _require_attempts(self) -> None:
         """Raises Unavailable for a step that was begun so often that it will hardly end."""

@@ -242,13 +242,6 @@ def violation(step: Step) -> dict[str, Any] | None:
     return {"role": "assistant", "content": text, "stop_reason": "end_of_turn", "tool_calls": []}
 
 
-def withdrawn(steps: Sequence[Step]) -> int | None:
-    """The number of the answer that the last step, a shield, does not let pass."""
-    if not _is_shield(steps[-1], "output") or violation(steps[-1]) is None:
-        return None
-    return answer_of(steps).number
-
-
 def answer_of(steps: Sequence[Step]) -> Step:
     """The last answer of the model."""
     return next(step for step in reversed(steps) if step.kind == StepType.inference and step.has_ended)

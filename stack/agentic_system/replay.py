@@ -49,12 +49,12 @@ def tell_awaiting(stream: Stream, turn_id: str, step: int, calls: list[dict[str,
     stream.finish()
 
 
-def tell_end(stream: Stream, turn: Turn, steps: Sequence[Step]) -> None:
-    """The end of a turn: an event where it is complete, else an error."""
+def tell_end(stream: Stream, turn: Turn, steps: Sequence[Step], error: StackError | None = None) -> None:
+    """The end of a turn: an event where it is complete, else an error, the one that it failed by or one like it."""
     if turn.state == TurnState.completed:
         told = shown_turn(turn, steps).model_dump(mode="json", exclude_none=True)
         stream.put("end", {"event_type": "turn_complete", "turn": told})
-    stream.finish(error_of(turn))
+    stream.finish(error or error_of(turn))
 
 
 def error_of(turn: Turn) -> StackError | None:

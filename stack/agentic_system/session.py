@@ -46,10 +46,10 @@ class Session:
         self._is_to_cancel = False
         self._past = Past()
 
-    def start(self, turn_id: str, keys: Mapping[str, str]) -> None:
-        """Has a turn run when its time comes; its stream is there from now on. The turn is in its row."""
+    def start(self, turn_id: str, keys: Mapping[str, str]) -> Stream:
+        """Has a turn run when its time comes. The turn is in its row."""
         self._keys[turn_id] = keys
-        self.watch(turn_id)
+        return self.watch(turn_id)
 
     def watch(self, turn_id: str) -> Stream:
         """The stream of a turn that has not ended, which is run if nobody does."""
@@ -82,14 +82,19 @@ class Session:
         if (stream := self._streams.get(turn_id)) is not None:
             await self._tell_if_ended(turn_id, stream)
 
-    async def stop(self, error: StackError) -> None:
-        """Stops what is run, and leaves it to whoever takes it next. Those who read events are told the error."""
+    async def stop(self, error: StackError) -> list[str]:
+        """Stops what is run, and leaves it to whoever takes it next. Those who read events are told the error.
+
+        Returns the turns whose events were there.
+        """
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
+        stopped = list(self._streams)
         for stream in self._streams.values():
             stream.finish(error)
         self._streams.clear()
+        return stopped
 
     async def _work(self) -> None:
         try:

@@ -7,6 +7,7 @@ done again, but for calls of tools whose outcome nobody knows: the model is told
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,9 +21,10 @@ from stack.agentic_system.events import Stream
 from stack.agentic_system.journal import Journal
 from stack.agentic_system.loop import Loop, Place, retrieves
 from stack.agentic_system.past import Past
-from stack.agentic_system.plan import is_clients, plan_of
+from stack.agentic_system.plan import Plan, is_clients, plan_of
 from stack.agentic_system.replay import retell, tell_end
 from stack.agentic_system.tool_calls import Bench
+from stack.agentic_system.withheld import Withheld
 from stack.api.agent_tools import CodeInterpreterToolDefinition, names_of
 from stack.api.agentic_system import AgentConfig, InputMessage, TurnState
 from stack.api.messages import Attachment
@@ -51,7 +53,6 @@ class TurnRun:
         self._task: asyncio.Task[Any] | None = None
         self._is_cancelled = turn.cancelled_at is not None
         self._journal = Journal(self._context.store, turn)
-        self._session_bank: str | None = None
 
     async def run(self) -> Turn:
         """The turn's row at its end, or where it awaits approval; its stream is finished then.
@@ -60,12 +61,13 @@ class TurnRun:
         the turn left to another owner, where it is cancelled otherwise than by `cancel`.
         """
         self._task = asyncio.current_task()
+        made: _Made | None = None
+        failure: StackError | None = None
         try:
-            await self._load()
-            retell(self._stream, self._journal.steps)
+            made = await self._made_of_rows()
             if self._is_cancelled:
                 raise asyncio.CancelledError
-            await self._to_its_end()
+            await self._to_its_end(made)
         except asyncio.CancelledError:
             if not self._is_cancelled:
                 raise
@@ -73,6 +75,7 @@ class TurnRun:
         except StackError as error:
             if error.code == "superseded":
                 raise
+            failure = error
             end = partial(self._journal.fail, {"code": error.code, "message": error.message})
         except SQLAlchemyError:
             raise  # the journal cannot be written: the turn is as it was there, for another owner
@@ -84,8 +87,10 @@ class TurnRun:
         else:
             return self._journal.turn
         if self._journal.turn.state == TurnState.running:
+            if made is not None:
+                made.withheld.give_up()
             end()
-            self._journal.then(lambda: tell_end(self._stream, self._journal.turn, self._journal.steps))
+            self._journal.then(lambda: tell_end(self._stream, self._journal.turn, self._journal.steps, failure))
             await self._journal.commit()
         return self._journal.turn
 
@@ -100,48 +105,66 @@ class TurnRun:
             if self._task is not None:
                 self._task.cancel()
 
-    async def _load(self) -> None:
-        """Reads what the turn goes by beside its own row, in one go."""
+    async def _made_of_rows(self) -> "_Made":
+        """Reads, in one go, what the turn goes by beside its own row, and tells what has been."""
 
-        def read() -> None:
+        def read() -> str | None:
             self._journal.load()
-            turn = self._journal.turn
             session = self._context.store.agents.get_session(turn.tenant, turn.session_id)
-            self._session_bank = session.memory_bank_id if session is not None else None
+            return session.memory_bank_id if session is not None else None
 
-        await asyncio.to_thread(read)
-
-    async def _to_its_end(self) -> None:
         turn = self._journal.turn
+        session_bank = await asyncio.to_thread(read)
         config = AgentConfig.model_validate(turn.config)
         messages = _MESSAGES.validate_python(turn.request["messages"])
-        given = _ATTACHMENTS.validate_python(turn.request["attachments"])
-        had = await files.files_of(given) if given and _reads_files(config) else []
+        attachments = _ATTACHMENTS.validate_python(turn.request["attachments"])
+        looks_up = retrieves(config, messages, attachments, session_bank)
+        plan = plan_of(config, turn.request["messages"], self._bounds, retrieves=looks_up)
+        withheld = Withheld(plan, self._journal, self._stream)
+        retell(self._stream, self._journal.steps)
+        withheld.again()
+        return _Made(config, messages, attachments, session_bank, plan, withheld)
+
+    async def _to_its_end(self, made: "_Made") -> None:
+        turn, config = self._journal.turn, made.config
+        had = await files.files_of(made.attachments) if made.attachments and _reads_files(config) else []
         shields = {name: (tool.input_shields, tool.output_shields) for tool in config.tools for name in names_of(tool)}
         past = await self._past.before(self._context, turn, config.model)
+        names = [file.name for file in had]
         async with self._place.hands(self._bounds, config.tools, had, is_resumed=turn.epoch > 1) as tools:
             told = definitions(config, tools)
-            looks_up = retrieves(config, messages, given, self._session_bank)
+            timeout_s = self._bounds.tool_timeout_s
             loop = Loop(
                 context=self._context,
                 memory=self._place.memory,
                 config=config,
-                plan=plan_of(config, turn.request["messages"], self._bounds, retrieves=looks_up),
-                session_bank=self._session_bank,
-                messages=messages,
-                attachments=given,
+                plan=made.plan,
+                session_bank=made.session_bank,
+                messages=made.messages,
+                attachments=made.attachments,
                 journal=self._journal,
+                withheld=made.withheld,
                 stream=self._stream,
                 conversation=Conversation(
-                    self._context, config, past, turn.request["messages"], given, [file.name for file in had]
+                    self._context, config, past, turn.request["messages"], made.attachments, names
                 ),
-                bench=Bench(
-                    self._context, self._journal, tools, told, shields, self._keys, self._bounds.tool_timeout_s
-                ),
+                bench=Bench(self._context, self._journal, tools, told, shields, self._keys, timeout_s),
             )
             await loop.run()
         if self._journal.turn.has_ended:
             self._past.add(self._journal.turn, self._journal.steps)
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a turn's rows say of it."""
+
+    config: AgentConfig
+    messages: list[InputMessage]
+    attachments: list[Attachment]
+    session_bank: str | None
+    plan: Plan
+    withheld: Withheld
 
 
 def _reads_files(config: AgentConfig) -> bool:

@@ -35,7 +35,7 @@ FULL: dict[str, Any] = CONFIG | {
     "tools": [
         {"type": "brave_search", "engine": "brave", "input_shields": [SHIELD]},
         {"type": "wolfram_alpha"},
-        {"type": "code_interpreter", "enable_inline_code_execution": True},
+        {"type": "code_interpreter", "enable_inline_code_execution": False},
         FUNCTION | {"remote_execution": {"url": "https://example.com/weather", "method": "GET"}, "idempotent": True},
     ],
     "tool_choice": "auto",
@@ -175,13 +175,13 @@ def test_a_deleted_agent_is_gone_with_its_sessions(agent: Agent, sessions: Scrip
         ({"tools": [{"type": "photogen"}]}, "agent_config.tools.0", "agents.photogen"),
         (
             {"tools": [{"type": "mcp", "server": "files", "allowed_tools": ["read"]}]},
-            "agent_config.tools.0.server",
+            "agent_config.tools.0",
             "there is no MCP server 'files'",
         ),
         (
             {"tools": [FUNCTION | {"remote_execution": {"url": "file:///etc/passwd", "method": "GET"}}]},
-            "agent_config.tools.0.remote_execution.url",
-            "https://",
+            "agent_config.tools.0",
+            "https",
         ),
         (
             {"tools": [FUNCTION | {"output_shields": [SHIELD | {"shield_type": "nonsense"}]}]},
@@ -580,7 +580,7 @@ async def test_a_client_that_leaves_ends_no_turn(
     app: FastAPI, context: Context, sessions: ScriptedSessions, stream: bool
 ) -> None:
     sessions.holds = True
-    agent_id = await asyncio.to_thread(create, context, AgentConfig.model_validate(CONFIG))
+    agent_id = await create(context, AgentConfig.model_validate(CONFIG))
     request = CreateAgenticSystemSessionRequest(agent_id=agent_id, session_name="talk")
     session_id = await asyncio.to_thread(create_session, context, request)
     body = dict(agent_id=agent_id, session_id=session_id, messages=SAID, stream=stream)
