@@ -64,7 +64,7 @@ async def require_hands(config: AgentsConfig, definitions: Sequence[AgentTool]) 
         if isinstance(definition, McpToolDefinition):
             _mcp_server(config, definition.server)
         elif isinstance(_tool(config, definition, (), False), CodeInterpreter):
-            await code_interpreter.check()
+            await asyncio.to_thread(code_interpreter.require)
 
 
 def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File], is_resumed: bool) -> Tool | None:

@@ -5,6 +5,7 @@ import base64
 import logging
 import mimetypes
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
@@ -35,10 +36,14 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-async def check() -> None:
-    """Raises BadInput where the tool cannot run on this machine: it never runs but in a sandbox."""
+@cache
+def require() -> None:
+    """Raises BadInput where the tool cannot run on this machine: it never runs but in a sandbox.
+
+    Once it could, this is not looked at again. It blocks, in a thread that runs no event loop.
+    """
     try:
-        await sandbox.check()
+        asyncio.run(sandbox.check())
     except CannotStart as error:
         raise BadInput(f"the tool code_interpreter cannot be used here: {error}", param="tools") from error
 

@@ -163,10 +163,15 @@ async def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch, 
 
 
 async def test_an_agent_with_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code_interpreter.require.cache_clear()
+    path = str(tmp_path)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", path)
+        with pytest.raises(BadInput, match="code_interpreter cannot be used here: bubblewrap is not installed"):
+            await require_hands(AgentsConfig(), [INLINE])
     await require_hands(AgentsConfig(), [INLINE])
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(BadInput, match="code_interpreter cannot be used here: bubblewrap is not installed"):
-        await require_hands(AgentsConfig(), [INLINE])
+    monkeypatch.setenv("PATH", path)
+    await require_hands(AgentsConfig(), [INLINE])  # it could run already
 
 
 async def test_an_agent_has_it_by_its_definition() -> None:
