@@ -225,7 +225,7 @@ async def test_what_cancels_a_turn_that_waits_leaves_the_next_alone(agents_of: M
     turns = agents.context.store.turns
     take = turns.take
 
-    def late(id: str, owner: str) -> Turn | None:  # noqa: A002  # as it is called there
+    def late(id: str, owner: str) -> Turn | None:  # as it is called there
         if id == first.id:
             turns.cancel("default", id)
             asyncio.run_coroutine_threadsafe(agents.sessions.cancel(agents.context, id), loop).result()
