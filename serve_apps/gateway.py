@@ -17,6 +17,7 @@ from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
+from serve_apps.placement import WAITS, alive_nodes
 from serve_apps.routes import (
     batch_inference,
     datasets,
@@ -43,6 +44,7 @@ from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
+from stack.shared_state import require_shared
 
 REFUSED_AT_ONCE = 1_000
 
@@ -61,13 +63,14 @@ def build(args: dict[str, Any]) -> serve.Application:
     return gateway.bind(config, supervisor, writer)  # type: ignore[no-any-return]
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.deployment(ray_actor_options={**WAITS})
 @serve.ingress()
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
 
     def __init__(self, config: Config, supervisor: DeploymentHandle[Any], writer: DeploymentHandle[Any]) -> None:
         tracing.start("gateway", config.otlp_address)
+        require_shared(config, len(alive_nodes()))
         self._context = Context.open(config)
         # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
         if (host := listening_host()) is not None:
