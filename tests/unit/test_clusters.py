@@ -149,6 +149,9 @@ def test_trainings_have_spot_nodes_that_come_before_those_that_serve(file: Path)
         assert "spot" in str(one["node_config"]).lower(), "the cloud is told, too"
     for one in serving.values():
         assert "spot" not in str(one["node_config"]).lower()
+    (kind,), (node,) = Config.from_file(SERVE_FILE).autoscaled_nodes, spot.values()
+    assert kind.most == node["max_workers"], "what jobs are handed to Ray for"
+    assert fits([kind.resources], node["resources"])
     training = engines.bundles_of_job(Config.from_file(SERVE_FILE).models[1])
     assert any(fits(training, one["resources"]) for one in spot.values())
 
