@@ -257,6 +257,34 @@ def test_dead_nodes_are_noticed_within_a_minute(file: Path) -> None:
     assert (period + timeout) * checks < 60_000
 
 
+# The image
+
+
+def test_the_image_is_of_fixed_parts_and_runs_without_rights() -> None:
+    lines = (CLUSTERS / "Containerfile").read_text().splitlines()
+    words = [line.split() for line in lines if line and not line.startswith("#")]
+    (base,) = (line[1] for line in words if line[0] == "FROM")
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+", base)
+    assert [line[1] for line in words if line[0] == "USER"][-1] == "stack"
+    assert not {"ENTRYPOINT", "CMD", "ADD"} & {line[0] for line in words}
+    text = "\n".join(lines)
+    assert '--constraint "$constraints"' in text
+    assert "HOME=/home/stack" in text, "by which Ray finds where to put what it mounts"
+    for program in ("rsync", "openssh-client", "wget", "gcc"):
+        assert program in text
+
+
+def test_the_image_has_the_code_and_nothing_else_of_the_folder() -> None:
+    lines = (CLUSTERS / "Containerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    everything, *back = (ROOT / ".containerignore").read_text().split()
+    let_in = {name.removeprefix("!") for name in back if name.startswith("!")}
+    assert everything == "*"
+    assert let_in == {name.split("/")[0] for name in copied}
+    assert {"stack", "serve_apps", "jobs", "scripts"} <= let_in
+
+
 @pytest.mark.parametrize("file", [*FILES, ENVIRONMENT, SERVE_FILE], ids=lambda file: file.name)
 def test_no_file_holds_a_secret(file: Path) -> None:
     assert not SECRETS.search(file.read_text())
