@@ -47,7 +47,7 @@ def serving_on(node: str) -> list[str]:
     from ray.util.state import list_actors
 
     actors = list_actors(filters=[("node_id", "=", node), ("state", "=", "ALIVE")], limit=MOST_ACTORS)
-    return sorted(actor.name for actor in actors if actor.name.startswith(SERVING))
+    return sorted(name for actor in actors if (name := actor.name or "").startswith(SERVING))
 
 
 def wait_until_empty(
