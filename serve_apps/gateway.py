@@ -1,6 +1,7 @@
 """The only public application: every route, behind request ids, bounds and one shape of errors."""
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,10 +15,11 @@ from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
+from serve_apps.locks import require_locked
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
-from serve_apps.placement import WAITS, alive_nodes
+from serve_apps.placement import WAITS, addresses
 from serve_apps.routes import (
     batch_inference,
     datasets,
@@ -39,7 +41,7 @@ from stack import tracing
 from stack.added_models import Deployer
 from stack.config import GATEWAY, Config
 from stack.context import Context
-from stack.keys import Keyring, require_keys
+from stack.keys import Keyring, is_loopback, require_keys
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
@@ -70,11 +72,14 @@ class Gateway:
 
     def __init__(self, config: Config, supervisor: DeploymentHandle[Any], writer: DeploymentHandle[Any]) -> None:
         tracing.start("gateway", config.otlp_address)
-        require_shared(config, len(alive_nodes()))
+        nodes = addresses()
+        require_shared(config, len(nodes))
         self._context = Context.open(config)
         # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
         if (host := listening_host()) is not None:
             require_keys(self._context.store, host)
+        if len(nodes) > 1 or (host is not None and not is_loopback(host)):
+            require_locked(os.environ, nodes)
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
 

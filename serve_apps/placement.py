@@ -18,6 +18,11 @@ def alive_nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
+def addresses() -> list[str]:
+    """Those of the living nodes, to which Ray's ports are bound."""
+    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
 def of_bundles(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a deployment that has bundles of resources, with those nodes alone for each of the bundles."""
     return options | {"placement_group_bundle_label_selector": [NOT_SPOT for _ in options["placement_group_bundles"]]}

@@ -14,13 +14,16 @@ from ray.util.accelerators import accelerators
 from safetensors.numpy import save_file
 
 from scripts.local_stack import read_serve_file
-from serve_apps.gateway import Gateway
-from serve_apps.job_supervisor import JobSupervisor
-from serve_apps.memory_writer import MemoryWriter
-from serve_apps.placement import NOT_SPOT
 from stack.config import DEFAULT_FILE, GATEWAY, Accelerator, Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput
 from tests.conftest import WEIGHTS
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
+    from serve_apps.gateway import Gateway
+    from serve_apps.job_supervisor import JobSupervisor
+    from serve_apps.memory_writer import MemoryWriter
+    from serve_apps.placement import NOT_SPOT
 
 FILES = sorted(DEFAULT_FILE.parent.glob("*.yaml"))
 GPU_FILE = DEFAULT_FILE.parent / "gpu.yaml"
