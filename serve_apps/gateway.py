@@ -1,6 +1,7 @@
 """The only public application: every route, behind request ids, bounds and one shape of errors."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
@@ -15,9 +16,11 @@ from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
+from serve_apps.locks import require_locked
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
+from serve_apps.placement import WAITS, addresses
 from serve_apps.ray_sessions import RaySessions
 from serve_apps.routes import (
     agentic_system,
@@ -48,11 +51,12 @@ from stack.agentic_system.loop import Place
 from stack.agentic_system.sessions import Sessions
 from stack.config import GATEWAY, Config
 from stack.context import Context
-from stack.keys import Keyring, require_keys
+from stack.keys import Keyring, is_loopback, require_keys
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
+from stack.shared_state import require_shared
 
 REFUSED_AT_ONCE = 1_000
 # The deployments of its application that it needs, and what they are called where one is not there.
@@ -74,7 +78,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.deployment(ray_actor_options={**WAITS})
 @serve.ingress()
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
@@ -87,10 +91,14 @@ class Gateway:
         pool: DeploymentHandle[Any],
     ) -> None:
         tracing.start("gateway", config.otlp_address)
+        nodes = addresses()
+        require_shared(config, len(nodes))
         self._context = Context.open(config)
         # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
         if (host := listening_host()) is not None:
             require_keys(self._context.store, host)
+        if len(nodes) > 1 or (host is not None and not is_loopback(host)):
+            require_locked(os.environ, nodes)
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)
