@@ -82,19 +82,14 @@ class Session:
         if (stream := self._streams.get(turn_id)) is not None:
             await self._tell_if_ended(turn_id, stream)
 
-    async def stop(self, error: StackError) -> list[str]:
-        """Stops what is run, and leaves it to whoever takes it next. Those who read events are told the error.
-
-        Returns the turns whose events were there.
-        """
+    async def stop(self, error: StackError) -> None:
+        """Stops what is run, and leaves it to whoever takes it next. Those who read events are told the error."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
-        stopped = list(self._streams)
         for stream in self._streams.values():
-            stream.finish(error)
+            stream.leave(error)
         self._streams.clear()
-        return stopped
 
     async def _work(self) -> None:
         try:
@@ -119,7 +114,7 @@ class Session:
                 if failures < RETRIES:
                     await asyncio.sleep(RETRY_S * 2**failures)
         for stream in self._streams.values():
-            stream.finish(Unavailable("the journal of the turn cannot be written now; it goes on later"))
+            stream.leave(Unavailable("the journal of the turn cannot be written now; it goes on later"))
         self._streams.clear()
 
     async def _taken(self) -> Turn | None:
@@ -142,7 +137,7 @@ class Session:
         try:
             turn = await run.run()
         except StackError:  # superseded: it is run elsewhere by now
-            stream.finish(Unavailable("the turn is run elsewhere now; its events can be asked for again"))
+            stream.leave(Unavailable("the turn is run elsewhere now; its events can be asked for again"))
         finally:
             self._current, self._run, self._is_to_cancel = None, None, False
         if run.is_cancelled and turn.state == TurnState.awaiting_approval:
