@@ -29,6 +29,8 @@ OVERRIDES = (
     "instructions", "sampling_params", "tools", "tool_choice", "tool_prompt_format", "input_shields", "output_shields",
     "approval",
 )  # fmt: skip
+# Of these, what takes the place of the agent's only where there is something in it.
+UNLESS_EMPTY = ("tools", "input_shields", "output_shields")
 
 
 async def create_turn(
@@ -59,6 +61,7 @@ def accept(context: Context, request: AgenticSystemTurnCreateRequest) -> Turn:
     config = _merged(context, AgentConfig.model_validate(agent.config), request)
     most = context.config.agents.max_queued_turns + 1 if request.wait else 1
     dumped = request.model_dump(mode="json", include={"messages", "attachments"})
+    dumped["attachments"] = dumped["attachments"] or []
     new = NewTurn(
         context.tenant, request.agent_id, request.session_id, agent.version, dumped, config.model_dump(mode="json")
     )
@@ -138,6 +141,7 @@ def _state_of(context: Context, turn: Turn) -> str:
 def _merged(context: Context, config: AgentConfig, request: AgenticSystemTurnCreateRequest) -> AgentConfig:
     """The agent's config with what the request has in its place, of which that is checked."""
     given = {field: value for field in OVERRIDES if (value := getattr(request, field)) is not None}
+    given = {field: value for field, value in given.items() if value or field not in UNLESS_EMPTY}
     if not given:
         return config
     require_tools(context, request.tools or [], "tools")

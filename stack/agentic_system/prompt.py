@@ -33,7 +33,7 @@ UNREAD = (
 )
 UNANSWERED = "No answer was given."
 LEFT_OUT = "[an attachment that is not here any more]"
-_TAGS = re.compile(r"<(?=/?\s*(?:tool_output|retrieved)\b)", re.IGNORECASE)
+_TAGS = re.compile(r"<(?=\s{0,9}/?\s{0,9}(?:tool_output|retrieved)\b)", re.IGNORECASE)
 _SPECIAL = re.compile(r"<(?=\||/?s>)|\[(?=/?INST\])")
 
 Message = dict[str, Any]
@@ -89,8 +89,8 @@ def tool_output(response: dict[str, Any]) -> Message:
 
 def with_parts(messages: list[Message], attachments: Sequence[dict[str, Any]], line: str) -> list[Message]:
     """The messages, to the last user message of which attachments are added, and a line."""
-    told = [_joined([{"type": "attachment", "attachment": one} for one in attachments], "")] if attachments else []
-    told += [line] if line else []
+    parts = [{"type": "attachment", "attachment": one} for one in attachments]
+    told = [part for part in (parts, line) if part]
     users = [at for at, message in enumerate(messages) if message["role"] == "user"]
     if not users:
         return messages + [{"role": "user", "content": part} for part in told]

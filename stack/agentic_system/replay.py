@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stack import errors
-from stack.agentic_system.events import Progress, Stream, awaiting, completed, started
+from stack.agentic_system.events import Progress, Stream, awaiting, started
 from stack.agentic_system.shown import awaited, shown_step, shown_turn
 from stack.api.agentic_system import TurnState
 from stack.errors import Conflict, StackError
@@ -17,19 +17,41 @@ _ERRORS = (
 _BY_CODE: Mapping[str, type[StackError]] = {one.code: one for one in _ERRORS}
 
 
-def retell(stream: Stream, steps: Iterable[Step]) -> None:
-    """Puts the events of a turn's steps that have ended into its stream, which has nothing but its start."""
+def retell(stream: Stream, steps: Iterable[Step], *, with_progress: bool = False) -> None:
+    """Puts the events of a turn's steps that have ended into its stream, which has nothing but its start.
+
+    With progress, what a step has told bit by bit is one event of each text and call. It is not for turns that go on:
+    an answer that no shield has judged yet would be told.
+    """
     for step in steps:
         if step.has_ended:
-            Progress(stream, step.number, step.attempt, step.kind, step.id).begin()
-            stream.put(f"{step.number}.end", completed(details_of(step)))
+            progress = Progress(stream, step.number, step.attempt, step.kind, step.id)
+            progress.begin()
+            details = details_of(step)
+            if with_progress:
+                _tell_progress(progress, details)
+            progress.end(details)
     stream.retold()
 
 
+def _tell_progress(progress: Progress, details: dict[str, Any]) -> None:
+    if (said := details.get("model_response")) is not None:
+        if isinstance(said["content"], str):
+            progress.model_text(said["content"])
+        for call in said["tool_calls"]:
+            progress.call(call, "success")
+    for response in details.get("tool_responses", ()):
+        if isinstance(response["content"], str):
+            progress.tool_text(response["call_id"], response["content"])
+
+
 def whole(turn: Turn, steps: Sequence[Step], runs: Iterable[ToolRun]) -> Stream:
-    """The stream of a turn that nobody runs: it has ended, or awaits approval."""
+    """The stream of a turn that nobody runs: it has ended, or awaits approval.
+
+    A reader may come this late to a turn that was fast, and must not miss what it says.
+    """
     stream = begun(turn.id)
-    retell(stream, steps)
+    retell(stream, steps, with_progress=True)
     if turn.state == TurnState.awaiting_approval:
         calls = awaited([shown_step(step) for step in steps if step.has_ended], runs)
         tell_awaiting(stream, turn.id, steps[-1].number, [one.model_dump(mode="json") for one in calls])

@@ -201,13 +201,14 @@ InputMessage = Annotated[UserMessage | ToolResponseMessage, Field(discriminator=
 class AgenticSystemTurnCreateRequest(Request):
     """A turn of a session. What stands beside messages and attachments takes, for this turn, the place of the agent's.
 
+    Empty lists of tools and shields do not: some clients send them with every turn.
     While another turn of the session is under way, this one waits; without `wait` it is refused.
     """
 
     agent_id: AgentId
     session_id: SessionId
     messages: Annotated[list[InputMessage], Field(min_length=1), at_most(MAX_MESSAGES)]
-    attachments: Annotated[list[Attachment], at_most(MAX_ATTACHMENTS)] = []
+    attachments: Annotated[list[Attachment], at_most(MAX_ATTACHMENTS)] | None = None
     instructions: Instructions | None = None
     sampling_params: SamplingParams | None = None
     tools: AgentTools | None = None

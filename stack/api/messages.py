@@ -3,7 +3,7 @@
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from stack.api.wire import Wire, at_most
 from stack.errors import BadInput
@@ -16,13 +16,21 @@ MAX_ATTACHMENT_CHARACTERS = 16_000_000
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
+def _without_wrapper(value: Any) -> Any:
+    """An address as older clients send it, which is an object with the key `uri`, as the text that it is."""
+    return value["uri"] if isinstance(value, dict) and value.keys() == {"uri"} else value
+
+
 class Attachment(Wire):
     """A text or an image that comes with a message: by value, as a data: address, or at an https address.
 
     A text without blanks that begins with data: or https:// is an address. A list is one text in parts.
     """
 
-    content: Annotated[str, Field(max_length=MAX_ATTACHMENT_CHARACTERS)] | Annotated[list[Text], at_most(MAX_PARTS)]
+    content: Annotated[
+        Annotated[str, Field(max_length=MAX_ATTACHMENT_CHARACTERS)] | Annotated[list[Text], at_most(MAX_PARTS)],
+        BeforeValidator(_without_wrapper),
+    ]
     mime_type: Annotated[str, Field(min_length=3, max_length=200)]
 
 

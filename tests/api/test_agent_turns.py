@@ -1,16 +1,17 @@
 """Turns over HTTP as they are run: by sessions of this process, on a scripted model."""
 
-import json
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import jsonschema_rs
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from llama_stack import LlamaStack
 
 from serve_apps import gateway
 from stack.context import Context
@@ -51,8 +52,13 @@ def client(app: FastAPI) -> Iterator[TestClient]:
         yield client
 
 
-def payloads_of(reply: Any) -> list[dict[str, Any]]:
-    return [event["event"]["payload"] for _, event in events_of(reply)]
+def is_progress(event: tuple[str | None, Any]) -> bool:
+    return bool(event[1]["event"]["payload"]["event_type"] == "step_progress")
+
+
+def text_of(event: Any) -> str:
+    """What is new of the model's text in an event."""
+    return str(event["event"]["payload"].get("model_response_text_delta", ""))
 
 
 def test_a_turn_is_answered(client: TestClient) -> None:
@@ -75,14 +81,20 @@ def test_the_events_of_a_turn_are_as_documented_and_can_be_resumed_anywhere(
         validator.validate(event)
     assert types_of(events)[0] == "turn_start"
     payloads = [event["event"]["payload"] for _, event in events]
-    text = "".join(one.get("model_response_text_delta", "") for one in payloads)
+    text = "".join(text_of(event) for _, event in events)
     assert text == payloads[-1]["turn"]["output_message"]["content"] == "It rains here."
     turn_id = payloads[0]["turn_id"]
+    first = next(number for number, one in enumerate(events) if is_progress(one))
+    before_it = {place for place, _ in events[:first]}
     for number, (place, _) in enumerate(events):
         assert place is not None
         rest = events_of(agent.get("turn/events", turn_id=turn_id, after=place)) if place != "end" else []
-        # Of a step that has ended, its end says all that its progress did.
-        assert rest == [one for one in events[number + 1 :] if "step_progress" not in json.dumps(one)]
+        # Progress is told again from the beginning of its step alone; else the end of the step has all of it.
+        assert [one for one in rest if not is_progress(one)] == [
+            one for one in events[number + 1 :] if not is_progress(one)
+        ]
+        told = "".join(text_of(event) for _, event in rest)
+        assert told == ("It rains here." if place in before_it else "")
     ((_, last),) = events_of(agent.get("turn/events", turn_id=turn_id, after="9.9.9"))
     assert checked(last)["param"] == "after"
 
@@ -167,3 +179,48 @@ def test_turns_of_a_session_are_run_one_after_another(client: TestClient, model:
     turns = agent.get_session({}).json()["turns"]
     assert all(one["completed_at"] <= other["started_at"] for one, other in pairwise(turns))
     assert [len(body["messages"]) for body in model.bodies] == [2, 4, 6, 8]
+
+
+@pytest.fixture
+def http(client: TestClient) -> Iterator[httpx.Client]:
+    """What other clients take to reach the gateway."""
+
+    def to_gateway(request: httpx.Request) -> httpx.Response:
+        sent = {"content": request.content, "headers": dict(request.headers)}
+        reply = client.request(request.method, request.url.raw_path.decode(), **sent)  # type: ignore[arg-type]
+        return httpx.Response(reply.status_code, content=reply.content, headers=dict(reply.headers))
+
+    with httpx.Client(base_url=URL, transport=httpx.MockTransport(to_gateway)) as http:
+        yield http
+
+
+def test_the_specifications_client(client: TestClient, http: httpx.Client, model: Model) -> None:
+    model.script = [call("get_weather", city="Paris"), "It is sunny."]
+    system = LlamaStack(base_url=URL, http_client=http).agentic_system
+    tool: Any = WEATHER | {"description": "The forecast."}
+    config: Any = {"model": "small", "instructions": "Be brief.", "tools": [tool]}
+    agent_id = system.create(agent_config=config).agent_id
+    session_id = system.sessions.create(agent_id=agent_id, session_name="talk").session_id
+    ids: Any = dict(agent_id=agent_id, session_id=session_id)
+    asked: Any = [{"role": "user", "content": "How is the weather?"}]
+    events = list(system.turns.create(**ids, messages=asked, stream=True))
+    payloads: list[Any] = [event.event.payload for event in events]
+    assert payloads[0].event_type == "turn_start"
+    turn = payloads[-1].turn
+    (called,) = turn.output_message.tool_calls
+    answer: Any = {"role": "ipython", "call_id": called.call_id, "tool_name": "get_weather", "content": "sunny"}
+    events = list(system.turns.create(**ids, messages=[answer], stream=True))
+    payloads = [event.event.payload for event in events]
+    assert payloads[-1].turn.output_message.content == "It is sunny."
+    text = "".join(getattr(one, "text_delta_model_response", None) or "" for one in payloads)
+    assert text == "It is sunny."
+    found: Any = system.turns.retrieve(agent_id=agent_id, turn_id=turn.turn_id)
+    assert found.output_message.tool_calls[0].call_id == called.call_id
+    step_id = found.steps[0].step_id
+    step: Any = system.steps.retrieve(agent_id=agent_id, turn_id=turn.turn_id, step_id=step_id)
+    assert step.step.step_id == step_id
+    session: Any = system.sessions.retrieve(**ids)
+    assert [one.turn_id for one in session.turns] == [turn.turn_id, payloads[0].turn_id]
+    system.sessions.delete(**ids)
+    system.delete(agent_id=agent_id)
+    error_of(client.get("/agentic_system/get", params={"agent_id": agent_id}), 404)

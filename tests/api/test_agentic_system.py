@@ -49,6 +49,10 @@ CALL = ToolCall(call_id="call-1", tool_name="get_weather", arguments={"city": "P
 ANSWER = {"role": "ipython", "call_id": "call-1", "tool_name": "get_weather", "content": "sunny"}
 
 
+def memory(**bank: Any) -> dict[str, Any]:
+    return {"type": "memory", "memory_bank_configs": [bank] if bank else []}
+
+
 class Agent:
     """An agent with one session, as a client has them."""
 
@@ -214,10 +218,6 @@ def test_an_unknown_model_is_404_and_its_place_named(client: TestClient) -> None
     assert (error["code"], error["param"]) == ("model_not_found", "agent_config.model")
 
 
-def memory(**bank: Any) -> dict[str, Any]:
-    return {"type": "memory", "memory_bank_configs": [bank]}
-
-
 def test_the_banks_of_a_memory_tool_must_be_there_and_of_their_kind(client: TestClient) -> None:
     bank_id = made(client, "/memory_banks/create", name="a", config={"type": "keyvalue"})["bank_id"]
     fits = memory(type="keyvalue", bank_id=bank_id, keys=["a"])
@@ -316,20 +316,42 @@ def test_what_a_turn_has_takes_the_place_of_the_agents(client: TestClient, conte
         "instructions": "Be long.",
         "sampling_params": {"strategy": "greedy", "max_tokens": 5},
         "tool_prompt_format": "json",
-        "input_shields": [],
+        "input_shields": [SHIELD | {"on_violation_action": 1}],
     }
     turn_id = agent.turn(**changed).json()["turn_id"]
     row = context.store.turns.get("default", turn_id)
     assert row is not None
-    for key, value in changed.items():
-        kept = row.config[key]
-        assert kept == value or {name: kept[name] for name in value} == value
+    for key in ("instructions", "tool_prompt_format"):
+        assert row.config[key] == changed[key]
+    assert row.config["sampling_params"]["max_tokens"] == 5
+    assert [shield["on_violation_action"] for shield in row.config["input_shields"]] == [1]
     assert [shield["shield_type"] for shield in row.config["output_shields"]] == ["code_scanner_guard"]
     assert [tool["type"] for tool in row.config["tools"]] == [tool["type"] for tool in FULL["tools"]]
     assert row.config["approval"] == ["get_weather"]
     fewer = context.store.turns.get("default", agent.turn(tools=[{"type": "wolfram_alpha"}]).json()["turn_id"])
     assert fewer is not None
     assert ([tool["type"] for tool in fewer.config["tools"]], fewer.config["approval"]) == (["wolfram_alpha"], [])
+
+
+def test_lists_that_are_empty_and_fields_that_are_null_change_nothing(client: TestClient, context: Context) -> None:
+    """Of shields above all: llama-toolchain's client sends empty lists with every turn."""
+    agent = Agent(client, FULL)
+    kept = context.store.turns.get("default", agent.turn().json()["turn_id"])
+    empty: dict[str, Any] = dict(
+        tools=[], input_shields=[], output_shields=[], instructions=None, attachments=None, tool_choice=None
+    )
+    sent = context.store.turns.get("default", agent.turn(**empty).json()["turn_id"])
+    assert kept is not None
+    assert sent is not None
+    assert (sent.config, sent.request["attachments"]) == (kept.config, [])
+
+
+@pytest.mark.parametrize("content", ["https://example.com/a", {"uri": "https://example.com/a"}])
+def test_an_address_may_be_wrapped(agent: Agent, context: Context, content: Any) -> None:
+    turn_id = agent.turn(attachments=[{"content": content, "mime_type": "text/plain"}]).json()["turn_id"]
+    row = context.store.turns.get("default", turn_id)
+    assert row is not None
+    assert row.request["attachments"] == [{"content": "https://example.com/a", "mime_type": "text/plain"}]
 
 
 @pytest.mark.parametrize(
@@ -347,7 +369,7 @@ def test_what_a_turn_has_takes_the_place_of_the_agents(client: TestClient, conte
         ({"tools": [{"type": "photogen"}]}, "tools.0", "agents.photogen"),
         ({"output_shields": [SHIELD | {"shield_type": "none"}]}, "output_shields.0.shield_type", "no such shield"),
         ({"approval": ["brave_search"]}, "approval.0", "there are: get_weather"),
-        ({"tool_choice": "required", "tools": []}, "tool_choice", "allowed: 'auto'"),
+        ({"tool_choice": "required", "tools": [memory()]}, "tool_choice", "allowed: 'auto'"),
         ({"sampling_params": {"temperature": -1}}, "sampling_params.temperature", "greater than or equal to 0"),
         ({"model": "small"}, None, "unknown key 'model'"),
     ],

@@ -34,6 +34,7 @@ with warnings.catch_warnings():
 
 APIS = ("/inference/", "/batch_inference/", "/synthetic_data_generation/", "/reward_scoring/", "/safety/", "/v1/")
 FUZZED = [path for path in POSTS if path.startswith(APIS) and "/job" not in path]
+FUZZED += ["/agentic_system/create", "/agentic_system/turn/create"]
 # Nothing is kept for another run, and a request that fails is told as it was drawn: to make it smaller takes minutes.
 SETTINGS = settings(
     max_examples=15,
