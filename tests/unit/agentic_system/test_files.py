@@ -6,6 +6,7 @@ from stack.agentic_system import files
 from stack.agentic_system.files import files_of, is_image, is_text
 from stack.api.messages import Attachment
 from stack.errors import BadInput, TooLarge
+from stack.fetcher import Fetcher
 
 
 def of(content: str | list[str], mime_type: str = "text/plain") -> Attachment:
@@ -50,7 +51,7 @@ async def test_files_have_contents_and_names_of_their_own() -> None:
     ],
 )
 async def test_names_from_addresses_are_safe(monkeypatch: pytest.MonkeyPatch, address: str, name: str) -> None:
-    monkeypatch.setattr(files.FETCHER.__class__, "fetch", lambda _, url, into, most: into.write(b"1"))
+    monkeypatch.setattr(Fetcher, "fetch", lambda _, url, into, most: into.write(b"1"))
     (file,) = await files_of([of(address, "text/csv")])
     if name == "https":  # with a blank it is a text, and no address
         assert file.content == address.encode()
@@ -59,7 +60,7 @@ async def test_names_from_addresses_are_safe(monkeypatch: pytest.MonkeyPatch, ad
 
 
 async def test_the_same_name_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files.FETCHER.__class__, "fetch", lambda _, url, into, most: into.write(b"1"))
+    monkeypatch.setattr(Fetcher, "fetch", lambda _, url, into, most: into.write(b"1"))
     given = [of("https://a.test/x.csv"), of("https://b.test/x.csv"), of("https://c.test/x.csv"), of("https://c.test/x")]
     assert [file.name for file in await files_of(given)] == ["x.csv", "x_2.csv", "x_3.csv", "x"]
 

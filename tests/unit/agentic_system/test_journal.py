@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def taken(store: Store, owner: str = "one") -> Turn:
     agent = store.agents.add("default", {})
     session = store.agents.add_session("default", agent.id, "a session")
     assert session is not None
-    request = {"messages": [], "attachments": []}
+    request: dict[str, Any] = {"messages": [], "attachments": []}
     turn = store.turns.accept(NewTurn("default", agent.id, session.id, 1, request, {}), 1)
     assert isinstance(turn, Turn)
     return again(store, turn, owner)
