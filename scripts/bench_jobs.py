@@ -89,7 +89,8 @@ class Bench:
     def __init__(self, config: Config, store: Store, home: Path) -> None:
         self._config = config
         self._store = store
-        self._attempts = Attempts(config, store, EndlessJobs, lambda: [{"CPU": 2.0, "GPU": 0.0}], lambda _: None)
+        nodes = [{"CPU": 2.0, "GPU": 0.0}]
+        self._attempts = Attempts(config, store, EndlessJobs, lambda: "nowhere", lambda: nodes, lambda _: None)
         self._home = home
         self._random = random.Random(1)  # the same at every run
         self._data = home / "data" / "questions.jsonl"

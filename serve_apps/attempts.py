@@ -48,14 +48,15 @@ class Client(Protocol):
 
 
 class Attempts:
-    """`connect` makes a client of Ray's jobs, `nodes` tells what each living node of the cluster has, and `forget`
-    removes the data sets that a job has registered which has no result."""
+    """`connect` makes a client of Ray's jobs, `address` is that of their Ray, `nodes` tells what each living node has,
+    and `forget` removes the data sets that a job has registered which has no result."""
 
     def __init__(
         self,
         config: Config,
         store: Store,
         connect: Callable[[], Client],
+        address: Callable[[], str],
         nodes: Callable[[], list[dict[str, float]]],
         forget: Callable[[Job], None],
         clock: Callable[[], float] = time.monotonic,
@@ -63,6 +64,7 @@ class Attempts:
         self._config = config
         self._store = store
         self._connect = connect
+        self._address = address
         self._nodes = nodes
         self._forget = forget
         self._clock = clock
@@ -211,11 +213,13 @@ class Attempts:
         # The row first: a Ray job without one is a stray, a row without a Ray job is an attempt that is lost.
         if not self._store.jobs.open_attempt(job.id, number, submission_id):
             return
-        arguments = ["--tenant", job.tenant, "--job", job.uuid, "--attempt", str(number)]
+        # Ray tells a driver of the Ray that was started last on its machine, which may be another one.
+        command = ["env", f"RAY_ADDRESS={self._address()}", sys.executable, "-m", jobs.DRIVERS[job.kind]]
+        command += ["--tenant", job.tenant, "--job", job.uuid, "--attempt", str(number)]
         try:
             with tracing.span("submit attempt", parent=job.trace, job_uuid=job.uuid, attempt=number):
                 client.submit_job(
-                    entrypoint=shlex.join([sys.executable, "-m", jobs.DRIVERS[job.kind], *arguments]),
+                    entrypoint=shlex.join(command),
                     submission_id=submission_id,
                     runtime_env={"env_vars": {"STACK_CONFIG": json.dumps(self._config.model_dump(mode="json"))}},
                     metadata={MARK: job.uuid},

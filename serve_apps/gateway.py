@@ -18,6 +18,7 @@ from serve_apps.job_supervisor import JobSupervisor
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
+from serve_apps.ray_sessions import RaySessions
 from serve_apps.routes import (
     agentic_system,
     batch_inference,
@@ -36,8 +37,11 @@ from serve_apps.routes import (
     synthetic_data_generation,
     telemetry,
 )
+from serve_apps.session_pool import NAME as SESSION_POOL
+from serve_apps.session_pool import SessionPool
 from stack import tracing
 from stack.added_models import Deployer
+from stack.agentic_system import look_ups
 from stack.agentic_system.hands import open_hands
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.loop import Place
@@ -51,6 +55,8 @@ from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
 
 REFUSED_AT_ONCE = 1_000
+# The deployments of its application that it needs, and what they are called where one is not there.
+OTHERS = {MEMORY_WRITER: "memory writer", SESSION_POOL: "pool of sessions"}
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -58,13 +64,14 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = Config.parse(args, "args of the application 'gateway'")
     supervisor = JobSupervisor.bind(config)  # type: ignore[attr-defined]
     writer = MemoryWriter.bind(config)  # type: ignore[attr-defined]
+    pool = SessionPool.bind(config)  # type: ignore[attr-defined]
     # More than are answered, so that those that are refused do not wait for it in front of the gateway.
     gateway = Gateway.options(  # type: ignore[attr-defined]
         max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE,
         # One that is replaced ends the answers that it has begun.
         graceful_shutdown_timeout_s=max(model.request_timeout_s for model in config.all_models),
     )
-    return gateway.bind(config, supervisor, writer)  # type: ignore[no-any-return]
+    return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
 
 
 @serve.deployment(ray_actor_options={"num_cpus": 0})
@@ -72,7 +79,13 @@ def build(args: dict[str, Any]) -> serve.Application:
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
 
-    def __init__(self, config: Config, supervisor: DeploymentHandle[Any], writer: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        supervisor: DeploymentHandle[Any],
+        writer: DeploymentHandle[Any],
+        pool: DeploymentHandle[Any],
+    ) -> None:
         tracing.start("gateway", config.otlp_address)
         self._context = Context.open(config)
         # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
@@ -80,9 +93,10 @@ class Gateway:
             require_keys(self._context.store, host)
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
+        self._sessions = RaySessions(pool)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self._context, self._ready, memory=self._memory)
+        return create_app(self._context, self._ready, memory=self._memory, sessions=self._sessions)
 
     async def _ready(self) -> dict[str, str]:
         """What is not ready, by name."""
@@ -93,9 +107,10 @@ class Gateway:
             if application is None or application.status != "RUNNING":
                 waiting[model.id] = application.status.value if application else "NOT DEPLOYED"
         gateway = status.applications.get(GATEWAY)
-        writer = gateway.deployments.get(MEMORY_WRITER) if gateway is not None else None
-        if writer is not None and writer.status != "HEALTHY":
-            waiting["memory writer"] = writer.status.value
+        for deployment, name in OTHERS.items():
+            other = gateway.deployments.get(deployment) if gateway is not None else None
+            if other is not None and other.status != "HEALTHY":
+                waiting[name] = other.status.value
         try:
             problem = await self._supervisor.problem.remote()
         except (RayActorError, RayServeException) as error:
@@ -121,7 +136,9 @@ def create_app(
     by `sessions`.
     """
     memory = memory or Memory.open(context.config, BankWriter(context.config, context.store))
-    local_sessions = LocalSessions(Place(context, lambda: memory, open_hands)) if sessions is None else None
+    local_sessions = (
+        LocalSessions(Place(context, look_ups.here(lambda: memory), open_hands)) if sessions is None else None
+    )
     app = FastAPI(
         title="Llama Stack on Ray",
         description="The Llama Stack's APIs at the root, OpenAI's under /v1.",

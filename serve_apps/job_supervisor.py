@@ -34,7 +34,7 @@ class JobSupervisor:
     def __init__(self, config: Config) -> None:
         tracing.start("job-supervisor", config.otlp_address)
         self._context = Context.open(config)
-        self._attempts = Attempts(config, self._context.store, _connect, _nodes, self._forget)
+        self._attempts = Attempts(config, self._context.store, _connect, _address, _nodes, self._forget)
         self._models = Reconciler(config, self._context.store, ServeDeployer())
         self._problem: str | None = None
         loop = asyncio.get_running_loop()
@@ -99,7 +99,12 @@ def _words_of(error: Exception) -> str:
 
 
 def _connect() -> JobSubmissionClient:
-    return JobSubmissionClient(ray.get_runtime_context().gcs_address)
+    return JobSubmissionClient(_address())
+
+
+def _address() -> str:
+    address: str = ray.get_runtime_context().gcs_address
+    return address
 
 
 def _nodes() -> list[dict[str, float]]:

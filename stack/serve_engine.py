@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
-from stack.channel import Receiver, Stream
+from stack.channel import Receiver, Stream, Target
 from stack.config import EmbeddingModel, SequenceClassifier, ServedModel
 from stack.errors import EngineFailed, StackError, TooManyRequests, Unavailable
-from stack.models import Classifiable, Embeddable, Embeddings, Endpoint, Failure, Model, Scores
+from stack.models import Classifiable, Embeddable, Embeddings, Ended, Endpoint, Failure, Model, Scores
 
 # vLLM's error of a request to an engine whose process is gone; the gateway does not import vLLM.
 _DEAD = "EngineDeadError"
@@ -23,9 +23,7 @@ class ServeEngine:
 
     async def generate(self, model: Model, endpoint: Endpoint, body: dict[str, Any]) -> AsyncGenerator[bytes]:
         async with self._our_errors(model.id, model.base):
-            handle = await self._handle(model.base.id)
-            if model.is_adapter:
-                handle = handle.options(multiplexed_model_id=model.id)
+            handle = await self._of(model)
             seconds = model.base.request_timeout_s
             if not body.get("stream"):
                 yield await _answer(handle.answer.remote(endpoint, body), seconds)
@@ -33,6 +31,15 @@ class ServeEngine:
             async with aclosing(self._streamed(handle, endpoint, body, seconds)) as items:
                 async for item in items:
                     yield item
+
+    async def relay(self, model: Model, endpoint: Endpoint, body: dict[str, Any], target: Target) -> Ended:
+        """Has an answer's events sent to where another process waits for them. Being cancelled cancels the request."""
+        async with self._our_errors(model.id, model.base):
+            ended = await _answer(
+                (await self._of(model)).stream.remote(endpoint, body, target), model.base.request_timeout_s
+            )
+        assert isinstance(ended, Ended)
+        return ended
 
     async def embed(self, model: EmbeddingModel, texts: Sequence[Embeddable], truncate: bool) -> Embeddings:
         async with self._our_errors(model.id, model):
@@ -56,7 +63,7 @@ class ServeEngine:
         stream = await receiver.open()
         try:
             call = handle.stream.remote(endpoint, body, stream.target)
-            async with aclosing(_while_it_lasts(call, stream, seconds)) as items:
+            async with aclosing(while_it_lasts(call, stream, seconds)) as items:
                 async for item in items:
                     yield item
         finally:
@@ -106,6 +113,10 @@ class ServeEngine:
             return Unavailable(f"the model {id!r} cannot start: {_last_line(application.message)}", retry_after=30)
         return Unavailable(f"the model {id!r} has no running replica yet; it is being started", retry_after=30)
 
+    async def _of(self, model: Model) -> Any:
+        handle = await self._handle(model.base.id)
+        return handle.options(multiplexed_model_id=model.id) if model.is_adapter else handle
+
     async def _handle(self, application: str) -> Any:
         if application not in self._handles:
             from ray import serve
@@ -127,19 +138,24 @@ async def _answer(call: Any, seconds: float) -> Any:
     return answer
 
 
-async def _while_it_lasts(call: Any, stream: Stream, seconds: float) -> AsyncGenerator[bytes]:
-    """What comes of a stream until its call ends, or its time. Being closed before cancels the call."""
+async def while_it_lasts(call: Any, stream: Stream, seconds: float | None) -> AsyncGenerator[bytes]:
+    """What comes of a stream until its call ends, or its time. Being closed before cancels the call.
+
+    The call gives an Ended when it is awaited, and has a `cancel`.
+    """
     end = asyncio.ensure_future(_end(call, stream))
     end.add_done_callback(lambda done: _tell(done, stream))
     # Whatever fails it, a client that does not read too, the engine need not go on.
     stream.when_failed = call.cancel
-    timer = asyncio.get_running_loop().call_later(seconds, stream.fail, TimeoutError())
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(seconds, stream.fail, TimeoutError()) if seconds is not None else None
     try:
         async with aclosing(stream.items()) as items:
             async for item in items:
                 yield item
     finally:
-        timer.cancel()
+        if timer is not None:
+            timer.cancel()
         if not end.done():
             call.cancel()
             end.cancel()

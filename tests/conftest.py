@@ -102,8 +102,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     module = metafunc.module.__name__
     if "store_url" in metafunc.fixturenames and (module.startswith("tests.unit.") or module in WITH_BOTH_DATABASES):
         metafunc.parametrize("store_url", ["sqlite", "postgresql"], indirect=True)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start a stack of their own come before the one of the session: a machine has room for one."""
-    items.sort(key=lambda item: "stack" in getattr(item, "fixturenames", ()))

@@ -1,11 +1,13 @@
-"""A receiver of traces, in this process and on loopback: it takes what a stack sends by OTLP over HTTP."""
+"""A receiver of traces on loopback: it takes what a stack sends by OTLP over HTTP, and shows it to other processes."""
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 
@@ -32,7 +34,20 @@ class Receiver(ThreadingHTTPServer):
         self.spans: list[Span] = []
 
 
+def spans_at(address: str) -> list[Span]:
+    """The spans that a receiver has, which may be in another process."""
+    return [Span(**span) for span in httpx.get(f"{address}/spans").raise_for_status().json()]
+
+
 class _Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, Receiver)
+        body = json.dumps([asdict(span) for span in list(self.server.spans)]).encode()
+        self.send_response(200 if self.path == "/spans" else 404)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def do_POST(self) -> None:
         assert isinstance(self.server, Receiver)
         sent = self.rfile.read(int(self.headers["content-length"]))

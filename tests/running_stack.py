@@ -1,5 +1,9 @@
-"""One stack for all tests that need one: `scripts/serve` as a child, on a port and in a home folder of its own."""
+"""One stack for all tests that need one: `scripts/serve` as a child, on a port and in a home folder of its own.
 
+Where tests/shared_stack.py has started one already, the tests of all its processes ask that one.
+"""
+
+import json
 import os
 import signal
 import socket
@@ -8,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ import yaml
 
 from scripts import local_stack
 from stack import config
-from tests.otlp import Receiver, receiver
+from tests.otlp import Span, receiver, spans_at
 
 MODEL = "SmolLM2-135M-Instruct"
 SCRIPTED = "scripted"
@@ -39,17 +44,19 @@ GUARDED = "guarded"
 GUARD = {"id": "guard", "type": "llama_guard", "model": MODEL}
 JUDGE = {"kind": "judge", "id": "judge", "model": MODEL, "rubric": "How well does the answer fit the question?"}
 START_S = 400
+# The environment variable that describes a stack which is there already.
+SHARED = "STACK_UNDER_TEST"
 # Ray's agents of a node notice after a minute or so that it is gone.
 GONE_S = 180
 
 
 @dataclass
 class Stack:
-    """A stack that runs, until it is killed, in its home folder, behind its port."""
+    """A stack that runs, until it is killed, in its home folder, behind its port; its traces go to `traces`."""
 
     home: Path
     port: int
-    traces: Receiver
+    traces: str
     ray_address: str = ""
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -64,7 +71,7 @@ class Stack:
     def start(self) -> None:
         """Starts it and waits until it answers."""
         # What is due in memory banks is done at once, where tests would wait for it, and beside all that they write.
-        changes = {"otlp_address": self.traces.address, "memory_banks": {"maintenance_s": 1}}
+        changes = {"otlp_address": self.traces, "memory_banks": {"maintenance_s": 1}}
         file = with_scripted_models(write_config(self.home / "serve.yaml", **changes))
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -89,6 +96,14 @@ class Stack:
         assert self.process.stdin is not None
         self.process.stdin.close()
         wait_for(lambda: not processes_of(self.home), GONE_S, lambda: processes_of(self.home))
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those of its traces so far."""
+        return spans_at(self.traces)
+
+    def described(self) -> str:
+        return json.dumps([str(self.home), self.port, self.traces, self.ray_address])
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)
@@ -126,10 +141,21 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def stack(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    if described := os.environ.get(SHARED):
+        home, *others = json.loads(described)
+        yield Stack(Path(home), *others)
+        return
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
     reporter.write_line("starting a stack for the tests (one to three minutes)")
+    with started(tmp_path_factory.mktemp("stack")) as stack:
+        yield stack
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Stack]:
+    """A stack for this block, in a folder of its own."""
     with receiver() as traces:
-        stack = Stack(prepared_home(tmp_path_factory.mktemp("stack")), free_port(), traces)
+        stack = Stack(prepared_home(folder), free_port(), traces.address)
         try:
             stack.start()
             yield stack

@@ -7,7 +7,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from serve_apps.scripted_answers import answer_to
-from stack.agentic_system import accepting, agents
+from stack.agentic_system import accepting, agents, look_ups
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.loop import Place
 from stack.agentic_system.sessions import Event
@@ -126,7 +126,7 @@ class Agents:
         self.tools = {tool.name: tool for tool in tools}
         self.memory = Memory.open(context.config, BankWriter(context.config, context.store))
         self.files: Sequence[File] = ()
-        self.place = Place(context, lambda: self.memory, self._open)
+        self.place = Place(context, look_ups.here(lambda: self.memory), self._open)
         self.sessions = LocalSessions(self.place)
 
     @asynccontextmanager

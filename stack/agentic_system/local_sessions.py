@@ -28,10 +28,34 @@ class LocalSessions:
         self._sessions: dict[str, Session] = {}
         self._streams = WeakValueDictionary[tuple[str, str], Stream]()  # by tenant and turn, as long as they are used
         self._is_closed = False
+        self._one_left = asyncio.Event()
 
     async def start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
         """Has a turn run that was accepted, after those before it in its session. Raises Unavailable."""
-        self._start(context, turn, keys)
+        self.tell(context.tenant, turn.session_id, turn.id, keys)
+
+    def tell(self, tenant: str, session_id: str, turn_id: str, keys: Mapping[str, str]) -> Stream:
+        """The same, of a turn of which no more is known. Gives its stream, which others find as long as it is kept."""
+        stream = self._streams[tenant, turn_id] = self._of(tenant, session_id).start(turn_id, keys)
+        return stream
+
+    def has_stream(self, tenant: str, turn_id: str) -> bool:
+        """Whether there is the stream of a turn that is run here, or was just now."""
+        return (tenant, turn_id) in self._streams
+
+    def wake(self, tenant: str, session_id: str) -> None:
+        """Has all turns run of a session that can be. Raises Unavailable."""
+        self._of(tenant, session_id).wake()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._sessions
+
+    async def until_idle(self) -> None:
+        """Returns when no session has anything to do."""
+        while self._sessions:
+            self._one_left.clear()
+            await self._one_left.wait()
 
     def events(self, context: Context, turn_id: str, after: str | None = None) -> AsyncGenerator[Event]:
         """The events of a turn behind the one with the id `after`. The iterator raises NotFound.
@@ -62,13 +86,14 @@ class LocalSessions:
         """Has a turn run on whose calls the client has decided about. Raises Unavailable."""
         turn = await asyncio.to_thread(context.store.turns.get, context.tenant, turn_id)
         if turn is not None and not turn.has_ended:
-            self._start(context, turn, keys)
+            self.tell(context.tenant, turn.session_id, turn.id, keys)
 
     async def end(self, context: Context, session_id: str) -> None:
         """Stops all of a session that was deleted."""
         if (session := self._sessions.pop(session_id, None)) is not None:
             for turn_id in await session.stop(Conflict("the session was deleted", code="cancelled")):
                 self._streams.pop((context.tenant, turn_id), None)
+            self._one_left.set()
 
     async def recover(self) -> None:
         """Goes on with what was left undone, of all tenants."""
@@ -81,10 +106,6 @@ class LocalSessions:
         sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             await session.stop(Unavailable("what runs the turn is stopped; it goes on later"))
-
-    def _start(self, context: Context, turn: Turn, keys: Mapping[str, str]) -> None:
-        stream = self._of(context.tenant, turn.session_id).start(turn.id, keys)
-        self._streams[context.tenant, turn.id] = stream
 
     async def _stream(self, context: Context, turn_id: str) -> Stream:
         turn = await self._found(context, turn_id)
@@ -120,3 +141,4 @@ class LocalSessions:
     def _forget(self, session: Session) -> None:
         if session.is_idle and self._sessions.get(session.id) is session:
             del self._sessions[session.id]
+            self._one_left.set()

@@ -1,10 +1,10 @@
 """The loop of a turn: what its journal says comes next is begun, done and ended, until there is nothing left to do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from stack import safety
 from stack.agentic_system import answer, files, tool_calls
@@ -12,6 +12,7 @@ from stack.agentic_system.answer import Question
 from stack.agentic_system.conversation import Conversation
 from stack.agentic_system.events import Progress, Stream
 from stack.agentic_system.journal import Journal
+from stack.agentic_system.look_ups import AskMemory, LookUp
 from stack.agentic_system.plan import (
     AskApproval,
     Complete,
@@ -20,6 +21,7 @@ from stack.agentic_system.plan import (
     Retrieve,
     RunCalls,
     Shield,
+    Todo,
     answer_of,
     next_step,
     seconds_of,
@@ -36,11 +38,10 @@ from stack.context import Context
 from stack.errors import Unavailable
 from stack.store.turns import Step
 
-if TYPE_CHECKING:
-    from stack.memory_banks.banks import Memory
-
 # How often a step is begun: one that ends whatever runs it would be begun for ever.
 MAX_ATTEMPTS = 5
+# The code of the Unavailable that does not end a turn: what has asked for a step has died, which is begun again.
+LOST = "lost"
 # What a call has of a turn whose time is over.
 LEAST_SECONDS = 1.0
 
@@ -55,10 +56,10 @@ class Hands(Protocol):
 
 @dataclass(frozen=True)
 class Place:
-    """What turns are run with in a process. `memory` opens what memory banks need, when a turn first asks one."""
+    """What turns are run with in a process."""
 
     context: Context
-    memory: "Callable[[], Memory]"
+    ask_memory: AskMemory
     hands: Hands
 
 
@@ -67,7 +68,7 @@ class Loop:
     """A turn that is under way, with all that its steps need. `messages` and `attachments` are the turn's new ones."""
 
     context: Context
-    memory: "Callable[[], Memory]"
+    ask_memory: AskMemory
     config: AgentConfig
     plan: Plan
     session_bank: str | None
@@ -92,15 +93,22 @@ class Loop:
                 case AskApproval():
                     return await self._ask_approval(todo)
             self._require_attempts()
-            match todo:
-                case Shield():
-                    await self._judge(todo)
-                case Retrieve():
-                    await self._retrieve()
-                case Infer():
-                    await self._infer(todo)
-                case RunCalls():
-                    await self._run_calls(todo)
+            try:
+                await self._do(todo)
+            except Unavailable as error:
+                if error.code != LOST:
+                    raise
+
+    async def _do(self, todo: Todo) -> None:
+        match todo:
+            case Shield():
+                await self._judge(todo)
+            case Retrieve():
+                await self._retrieve()
+            case Infer():
+                await self._infer(todo)
+            case RunCalls():
+                await self._run_calls(todo)
 
     # The kinds of steps
 
@@ -126,18 +134,17 @@ class Loop:
         self._end(progress, {"response": response.model_dump(mode="json", exclude_none=True)}, {})
 
     async def _retrieve(self) -> None:
-        # What memory banks are made of is much to import, and a turn that asks none has no need of it.
-        from stack.agentic_system.retrieval import DEFAULT, Retrieval, retrieve
-
         progress = self._begin(StepType.memory_retrieval, {})
         await self.journal.commit()
-        tool = next((one for one in self.config.tools if isinstance(one, MemoryToolDefinition)), DEFAULT)
+        tool = next((one for one in self.config.tools if isinstance(one, MemoryToolDefinition)), None)
         model = await self.context.models.find(self.config.model)
-        most = min(tool.max_tokens_in_context, model.base.context // 2)
-        memory = self.memory()
-        retrieval = Retrieval(self.context, memory, self.journal.turn, tool, self.session_bank, most)
+        most = model.base.context // 2
+        turn = self.journal.turn
+        look_up = LookUp(
+            turn.id, turn.session_id, self.session_bank, tool, self.messages, self.attachments, max_tokens=most
+        )
         async with _bounded(self.plan.bounds.max_seconds, "memory"):
-            details = await retrieve(retrieval, self.messages, self.attachments)
+            details = await self.ask_memory(self.context, look_up)
         self._end(progress, details, {})
 
     async def _infer(self, todo: Infer) -> None:

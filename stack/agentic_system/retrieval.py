@@ -13,6 +13,7 @@ from typing import Any
 from stack import inference, safety
 from stack.addresses import address_in
 from stack.agentic_system import files
+from stack.agentic_system.look_ups import LookUp
 from stack.agentic_system.prompt import tokens_of_text
 from stack.agentic_system.tools.answers import plain
 from stack.agentic_system.tools.tool import cut
@@ -47,7 +48,6 @@ from stack.errors import BadInput, NotFound
 from stack.memory_banks import banks
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.documents import longest_chunk
-from stack.store.turns import Turn
 
 # Of a session's bank, where its embedding model takes so many.
 CHUNK_TOKENS = 256
@@ -62,15 +62,13 @@ DEFAULT = MemoryToolDefinition(
 
 
 @dataclass(frozen=True)
-class Retrieval:
-    """What is asked, and for whom: the agent's memory tool or DEFAULT, and the session's bank, if it has one."""
+class _Retrieval:
+    """A look-up, with what it is done by."""
 
     context: Context
     memory: Memory
-    turn: Turn
     tool: MemoryToolDefinition
-    session_bank: str | None
-    max_tokens: int
+    asked: LookUp
 
 
 @dataclass(frozen=True)
@@ -81,18 +79,17 @@ class _Found:
     tokens: int
 
 
-async def retrieve(
-    retrieval: Retrieval, messages: Sequence[Message], attachments: Sequence[Attachment]
-) -> dict[str, Any]:
+async def retrieve(context: Context, memory: Memory, asked: LookUp) -> dict[str, Any]:
     """The details of the step. The turn's text attachments are in the session's bank by then.
 
     Raises BadInput for an attachment that cannot be read, and Unavailable where a bank or its model is away.
     """
-    context, tool = retrieval.context, retrieval.tool
-    own_bank = retrieval.session_bank
-    if texts := [one for one in attachments if files.is_text(one)]:
+    tool = asked.tool or DEFAULT
+    retrieval = _Retrieval(context, memory, tool, asked)
+    own_bank = asked.session_bank
+    if texts := [one for one in asked.attachments if files.is_text(one)]:
         own_bank = await _kept(retrieval, texts)
-    query = await _query(context, tool.query_generator_config, messages)
+    query = await _query(context, tool.query_generator_config, asked.messages)
     choices = [*tool.memory_bank_configs]
     details: dict[str, Any] = {
         "memory_bank_ids": [one.bank_id for one in choices],
@@ -105,9 +102,8 @@ async def retrieve(
         return details
     if refusal := await _refusal(context, tool.input_shields, UserMessage(content=query), "the query"):
         return details | {"inserted_context": refusal}
-    text, cited = _inserted(
-        await _all_found(retrieval, choices, own_bank, query), tool.max_chunks, retrieval.max_tokens
-    )
+    found = await _all_found(retrieval, choices, own_bank, query)
+    text, cited = _inserted(found, tool.max_chunks, min(tool.max_tokens_in_context, asked.max_tokens))
     if text:
         said = ToolResponseMessage(call_id="memory", tool_name="memory", content=text)
         if refusal := await _refusal(context, tool.output_shields, said, "what was looked up"):
@@ -147,7 +143,7 @@ async def _query(context: Context, generator: QueryGenerator, messages: Sequence
 
 
 async def _all_found(
-    retrieval: Retrieval, choices: Sequence[MemoryBankChoice], own_bank: str | None, query: str
+    retrieval: _Retrieval, choices: Sequence[MemoryBankChoice], own_bank: str | None, query: str
 ) -> list[_Found]:
     """What all banks have found, best first."""
     asked = [_found(retrieval, choice.bank_id, query, choice) for choice in choices]
@@ -166,7 +162,7 @@ async def _all_found(
     return by_id + [one for _, one in sorted(ranked, key=lambda pair: pair[0])]
 
 
-async def _found_in_own(retrieval: Retrieval, bank_id: str, query: str) -> list[_Found]:
+async def _found_in_own(retrieval: _Retrieval, bank_id: str, query: str) -> list[_Found]:
     """The session's own bank can be dropped as any other; then there is nothing in it."""
     try:
         return await _found(retrieval, bank_id, query, None)
@@ -174,7 +170,7 @@ async def _found_in_own(retrieval: Retrieval, bank_id: str, query: str) -> list[
         return []
 
 
-async def _found(retrieval: Retrieval, bank_id: str, query: str, choice: MemoryBankChoice | None) -> list[_Found]:
+async def _found(retrieval: _Retrieval, bank_id: str, query: str, choice: MemoryBankChoice | None) -> list[_Found]:
     most = retrieval.tool.max_chunks
     if isinstance(choice, KeyValueBank):
         lists = await asyncio.gather(
@@ -185,7 +181,7 @@ async def _found(retrieval: Retrieval, bank_id: str, query: str, choice: MemoryB
     return await _asked(retrieval, bank_id, query, QueryParams(max_chunks=most, entities=entities))
 
 
-async def _asked(retrieval: Retrieval, bank_id: str, query: str, params: QueryParams) -> list[_Found]:
+async def _asked(retrieval: _Retrieval, bank_id: str, query: str, params: QueryParams) -> list[_Found]:
     """What a bank finds. Of a query that is too long for its embedding model, the end is asked."""
     while True:
         request = QueryDocumentsRequest(bank_id=bank_id, query=query, params=params)
@@ -219,15 +215,18 @@ def _inserted(found: Sequence[_Found], max_chunks: int, max_tokens: int) -> tupl
     return plain("\n\n".join(parts)), cited
 
 
-async def _kept(retrieval: Retrieval, texts: Sequence[Attachment]) -> str:
+async def _kept(retrieval: _Retrieval, texts: Sequence[Attachment]) -> str:
     """Puts text attachments into the session's bank, which is made where there is none. Returns its id.
 
     Their ids tell the turn and the place, so that what was put there before is not put there twice.
     """
-    bank_id = retrieval.session_bank or await _made(retrieval)
+    bank_id = retrieval.asked.session_bank or await _made(retrieval)
     documents = [
         MemoryBankDocument(
-            document_id=f"{retrieval.turn.id}/{at + 1}", content=_document(one), mime_type=one.mime_type, metadata={}
+            document_id=f"{retrieval.asked.turn_id}/{at + 1}",
+            content=_document(one),
+            mime_type=one.mime_type,
+            metadata={},
         )
         for at, one in enumerate(texts)
     ]
@@ -236,9 +235,9 @@ async def _kept(retrieval: Retrieval, texts: Sequence[Attachment]) -> str:
     return bank_id
 
 
-async def _made(retrieval: Retrieval) -> str:
+async def _made(retrieval: _Retrieval) -> str:
     """A bank for the session's attachments: by meaning where an embedding model is served, else by words."""
-    context, session_id = retrieval.context, retrieval.turn.session_id
+    context, session_id = retrieval.context, retrieval.asked.session_id
     config: VectorBankConfig | KeywordBankConfig = KeywordBankConfig(type="keyword", stem=True)
     if context.config.embedding_models:
         model = context.config.embedding_models[0]

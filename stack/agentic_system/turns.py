@@ -140,7 +140,7 @@ class TurnRun:
             timeout_s = self._bounds.tool_timeout_s
             loop = Loop(
                 context=self._context,
-                memory=self._place.memory,
+                ask_memory=self._place.ask_memory,
                 config=config,
                 plan=made.plan,
                 session_bank=made.session_bank,

@@ -184,9 +184,12 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
 
     Raises NotFound for an unknown bank, or an embedding model that is no more, BadInput for params that the bank's kind
     does not take and for a text that is too long for the model, Conflict where the bank's vectors do not have the
-    length of its model's any more, and Unavailable where the model is away.
+    length of its model's any more, and Unavailable where the model is away. A bank that another process has dropped
+    may still answer for a second.
     """
-    bank = await asyncio.to_thread(find, context, request.bank_id)
+    bank = context.store.memory_banks.recent(context.tenant, request.bank_id)
+    if bank is None:
+        bank = await asyncio.to_thread(find, context, request.bank_id)
     _require_allowed(bank, request.params)
     hits = list[Hit]()
     async with _reading(context, bank):

@@ -7,8 +7,6 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from confusable_homoglyphs import confusables
-
 _WORD = re.compile(r"[^\W_]+")
 # Variation selectors, which choose how the character before them is drawn, and fillers, which are letters that are
 # drawn as nothing. What else has no width is of the category Cf.
@@ -47,6 +45,9 @@ def _latin_twin(letter: str) -> str:
     """The Latin letter that a letter is taken for, itself if it is one or is a digit; nothing if there is none."""
     if letter.isascii() or not letter.isalpha():
         return letter
+    # Its tables take 8 MB, of which most texts need nothing.
+    from confusable_homoglyphs import confusables
+
     found = confusables.is_confusable(letter, greedy=True, preferred_aliases=[])
     for twin in found[0]["homoglyphs"] if found else ():
         if len(twin["c"]) == 1 and twin["c"].isascii() and twin["c"].isalpha():

@@ -2,12 +2,18 @@
 
 import datetime as dt
 from dataclasses import asdict, dataclass
+from time import monotonic
 from typing import Any
 
 from sqlalchemy import ColumnElement, Engine, delete, func, insert, select, tuple_, update
 
 from stack.store.connection import now
 from stack.store.schema import dropped_memory_banks, memory_banks, memory_writers
+
+# How long a row that was read counts for queries: so long another process may answer from a bank that was dropped.
+RECENT_S = 1.0
+# How many such rows are kept.
+MAX_RECENT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +40,33 @@ class MemoryBank:
 class MemoryBanks:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._read: dict[tuple[str, str], tuple[float, MemoryBank]] = {}
 
     def add(self, bank: MemoryBank) -> None:
         with self._engine.begin() as connection:
             connection.execute(insert(memory_banks).values(**asdict(bank)))
 
     def get(self, tenant: str, id: str) -> MemoryBank | None:
+        began = monotonic()
         query = select(memory_banks).where(memory_banks.c.tenant == tenant, memory_banks.c.id == id)
         with self._engine.connect() as connection:
             found = connection.execute(query).mappings().first()
-        return MemoryBank(**found) if found else None
+        if found is None:
+            return None
+        bank = MemoryBank(**found)
+        if bank.written_at is not None:  # who has written the first document into a bank finds it at once
+            if len(self._read) >= MAX_RECENT:
+                self._read.clear()
+            self._read[tenant, id] = began, bank
+        return bank
+
+    def recent(self, tenant: str, id: str) -> MemoryBank | None:
+        """The row of a bank with documents as it was read at most RECENT_S ago; None if the database must be asked.
+
+        What counts of it for a query does not change.
+        """
+        read = self._read.get((tenant, id))
+        return read[1] if read is not None and monotonic() - read[0] < RECENT_S else None
 
     def page(self, tenant: str, after: MemoryBank | None, limit: int) -> list[MemoryBank]:
         """Banks, newest first, behind the last one of the page before."""
@@ -62,7 +85,8 @@ class MemoryBanks:
             if connection.execute(query).rowcount == 0:
                 return False
             connection.execute(insert(dropped_memory_banks).values(id=id, tenant=tenant))
-            return True
+        self._read.pop((tenant, id), None)
+        return True
 
     def dropped(self) -> list[tuple[str, str]]:
         """The ids of the banks whose files are still to be removed, each with its tenant."""

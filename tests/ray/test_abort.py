@@ -8,6 +8,8 @@ import pytest
 
 from tests.running_stack import MODEL, Stack, wait_for
 
+pytestmark = pytest.mark.alone
+
 TOKENS = 1_900
 
 

@@ -10,6 +10,8 @@ import pytest
 
 from tests.running_stack import MODEL, Stack, wait_for
 
+pytestmark = pytest.mark.alone
+
 # The folder of the model that is served anyway, under another id.
 EXTRA = {
     "id": "extra",

@@ -10,6 +10,8 @@ from tests.ray.test_abort import TOKENS, Counters
 from tests.ray.test_inference import ANSWER, COUNTING, FOUR_TOKENS, GREEDY, QUESTION
 from tests.running_stack import MODEL, Stack, wait_for
 
+pytestmark = pytest.mark.alone
+
 
 def batch(client: httpx.Client, *rows: Any, **more: Any) -> dict[str, Any]:
     body = {"model": MODEL, "messages_batch": rows, "sampling_params": GREEDY} | more

@@ -9,6 +9,8 @@ import pytest
 
 from tests.running_stack import SCRIPTED, wait_for
 
+pytestmark = pytest.mark.alone
+
 CHAT = "/v1/chat/completions"
 START_S = 180
 

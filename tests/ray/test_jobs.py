@@ -13,6 +13,8 @@ from stack.store.jobs import NewJob
 from tests import samples
 from tests.running_stack import MODEL, Stack, ended, wait_for
 
+pytestmark = pytest.mark.alone
+
 CANCELLED_WITHIN_S = 10
 STATUS = "/post_training/job/status"
 

@@ -16,6 +16,8 @@ from tests.bank_clients import Clients
 from tests.memory import document, pdf
 from tests.running_stack import MODEL, Stack, ended, wait_for
 
+pytestmark = pytest.mark.alone
+
 VECTOR = {"type": "vector", "embedding_model": "all-MiniLM-L6-v2", "chunk_size_in_tokens": 64}
 CONFIGS: dict[str, dict[str, Any]] = {
     "vector": VECTOR,

@@ -97,10 +97,10 @@ def test_a_job_reports_to_weights_and_biases_too(stack: Stack, tuned: dict[str, 
 
 def test_one_trace_leads_from_the_request_to_the_job(stack: Stack, tuned: dict[str, Any]) -> None:
     def services() -> set[str]:
-        return {span.service for span in stack.traces.spans if span.trace_id == TRACE}
+        return {span.service for span in stack.spans if span.trace_id == TRACE}
 
     wait_for(lambda: {"gateway", "job-supervisor", "job"} <= services(), 30, services)
-    spans = {span.span_id: span for span in stack.traces.spans if span.trace_id == TRACE}
+    spans = {span.span_id: span for span in stack.spans if span.trace_id == TRACE}
     (job,) = [span for span in spans.values() if span.service == "job"]
     above = [job]
     while above[-1].parent_span_id in spans:

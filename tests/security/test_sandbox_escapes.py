@@ -493,7 +493,8 @@ async def test_a_code_that_reads_the_next_cell_gets_that_alone(running: Sandbox)
         running, FIND + "import threading\nthreading.Thread(target=lambda: control.recv(1_000), daemon=True).start()"
     )
     with pytest.raises(Ended):
-        await run(running, "1", seconds=1)
+        for _ in range(100):  # both wait for it, and which of the two gets it is the kernel's choice
+            await run(running, "1", seconds=1)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     from serve_apps.scheduling import MAX_UNBEGUN
 
 CONFIG = {"models": [{"id": "small", "path": "models/small", "context": 256}], "max_running_jobs": 10}
+RAY = "127.0.0.1:6379"
 NODES = [{"CPU": 8.0}]
 LONG_AGO = "2020-01-01T00:00:00.000Z"
 
@@ -107,7 +108,7 @@ class Cluster:
         artifacts = Artifacts(self.config.artifacts_url, cache=home() / "cache")
         self.context = Context(self.config, self.store, artifacts, ScriptedEngine())
         nodes, clock = lambda: self.ray.nodes, lambda: self.time
-        self._attempts = Attempts(self.config, self.store, connect, nodes, self._forget, clock)
+        self._attempts = Attempts(self.config, self.store, connect, lambda: RAY, nodes, self._forget, clock)
 
     def _forget(self, job: Job) -> None:
         made_datasets.forget(self.context.of_tenant(job.tenant), job)
@@ -166,7 +167,8 @@ def test_a_waiting_job_is_handed_to_ray_once(cluster: Cluster) -> None:
     assert submitted.submission_id == "acme.job.1"
     assert submitted.metadata == {MARK: "job"}
     wanted = ["-m", "jobs.evaluate", "--tenant", "acme", "--job", "job", "--attempt", "1"]
-    assert shlex.split(submitted.entrypoint)[1:] == wanted
+    env, address, _, *arguments = shlex.split(submitted.entrypoint)
+    assert (env, address, arguments) == ("env", f"RAY_ADDRESS={RAY}", wanted)
     assert cluster.ray.connections == 1
 
 
