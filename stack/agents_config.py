@@ -9,7 +9,8 @@ from stack.api.wire import Wire, at_most, without_nul
 
 # A variable of the environment; what it holds never stands in a config.
 Variable = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Address = Annotated[str, Field(max_length=4_000, pattern=r"^https?://[^\s/]+\S*$")]
+# Without a user and a password.
+Address = Annotated[str, Field(max_length=4_000, pattern=r"^https?://[^\s/?#@]+([/?]\S*)?$")]
 
 
 class HttpMcpServer(Wire):

@@ -319,7 +319,7 @@ class Config(Wire):
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
     `max_tenant_bytes` all that a tenant keeps (artifacts, uploads and memory banks), `max_body_bytes` the
     bodies of other requests. A gateway answers `max_requests` at once.
-    Traces go to `otlp_address` (OTLP over HTTP), if there is one.
+    Traces go to `otlp_address` (OTLP over HTTP), if there is one. `agents` bounds the turns of agents.
 
     What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id, or by
     "*" for all models that it does not name.

@@ -13,7 +13,7 @@ Events = Generator[tuple[str, dict[str, Any]]]
 
 def calls(name: str, **arguments: Any) -> str:
     """What a user says for the scripted model to call a tool."""
-    return f"say:<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+    return f"say:{json.dumps({'name': name, 'parameters': arguments})}"
 
 
 class Agent:

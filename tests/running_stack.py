@@ -34,7 +34,6 @@ SCRIPTED_MODEL = {
     "request_timeout_s": 8,
     "adapters": 0,
     "cpus": 0.1,
-    "prompt_format": "hermes",
 }
 GUARDED = "guarded"
 GUARD = {"id": "guard", "type": "llama_guard", "model": MODEL}

@@ -128,7 +128,7 @@ async def _stream(question: Question, todo: Infer) -> AsyncGenerator[Piece | End
     for shrinks in range(SHRINKS + 1):
         messages = _messages(question, todo, int(room * SHRINK**shrinks))
         if messages == asked:
-            break
+            continue
         asked = messages
         body = _body(question, todo, tools, messages, size)
         try:

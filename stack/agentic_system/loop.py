@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from stack import safety
@@ -42,6 +42,8 @@ from stack.store.turns import Step
 MAX_ATTEMPTS = 5
 # The code of the Unavailable that does not end a turn: what has asked for a step has died, which is begun again.
 LOST = "lost"
+# What a call has of a turn whose time is over.
+LEAST_SECONDS = 1.0
 
 
 class Hands(Protocol):
@@ -173,7 +175,9 @@ class Loop:
         if begun := tool_calls.at_once(self.bench, todo, known):
             self.journal.begin_runs(begun)
         await self.journal.commit()
-        responses = await tool_calls.run_calls(self.bench, todo, known, progress)
+        left = self.plan.bounds.max_seconds - seconds_of(self.journal.steps)
+        bench = replace(self.bench, timeout_s=min(self.bench.timeout_s, max(left, LEAST_SECONDS)))
+        responses = await tool_calls.run_calls(bench, todo, known, progress)
         handled = [call for call in todo.calls if call["call_id"] in responses]
         told = [
             {

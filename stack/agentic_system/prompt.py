@@ -33,7 +33,7 @@ UNREAD = (
 )
 UNANSWERED = "No answer was given."
 LEFT_OUT = "[an attachment that is not here any more]"
-_TAGS = re.compile(r"<(?=/?\s*(?:tool_output|retrieved)\b)", re.IGNORECASE)
+_TAGS = re.compile(r"<(?=\s{0,9}/?\s{0,9}(?:tool_output|retrieved)\b)", re.IGNORECASE)
 _SPECIAL = re.compile(r"<(?=\||/?s>)|\[(?=/?INST\])")
 
 Message = dict[str, Any]

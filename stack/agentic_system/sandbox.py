@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from stack.agentic_system import bubblewrap, cells
 from stack.agentic_system.bubblewrap import CannotStart
 
+# How long a start may take, and the end of one that has been killed.
 START_S = 20.0
 END_S = 5.0
 # How often the number of its files is looked at. A process makes a hundred thousand in a second.

@@ -126,10 +126,11 @@ class Session:
         """The next turn, taken; None where there is none, or it awaits approval."""
         while (turn := await asyncio.to_thread(self._context.store.turns.next_of, self.id)) is not None:
             if turn.state == TurnState.awaiting_approval:
-                return None
-            self._current = turn.id
+                break
+            self._current, self._is_to_cancel = turn.id, False
             if (taken := await asyncio.to_thread(self._context.store.turns.take, turn.id, self._owner)) is not None:
                 return taken
+        self._current = None
         return None
 
     async def _run_turn(self, turn: Turn) -> None:

@@ -28,7 +28,7 @@ from stack.agentic_system.withheld import Withheld
 from stack.api.agent_tools import CodeInterpreterToolDefinition, names_of
 from stack.api.agentic_system import AgentConfig, InputMessage, TurnState
 from stack.api.messages import Attachment
-from stack.errors import StackError
+from stack.errors import StackError, Unavailable
 from stack.store.turns import Turn
 
 logger = logging.getLogger("ray.serve")
@@ -69,9 +69,13 @@ class TurnRun:
                 raise asyncio.CancelledError
             await self._to_its_end(made)
         except asyncio.CancelledError:
-            if not self._is_cancelled:
+            if self._is_cancelled:
+                end = self._journal.cancel
+            elif self._task is None or self._task.cancelling():
                 raise
-            end = self._journal.cancel
+            else:  # nobody has cancelled this task: something that it waited for was, elsewhere
+                failure = Unavailable("what the turn waited for was given up")
+                end = partial(self._journal.fail, {"code": failure.code, "message": failure.message})
         except StackError as error:
             if error.code == "superseded":
                 raise

@@ -276,3 +276,30 @@ def test_the_local_config_serves_every_one_of_its_models() -> None:
         assert application["route_prefix"] is None, "only the gateway is public"
         assert LanguageModel.model_validate(application["args"]["model"]) == model
         assert application["args"]["artifacts"] == config.artifacts
+
+
+def test_the_bounds_of_agents_have_defaults_and_servers_of_tools_are_named() -> None:
+    servers = {
+        "files": {"type": "stdio", "command": ["files-server", "--root", "/srv"], "variables": ["FILES_KEY"]},
+        "search": {"type": "http", "address": "https://mcp.example.com/mcp?a=b", "token": "SEARCH_TOKEN"},
+    }
+    agents = Config.parse({"models": [MODEL], "agents": {"max_steps": 5, "mcp_servers": servers}}, "stack.yaml").agents
+    assert (agents.max_steps, agents.max_tool_calls, agents.max_queued_turns, agents.photogen) == (5, 50, 16, None)
+    dumped = agents.model_dump()["mcp_servers"]
+    assert dumped == servers
+
+
+@pytest.mark.parametrize(
+    ("agents", "words"),
+    [
+        ({"max_steps": 0}, ["agents.max_steps", "greater than or equal to 1", "not 0"]),
+        ({"max_queued_turns": 1_001}, ["agents.max_queued_turns", "1000"]),
+        ({"mcp_servers": {"a b": {"type": "http", "address": "https://a.com"}}}, ["agents.mcp_servers", "pattern"]),
+        ({"mcp_servers": {"a": {"type": "stdio", "command": []}}}, ["agents.mcp_servers.a", "at least 1"]),
+        ({"mcp_servers": {"a": {"type": "http", "address": "https://me:hush@a.com"}}}, ["address", "pattern"]),
+        ({"mcp_servers": {"a": {"type": "http", "address": "https://a.com", "token": "a-b"}}}, ["token", "pattern"]),
+    ],
+)
+def test_bounds_of_agents_that_cannot_be_are_named(agents: dict[str, Any], words: list[str]) -> None:
+    said = refusal({"models": [MODEL], "agents": agents})
+    assert [word for word in words if word not in said] == []

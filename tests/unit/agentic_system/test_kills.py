@@ -8,6 +8,7 @@ import itertools
 import tempfile
 from collections.abc import Coroutine, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,23 +42,35 @@ class Killed(SQLAlchemyError):
 
 
 class Dying:
-    """Awaits a coroutine that is cut off at its await of a number, from 0."""
+    """Awaits a coroutine, whose task is cancelled at its await of a number, from 0."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], at: int) -> None:
+    def __init__(self, coroutine: Coroutine[Any, Any, Any], at: int | None) -> None:
         self._steps = coroutine.__await__()
         self._at = at
         self.awaits = 0
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        waited = None
+        go_on = partial(self._steps.send, None)
         while True:
             try:
-                is_cut = self.awaits == self._at + 1
-                waiting = self._steps.throw(asyncio.CancelledError()) if is_cut else self._steps.send(waited)
+                waiting = go_on()
             except StopIteration as ended:
                 return ended.value
+            if self.awaits == self._at:
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
             self.awaits += 1
-            waited = yield waiting
+            try:
+                yield waiting
+                go_on = partial(self._steps.send, None)
+            except BaseException as error:  # noqa: BLE001  # whatever it is, it is the coroutine's
+                go_on = partial(self._steps.throw, error)
+
+
+async def awaited(dying: Dying) -> None:
+    with suppress(asyncio.CancelledError):
+        await dying
 
 
 @contextmanager
@@ -135,9 +148,8 @@ class Life:
         reading = asyncio.ensure_future(self.reader.read(stream, reads))
         try:
             if kill is None or kill[0] == "await":
-                dying = Dying(run.run(), kill[1] if kill else -2)
-                with suppress(asyncio.CancelledError):
-                    await dying
+                dying = Dying(run.run(), kill[1] if kill else None)
+                await asyncio.wait([asyncio.ensure_future(awaited(dying))])
                 return dying.awaits
             with dying_journal(self.turns, *kill), suppress(Killed):
                 await run.run()

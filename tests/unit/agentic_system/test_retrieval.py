@@ -154,7 +154,7 @@ async def test_shields_of_memory(agents_of: MakeAgents, model: Model, side: str,
     agents = agents_of()
     shield = {"shield_type": "code_scanner_guard", "on_violation_action": action}
     bank_id = await bank(agents, texts=(f"Oslo\n{EVIL}",))
-    tool = memory(("keyword", bank_id), **{f"{side}_shields": [shield]})
+    tool = memory(("keyword", bank_id)) | {f"{side}_shields": [shield]}
     question = f"Oslo?\n{EVIL}" if side == "input" else "Oslo?"
     step = retrieved(await agents.turn(await agents.session([tool]), question))
     assert bool(step.citations) is passes

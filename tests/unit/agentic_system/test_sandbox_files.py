@@ -67,7 +67,8 @@ def test_only_plain_files_with_one_name_are_read(folder: int, path: Path, monkey
     (path / "dangling").symlink_to("nowhere")
     (path / "folder").symlink_to("../secrets")
     (path / "loop").symlink_to("loop")
-    (path / "hard").hardlink_to(path.parent / "secret")
+    (path.parent / "other").write_bytes(b"secret")
+    (path / "hard").hardlink_to(path.parent / "other")
     os.mkfifo(path / "fifo")
     with socket.socket(socket.AF_UNIX) as unix:
         monkeypatch.chdir(path)  # a socket's path is short
@@ -81,7 +82,7 @@ def test_only_plain_files_with_one_name_are_read(folder: int, path: Path, monkey
 def test_devices_are_not_read() -> None:
     devices = os.open("/dev", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        found = produced(devices)
+        found = produced(devices, most=MAX_ENTRIES, largest=0)
         assert found.left_out["zero"] == found.left_out["null"] == "it is not a plain file with one name"
     finally:
         os.close(devices)

@@ -217,6 +217,31 @@ async def test_a_turn_that_waits_is_cancelled(agents_of: MakeAgents, model: Mode
 # Turns behind one another
 
 
+async def test_what_cancels_a_turn_that_waits_leaves_the_next_alone(agents_of: MakeAgents, model: Model) -> None:
+    """The turn is cancelled in its row while whoever runs the session is about to take it."""
+    model.say = lambda _: "Done."
+    agents = agents_of()
+    session = await agents.session()
+    turns = agents.context.store.turns
+    take = turns.take
+
+    def late(id: str, owner: str) -> Turn | None:  # as it is called there
+        if id == first.id:
+            turns.cancel("default", id)
+            asyncio.run_coroutine_threadsafe(agents.sessions.cancel(agents.context, id), loop).result()
+        return take(id, owner)
+
+    loop = asyncio.get_running_loop()
+    turns.take = late  # type: ignore[method-assign]
+    first = await agents.begin(session, "Forget this!")
+    second = await agents.begin(session, "Do this!")
+    assert said(await agents.turn(session, "And this!")) == "Done."
+    assert (await agents.look(first)).state == TurnState.cancelled
+    assert (await agents.look(second)).state == TurnState.completed
+    with pytest.raises(Conflict, match="cancelled"):
+        await agents.events(first)
+
+
 async def test_a_second_turn_waits_and_too_many_are_refused(agents_of: MakeAgents, model: Model) -> None:
     is_free = asyncio.Event()
 

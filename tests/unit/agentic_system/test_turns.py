@@ -13,7 +13,7 @@ from stack.agentic_system.tool_calls import ONE_TOO_MANY
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, Call, Output, ToolFailed
 from stack.api.agentic_system import TurnState
 from stack.api.messages import Attachment
-from stack.errors import Unavailable
+from stack.errors import BadInput, Unavailable
 from tests.scripted_agents import Body, Model, Tool, call, contents, payload_of, said, seen
 from tests.unit.agentic_system.conftest import MakeAgents
 
@@ -59,6 +59,48 @@ async def test_events_of_a_turn(agents_of: MakeAgents, model: Model) -> None:
     ids = [event.id for event in events]
     assert len(set(ids)) == len(ids)
     assert payload_of(events[-1])["turn"]["output_message"]["content"] == "It rains."
+
+
+async def test_a_tool_that_must_be_called_must_be_so_once(agents_of: MakeAgents, model: Model) -> None:
+    # As constrained decoding makes it, a call that must be made is JSON.
+    model.say = lambda body: '{"name": "look", "parameters": {}}' if len(body["messages"]) < 3 else "Seen."
+    agents = agents_of(Tool("look"))
+    turn = await agents.turn(await agents.session(tool_choice="required"), "Look!")
+    assert said(turn) == "Seen."
+    assert ["structured_outputs" in body for body in model.bodies] == [True, False]
+
+
+async def test_the_sampling_of_the_agent_is_the_models(agents_of: MakeAgents, model: Model) -> None:
+    model.say = lambda _: "Paris"
+    agents = agents_of()
+    session = await agents.session(sampling_params={"strategy": "top_p", "top_p": 0.5, "max_tokens": 20})
+    await agents.turn(session, "Where?")
+    await agents.turn(session, "Where?", sampling_params={"max_tokens": 30}, instructions="Be long.")
+    assert [(body.get("top_p"), body["max_tokens"]) for body in model.bodies] == [(0.5, 20), (None, 30)]
+    assert model.bodies[1]["messages"][0]["content"] == "Be long."
+
+
+async def test_a_prompt_that_the_model_takes_for_too_long_is_made_shorter(agents_of: MakeAgents, model: Model) -> None:
+    model.say = lambda _: "word " * 500
+    agents = agents_of()
+    session = await agents.session()
+    await agents.turn(session, "Where?")
+    model.fail_for = lambda body: BadInput("too long") if len(body["messages"]) > 2 else None
+    turn = await agents.turn(session, "And then?")
+    assert turn.state == TurnState.completed
+    assert [len(body["messages"]) for body in model.bodies] == [2, 4, 2]
+    model.fail_for = lambda _: BadInput("never")
+    refused = await agents.begin(session, "And then?")
+    with pytest.raises(BadInput, match="never"):
+        await agents.events(refused)
+
+
+async def test_what_a_turn_waits_for_may_be_given_up_elsewhere(agents_of: MakeAgents, model: Model) -> None:
+    model.fail_for = lambda _: asyncio.CancelledError()
+    agents = agents_of()
+    turn = await agents.begin(await agents.session(), "Where?")
+    with pytest.raises(Unavailable, match="given up"):
+        await agents.events(turn)
 
 
 # Calls of tools
