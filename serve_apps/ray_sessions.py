@@ -67,11 +67,11 @@ class RaySessions:
                         yield one
                 if after == "end" or after.endswith(".approval"):
                     return
-            except BadInput:  # there is no event `after`
-                raise
             except RayActorError:
                 lost = member.name
-            except (StackError, ConnectionError, RayError):
+            except (StackError, ConnectionError, RayError) as error:
+                if isinstance(error, BadInput) and error.param == "after":  # there is no such event
+                    raise
                 # What the turn failed by is in its row. If it has not, it has left this actor, or this client reads
                 # more slowly than the model writes.
                 await asyncio.sleep(AGAIN_S)

@@ -21,15 +21,16 @@ _SPECIALS = re.compile(f"({'|'.join(map(re.escape, _SPECIAL))})")
 _PARTIAL_SPECIAL = partial_at_end(_SPECIAL)
 _LONGEST_SPECIAL = max(map(len, _SPECIAL))
 
-# How each family writes calls: those that can stand anywhere, and those that an answer must begin with.
+# How each family writes calls: those that can stand anywhere, and those that an answer must begin with. Of the models
+# that were taught to write <tool_call>, some leave it out: Qwen2.5-Coder mostly writes a block of JSON.
 _ANYWHERE: dict[PromptFormat, tuple[Kind, ...]] = {
     "llama3": (Kind.function,),
-    "hermes": (Kind.tool_call,),
+    "hermes": (Kind.tool_call, Kind.fence),
     "plain": (Kind.function, Kind.fence),
 }
 _AT_START: dict[PromptFormat, tuple[Kind, ...]] = {
     "llama3": (Kind.json, Kind.pythonic, Kind.builtin),
-    "hermes": (),
+    "hermes": (Kind.json,),
     "plain": (Kind.json,),
 }
 

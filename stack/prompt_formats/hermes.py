@@ -2,7 +2,7 @@
 
 The template defines the tools and writes earlier calls and results, so the engine gets them in OpenAI's shape. Its own
 parsing stays off (tool_choice "none"), which leaves the tools in the prompt. The tags are no special tokens that the
-engine would leave out of the text.
+engine would leave out of the text. Where a model leaves them out itself, its calls are read all the same (answers.py).
 """
 
 from typing import Any
