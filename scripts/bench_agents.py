@@ -247,7 +247,7 @@ def config(model: str) -> dict[str, Any]:
 
 def milliseconds_a_step(events: Sequence[Event]) -> float:
     """From the beginning of the first step to the end of the turn, by the number of steps."""
-    count = sum(payload["event_type"] == "step_complete" for _, payload in events)
+    count = len([payload for _, payload in events if payload["event_type"] == "step_complete"])
     return 1_000 * (events[-1][0] - time_of(events, "step_start")) / count
 
 
