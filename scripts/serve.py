@@ -12,6 +12,7 @@ from scripts import local_stack
 from stack.config import home
 from stack.errors import StackError
 from stack.heads import HEAD
+from stack.shared_state import require_shared
 
 LOOK_S = 5.0
 LOST_S = 60.0
@@ -40,6 +41,7 @@ def main() -> int:
 
 
 def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
+    require_shared(file.config, nodes=1)
     local_stack.require_keys(file)
     for model in file.config.all_models:
         if not any((model.folder / name).is_file() for name in ("config.json", HEAD)):

@@ -174,7 +174,7 @@ class Attempts:
         waiting = self._store.jobs.waiting()
         if not waiting:
             return
-        nodes = self._nodes()
+        nodes = scheduling.with_those_to_come(self._nodes(), self._config.autoscaled_nodes)
         ready = [job for job in waiting if self._can_start(job, nodes)]
         running = Counter(job.tenant for job, _ in self._store.jobs.under_way())
         for tenant in running:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
+from serve_apps.placement import NOT_SPOT
 from stack.config import EmbeddingModel, SequenceClassifier
 
 # A text as a model takes it: the ids of its tokens, with the special ones.
@@ -30,7 +31,10 @@ def deployment_options(model: EmbeddingModel | SequenceClassifier) -> dict[str, 
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
         ray_actor_options=dict(
-            num_cpus=model.cpus, num_gpus=model.gpus, runtime_env=dict(env_vars={"HF_HUB_OFFLINE": "1"})
+            num_cpus=model.cpus,
+            num_gpus=model.gpus,
+            runtime_env=dict(env_vars={"HF_HUB_OFFLINE": "1"}),
+            label_selector=NOT_SPOT,
         ),
     )
     if model.min_replicas == model.most_replicas:

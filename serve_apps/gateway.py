@@ -1,23 +1,28 @@
 """The only public application: every route, behind request ids, bounds and one shape of errors."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import cache
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.routing import BaseRoute
 
 from serve_apps.address import listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
+from serve_apps.locks import require_locked
 from serve_apps.memory_writer import MemoryWriter
 from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
+from serve_apps.placement import WAITS, addresses
 from serve_apps.ray_sessions import RaySessions
 from serve_apps.routes import (
     agentic_system,
@@ -48,12 +53,32 @@ from stack.agentic_system.loop import Place
 from stack.agentic_system.sessions import Sessions
 from stack.config import GATEWAY, Config
 from stack.context import Context
-from stack.keys import Keyring, require_keys
+from stack.keys import Keyring, is_loopback, require_keys
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
+from stack.shared_state import require_shared
 
+# Routes are tried in this order, and inference and openai are asked most.
+ROUTERS = (
+    health,
+    inference,
+    openai,
+    batch_inference,
+    reward_scoring,
+    safety,
+    models,
+    metrics,
+    datasets,
+    memory_banks,
+    agentic_system,
+    post_training,
+    evaluations,
+    synthetic_data_generation,
+    experiments,
+    telemetry,
+)
 REFUSED_AT_ONCE = 1_000
 # The deployments of its application that it needs, and what they are called where one is not there.
 OTHERS = {MEMORY_WRITER: "memory writer", SESSION_POOL: "pool of sessions"}
@@ -74,7 +99,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0})
+@serve.deployment(ray_actor_options={**WAITS})
 @serve.ingress()
 class Gateway:
     """Serves `create_app`'s application, which is made in the replica, where the store is."""
@@ -87,10 +112,14 @@ class Gateway:
         pool: DeploymentHandle[Any],
     ) -> None:
         tracing.start("gateway", config.otlp_address)
+        nodes = addresses()
+        require_shared(config, len(nodes))
         self._context = Context.open(config)
         # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
         if (host := listening_host()) is not None:
             require_keys(self._context.store, host)
+        if len(nodes) > 1 or (host is not None and not is_loopback(host)):
+            require_locked(os.environ, nodes)
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)
@@ -152,25 +181,7 @@ def create_app(
     app.state.ready = ready
     app.state.deployer = deployer or ServeDeployer()
     app.state.metrics = Metrics(context.store)
-    for router in (
-        health,
-        inference,  # routes are tried in this order, and these two are asked most
-        openai,
-        batch_inference,
-        reward_scoring,
-        safety,
-        models,
-        metrics,
-        datasets,
-        memory_banks,
-        agentic_system,
-        post_training,
-        evaluations,
-        synthetic_data_generation,
-        experiments,
-        telemetry,
-    ):
-        app.include_router(router.router)
+    app.router.routes += _routes()
     add_error_handlers(app)
     app.add_middleware(Faults)
     app.add_middleware(Bounds, max_body_bytes=context.config.max_body_bytes, by_path=_larger_bodies(context.config))
@@ -182,6 +193,15 @@ def create_app(
     app.add_middleware(RequestId)
     _document_errors(app)
     return app
+
+
+@cache
+def _routes() -> list[BaseRoute]:
+    """Made once in a process: that takes longer than all else of an application."""
+    router = APIRouter()
+    for one in ROUTERS:
+        router.include_router(one.router)
+    return router.routes
 
 
 def _closing(sessions: LocalSessions | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:

@@ -16,11 +16,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.attempts import Attempts
 from serve_apps.deployer import ServeDeployer
+from serve_apps.placement import WAITS, alive_nodes
 from stack import experiments, jobs, made_datasets, tracing, uploads
 from stack.added_models import Reconciler
 from stack.config import Config
 from stack.context import Context
 from stack.errors import StackError
+from stack.shared_state import require_shared
 from stack.store import Job, faults
 
 logger = logging.getLogger("ray.serve")
@@ -29,12 +31,12 @@ INTERVAL_S = 1.0
 SWEEP_S = 24 * 3600.0
 
 
-@serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0})
+@serve.deployment(num_replicas=1, ray_actor_options={**WAITS})
 class JobSupervisor:
     def __init__(self, config: Config) -> None:
         tracing.start("job-supervisor", config.otlp_address)
         self._context = Context.open(config)
-        self._attempts = Attempts(config, self._context.store, _connect, _address, _nodes, self._forget)
+        self._attempts = Attempts(config, self._context.store, _connect, _address, self._nodes, self._forget)
         self._models = Reconciler(config, self._context.store, ServeDeployer())
         self._problem: str | None = None
         loop = asyncio.get_running_loop()
@@ -51,6 +53,12 @@ class JobSupervisor:
         """Why jobs cannot be handed to Ray, if they cannot."""
         return self._problem
 
+    def _nodes(self) -> list[dict[str, float]]:
+        """What each node has. Raises BadInput where nodes have joined that do not reach what all share."""
+        nodes = alive_nodes()
+        require_shared(self._context.config, len(nodes))
+        return nodes
+
     def _forget(self, job: Job) -> None:
         made_datasets.forget(self._context.of_tenant(job.tenant), job)
 
@@ -59,8 +67,8 @@ class JobSupervisor:
             try:
                 await asyncio.to_thread(self._attempts.reconcile)
                 self._problem = None
-            except (OSError, RuntimeError, RayError, SQLAlchemyError) as error:
-                # Ray or the database is away: jobs wait until both are back.
+            except (OSError, RuntimeError, RayError, StackError, SQLAlchemyError) as error:
+                # Ray or the database is away, or nodes share too little: jobs wait until that is over.
                 self._problem = problem_of(error)
                 logger.warning("%s: %s", self._problem, _words_of(error))
             await asyncio.sleep(INTERVAL_S)
@@ -90,6 +98,8 @@ class JobSupervisor:
 
 def problem_of(error: Exception) -> str:
     """What everybody may read of an error, whose own words may hold queries, what is in them, and addresses."""
+    if isinstance(error, StackError):  # in our own words
+        return f"jobs cannot be handed to Ray: {error.message}"
     who = "the database" if isinstance(error, SQLAlchemyError) else "Ray"
     return f"jobs cannot be handed to Ray: {who} does not answer as it should ({type(error).__name__})"
 
@@ -105,7 +115,3 @@ def _connect() -> JobSubmissionClient:
 def _address() -> str:
     address: str = ray.get_runtime_context().gcs_address
     return address
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 from vllm.exceptions import VLLMClientError
 
+from serve_apps import placement
 from serve_apps.grammar_guard import GrammarGuard
 from serve_apps.prefix_router import PrefixRouter
 from stack import engines
@@ -111,7 +112,7 @@ def _engine_arguments(model: LanguageModel) -> dict[str, Any]:
 def _deployment(model: LanguageModel) -> dict[str, Any]:
     """Ray Serve's options of the deployment: how many replicas, and how many requests of each."""
     options: dict[str, Any] = dict(
-        ray_actor_options=dict(num_cpus=0),
+        ray_actor_options=dict(num_cpus=0),  # its bundles say on which nodes: `get_deployment_options`
         max_ongoing_requests=model.max_ongoing_requests,
         max_queued_requests=model.max_queued_requests,
         # A replica that is stopped, as there are too many or its model is removed, first ends the requests that it has.
@@ -145,6 +146,10 @@ class LLM(LLMServer):
         await super().__init__(llm_config, **options)
         # It takes seconds, for which the first request with a constraint would have to wait.
         await self._guard.start()
+
+    @classmethod
+    def get_deployment_options(cls, llm_config: LLMConfig) -> dict[str, Any]:
+        return placement.of_bundles(super().get_deployment_options(llm_config))
 
     @classmethod
     async def here(cls, model: LanguageModel, artifacts: str) -> "LLM":

@@ -15,6 +15,7 @@ from typing import TextIO
 from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
+from serve_apps.placement import WAITS
 from stack import tracing
 from stack.config import Config
 from stack.errors import StackError
@@ -31,7 +32,7 @@ logger = logging.getLogger("ray.serve")
     num_replicas=1,
     max_ongoing_requests=256,
     max_queued_requests=256,  # of each gateway; beyond them it is Unavailable
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options={**WAITS},
     health_check_period_s=2,  # nobody writes until it is noticed that the writer has died
 )
 class MemoryWriter:

@@ -2,11 +2,12 @@
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from ray.job_submission import JobDetails, JobStatus
 
+from stack.config import AutoscaledNodes
 from stack.store.jobs import Waiting
 
 # How many attempts may be lost before their drivers have begun: Ray itself is to blame then, rather than the job.
@@ -27,6 +28,15 @@ def why_never(bundles: list[dict[str, float]], nodes: list[dict[str, float]]) ->
         if amount > held:
             return f"the cluster has {held:g} {name}, and the job needs {amount:g} at once"
     return None
+
+
+def with_those_to_come(nodes: list[dict[str, float]], autoscaled: Sequence[AutoscaledNodes]) -> list[dict[str, float]]:
+    """The nodes that there are and those that the autoscaler would start. Those that are there count among its most."""
+    to_come = []
+    for kind in autoscaled:
+        there = sum(all(node.get(name, 0) >= least for name, least in kind.resources.items()) for node in nodes)
+        to_come += [kind.resources] * max(0, kind.most - there)
+    return [*nodes, *to_come]
 
 
 def choose(

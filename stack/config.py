@@ -301,6 +301,20 @@ class MemoryBanksConfig(Wire):
         return folder.rstrip("/") or folder
 
 
+class AutoscaledNodes(Wire):
+    """Nodes of one kind that Ray's autoscaler starts when something finds no room: at most `most` of them.
+
+    `resources` are what each has, in Ray's names: CPU, GPU, accelerator_type:H100.
+    """
+
+    resources: Annotated[
+        dict[Annotated[str, Field(min_length=1, max_length=200)], Annotated[float, Field(ge=0, le=1e15)]],
+        Field(min_length=1),
+        at_most(100),
+    ]
+    most: Annotated[int, Field(ge=1, le=10_000)]
+
+
 class Config(Wire):
     """Where things are kept, what is served, and the bounds of what users may send.
 
@@ -314,7 +328,8 @@ class Config(Wire):
     that is only one's. Of the accepted jobs `max_running_jobs` run at once, of each tenant's at most
     `max_running_jobs_per_tenant`, and `max_waiting_jobs_per_tenant` may wait. A job whose attempt was lost for no fault
     of its own (with a worker, a node, or all of Ray) gets another one, up to `max_retries` times in which it gets no
-    further than it has been.
+    further than it has been. A job that no node can hold waits, but for one that the `autoscaled_nodes` could hold: it
+    is handed to Ray, which starts them.
 
     `max_dataset_bytes` bounds the content of a data set, `max_artifact_bytes` an artifact sent to an experiment,
     `max_tenant_bytes` all that a tenant keeps (artifacts, uploads and memory banks), `max_body_bytes` the
@@ -332,6 +347,7 @@ class Config(Wire):
     max_running_jobs_per_tenant: Annotated[int, Field(ge=1, le=10_000)] = 10_000
     max_waiting_jobs_per_tenant: Annotated[int, Field(ge=1, le=100_000)] = 1_000
     max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    autoscaled_nodes: Annotated[list[AutoscaledNodes], Field(max_length=100)] = []
     max_requests: Annotated[int, Field(ge=1, le=1_000_000)] = 1_000
     max_body_bytes: Annotated[int, Field(ge=1_024)] = 4 * 2**20
     max_dataset_bytes: Annotated[int, Field(ge=1_024)] = 2**30

@@ -44,7 +44,7 @@ class Question:
     told: dict[str, Definition]
     past: Sequence[list[Message]]
     current: list[Message]
-    has_data: bool
+    looks_up: bool
     has_called: bool
     tokens_left: int
     seconds_left: float
@@ -143,7 +143,9 @@ def _messages(question: Question, todo: Infer, tokens: int) -> list[Message]:
     current = question.current
     if todo.final or todo.unread:
         current = prompt.with_line(current, prompt.FINAL if todo.final else prompt.UNREAD)
-    instructions = prompt.system(question.config.instructions, has_data=question.has_data)
+    told = [*current, *(message for turn in question.past for message in turn)]
+    has_data = question.looks_up or bool(question.told) or any(message["role"] == "tool" for message in told)
+    instructions = prompt.system(question.config.instructions, has_data=has_data)
     return prompt.fit(instructions, question.past, current, tokens)
 
 

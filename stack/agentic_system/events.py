@@ -45,6 +45,7 @@ class Stream:
         self._held_from: int | None = None
         self._kept: dict[int, list[int]] = {}  # where the progress of a step is
         self._kept_count = 0
+        self.is_left = False
         self._is_retold = False
         self._is_over = False
         self._error: StackError | None = None
@@ -67,7 +68,16 @@ class Stream:
         self.put(id, payload)
 
     def retold(self) -> None:
-        """All events are there again of what was before: now a reader's last one can be looked for."""
+        """All events are there again of what was before: now a reader's last one can be looked for.
+
+        What is held back by then of an attempt that was lost is dropped.
+        """
+        if self._held_from is not None:
+            progress = {at for of_step in self._kept.values() for at in of_step}
+            for at in range(self._held_from, len(self._events)):
+                if at in progress:
+                    self._drop(at)
+            self._held_from = None
         self._is_retold = True
         self._wake()
 
@@ -99,6 +109,11 @@ class Stream:
         if not self._is_over:
             self._is_over, self._error = True, error
             self._wake()
+
+    def leave(self, error: StackError | None = None) -> None:
+        """Nothing more comes here, though the turn has not ended: whoever asks for its events again asks elsewhere."""
+        self.is_left = True
+        self.finish(error)
 
     async def read(self, after: str | None = None) -> AsyncGenerator[Event]:
         """The events behind the one of the id `after`, or all of them, to the turn's end.

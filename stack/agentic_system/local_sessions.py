@@ -62,12 +62,14 @@ class LocalSessions:
 
         The stream of a turn that is run by now is taken hold of here: nothing of it is missed by asking late for it.
         """
-        return self._events(context, turn_id, after, self._streams.get((context.tenant, turn_id)))
+        stream = self._streams.get((context.tenant, turn_id))
+        return self._events(context, turn_id, after, stream if stream is not None and not stream.is_left else None)
 
     async def _events(
         self, context: Context, turn_id: str, after: str | None, stream: Stream | None
     ) -> AsyncGenerator[Event]:
-        stream = stream or await self._stream(context, turn_id)
+        if stream is None:
+            stream = await self._stream(context, turn_id)
         async with aclosing(stream.read(after)) as events:
             async for event in events:
                 yield event
@@ -88,11 +90,10 @@ class LocalSessions:
         if turn is not None and not turn.has_ended:
             self.tell(context.tenant, turn.session_id, turn.id, keys)
 
-    async def end(self, context: Context, session_id: str) -> None:
+    async def end(self, context: Context, session_id: str) -> None:  # noqa: ARG002  # the protocol's
         """Stops all of a session that was deleted."""
         if (session := self._sessions.pop(session_id, None)) is not None:
-            for turn_id in await session.stop(Conflict("the session was deleted", code="cancelled")):
-                self._streams.pop((context.tenant, turn_id), None)
+            await session.stop(Conflict("the session was deleted", code="cancelled"))
             self._one_left.set()
 
     async def recover(self) -> None:

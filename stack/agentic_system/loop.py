@@ -160,7 +160,7 @@ class Loop:
             told=dict(self.bench.told),
             past=self.conversation.past,
             current=await self.conversation.current(steps),
-            has_data=bool(self.bench.told) or any(step.kind == StepType.memory_retrieval for step in steps),
+            looks_up=self.plan.retrieves,
             has_called=any(step.kind == StepType.tool_execution for step in steps),
             tokens_left=self.plan.bounds.max_tokens - spent,
             seconds_left=self.plan.bounds.max_seconds - seconds_of(steps),

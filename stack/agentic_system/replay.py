@@ -68,7 +68,7 @@ def begun(turn_id: str) -> Stream:
 
 def tell_awaiting(stream: Stream, turn_id: str, step: int, calls: list[dict[str, Any]]) -> None:
     stream.put(f"{step}.approval", awaiting(turn_id, calls))
-    stream.finish()
+    stream.leave()
 
 
 def tell_end(stream: Stream, turn: Turn, steps: Sequence[Step], error: StackError | None = None) -> None:

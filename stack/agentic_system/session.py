@@ -24,6 +24,7 @@ logger = logging.getLogger("ray.serve")
 # How often the database is tried again in which a turn cannot be written, and after how long at first.
 RETRIES = 6
 RETRY_S = 0.25
+ELSEWHERE = "the turn is run elsewhere now; its events can be asked for again"
 
 
 class Session:
@@ -82,19 +83,14 @@ class Session:
         if (stream := self._streams.get(turn_id)) is not None:
             await self._tell_if_ended(turn_id, stream)
 
-    async def stop(self, error: StackError) -> list[str]:
-        """Stops what is run, and leaves it to whoever takes it next. Those who read events are told the error.
-
-        Returns the turns whose events were there.
-        """
+    async def stop(self, error: StackError) -> None:
+        """Stops what is run, and leaves it to whoever takes it next. Those who read events are told the error."""
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
-        stopped = list(self._streams)
         for stream in self._streams.values():
-            stream.finish(error)
+            stream.leave(error)
         self._streams.clear()
-        return stopped
 
     async def _work(self) -> None:
         try:
@@ -107,19 +103,21 @@ class Session:
 
     async def _run_all(self) -> None:
         """Runs all turns that can be run. A database that is away is waited for, for some seconds."""
-        for failures in range(RETRIES + 1):
+        failures = 0
+        while failures <= RETRIES:
             try:
                 while (turn := await self._taken()) is not None:
                     await self._run_turn(turn)
+                    failures = 0
                 for turn_id, stream in list(self._streams.items()):  # of turns that were cancelled while they waited
                     await self._tell_if_ended(turn_id, stream)
                 return
             except SQLAlchemyError as error:
                 logger.warning("the journal of the session %s cannot be written: %s", self.id, reason(error))
-                if failures < RETRIES:
-                    await asyncio.sleep(RETRY_S * 2**failures)
+                await asyncio.sleep(RETRY_S * 2**failures)
+                failures += 1
         for stream in self._streams.values():
-            stream.finish(Unavailable("the journal of the turn cannot be written now; it goes on later"))
+            stream.leave(Unavailable("the journal of the turn cannot be written now; it goes on later"))
         self._streams.clear()
 
     async def _taken(self) -> Turn | None:
@@ -142,7 +140,7 @@ class Session:
         try:
             turn = await run.run()
         except StackError:  # superseded: it is run elsewhere by now
-            stream.finish(Unavailable("the turn is run elsewhere now; its events can be asked for again"))
+            stream.leave(Unavailable(ELSEWHERE))
         finally:
             self._current, self._run, self._is_to_cancel = None, None, False
         if run.is_cancelled and turn.state == TurnState.awaiting_approval:
@@ -153,8 +151,12 @@ class Session:
 
     async def _tell_if_ended(self, turn_id: str, stream: Stream) -> None:
         turn = await asyncio.to_thread(self._context.store.turns.get, self._context.tenant, turn_id)
-        if turn is None or turn.has_ended:
-            gone = Conflict("the turn was deleted", code="cancelled")
-            stream.finish(gone if turn is None else error_of(turn))
-            self._streams.pop(turn_id, None)
-            self._keys.pop(turn_id, None)
+        if turn is not None and not turn.has_ended:
+            return
+        error = error_of(turn) if turn is not None else Conflict("the turn was deleted", code="cancelled")
+        if error is not None:
+            stream.finish(error)
+        else:
+            stream.leave(Unavailable(ELSEWHERE))
+        self._streams.pop(turn_id, None)
+        self._keys.pop(turn_id, None)

@@ -135,7 +135,8 @@ class TurnRun:
         shields = {name: (tool.input_shields, tool.output_shields) for tool in config.tools for name in names_of(tool)}
         past = await self._past.before(self._context, turn, config.model)
         names = [file.name for file in had]
-        async with self._place.hands(self._bounds, config.tools, had, is_resumed=turn.epoch > 1) as tools:
+        has_run = any(run.began_at is not None for run in self._journal.runs.values())
+        async with self._place.hands(self._bounds, config.tools, had, is_resumed=has_run) as tools:
             told = definitions(config, tools)
             timeout_s = self._bounds.tool_timeout_s
             loop = Loop(

@@ -27,6 +27,7 @@ def copy_checkout(folder: Path) -> Path:
         "scripts/setup",
         "scripts/prepare.py",
         "scripts/constraints.txt",
+        "scripts/constraints-gpu.txt",
     ):
         shutil.copy(local_stack.ROOT / name, folder / name)
     return folder

@@ -492,9 +492,14 @@ async def test_a_code_that_reads_the_next_cell_gets_that_alone(running: Sandbox)
     await run(
         running, FIND + "import threading\nthreading.Thread(target=lambda: control.recv(1_000), daemon=True).start()"
     )
-    with pytest.raises(Ended):
-        for _ in range(100):  # both wait for it, and which of the two gets it is the kernel's choice
+
+    async def lose_one() -> None:
+        """Both wait for a cell, and which of the two gets it is the kernel's choice."""
+        for _ in range(100):
             await run(running, "1", seconds=1)
+
+    with pytest.raises(Ended):
+        await lose_one()
 
 
 @pytest.mark.parametrize(

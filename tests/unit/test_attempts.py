@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from stack import jobs, made_datasets
 from stack.api.datasets import TrainEvalDatasetColumnType
 from stack.artifacts import Artifacts
-from stack.config import Config, home
+from stack.config import AutoscaledNodes, Config, home
 from stack.context import Context
 from stack.store import Job, Store
 from stack.store.jobs import NewJob
@@ -113,7 +113,7 @@ class Cluster:
     def _forget(self, job: Job) -> None:
         made_datasets.forget(self.context.of_tenant(job.tenant), job)
 
-    def limit(self, **changes: int) -> None:
+    def limit(self, **changes: Any) -> None:
         self.config = self.config.model_copy(update=changes)
         self.restart()
 
@@ -224,6 +224,15 @@ def test_what_a_job_waits_for_is_said_until_it_has_come(cluster: Cluster) -> Non
     cluster.ray.nodes.append({"GPU": 16.0})
     cluster.look()
     assert cluster.get("large").waiting_for is None, "it waits for its turn now"
+
+
+def test_a_job_is_handed_to_ray_where_the_autoscaler_would_start_nodes_for_it(cluster: Cluster) -> None:
+    cluster.add("large", bundles=[{"GPU": 8.0}, {"GPU": 8.0}])
+    cluster.look()
+    assert cluster.open() == []
+    cluster.limit(autoscaled_nodes=[AutoscaledNodes(resources={"GPU": 8}, most=2)])
+    cluster.look()
+    assert cluster.open() == ["default.large.1"]
 
 
 def test_that_a_job_waits_for_another_attempt_stays_said(cluster: Cluster) -> None:

@@ -523,7 +523,10 @@ def test_a_memory_bank_without_documents_or_of_another_tenant_is_refused(context
     ("changes", "words"),
     [
         ({"source": "documents"}, "dataset or bank_id is required with the source 'documents'"),
-        ({"source": "dataset", "bank_id": "bank-1"}, "bank_id cannot be used with the source 'dataset'"),
+        (
+            {"source": "dataset", "dataset": "texts", "bank_id": "bank-1"},
+            "bank_id cannot be used with the source 'dataset'",
+        ),
         (
             {"source": "documents", "bank_id": "bank-1", "dataset": "texts"},
             "there are dataset and bank_id; allowed: one of them",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray._private.label_utils import validate_label_selector
 from ray.util.accelerators import accelerators
 from safetensors.numpy import save_file
 
@@ -16,6 +17,13 @@ from scripts.local_stack import read_serve_file
 from stack.config import DEFAULT_FILE, GATEWAY, Accelerator, Config, EmbeddingModel, LanguageModel
 from stack.errors import BadInput
 from tests.conftest import WEIGHTS
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
+    from serve_apps.gateway import Gateway
+    from serve_apps.job_supervisor import JobSupervisor
+    from serve_apps.memory_writer import MemoryWriter
+    from serve_apps.placement import NOT_SPOT
 
 FILES = sorted(DEFAULT_FILE.parent.glob("*.yaml"))
 GPU_FILE = DEFAULT_FILE.parent / "gpu.yaml"
@@ -83,6 +91,22 @@ def test_every_config_file_serves_each_of_its_models(file: Path) -> None:
         assert LanguageModel.model_validate(args["model"]) == model
         assert args["artifacts"] == config.artifacts
         assert applications[model.id]["route_prefix"] is None, "only the gateway is public"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_nothing_that_serves_is_put_on_spot_nodes(file: Path) -> None:
+    assert validate_label_selector(NOT_SPOT) is None, "Ray takes it"
+    for deployment in (Gateway, JobSupervisor, MemoryWriter):
+        assert deployment.ray_actor_options["label_selector"] == NOT_SPOT  # type: ignore[attr-defined]
+    for one in yaml.safe_load(file.read_text())["applications"]:
+        if one["name"] == GATEWAY:
+            continue
+        deployment = built(one)
+        if bundles_of(deployment) is None:
+            assert deployment.ray_actor_options["label_selector"] == NOT_SPOT
+        else:
+            selectors = deployment._replica_config.placement_group_bundle_label_selector
+            assert selectors == [NOT_SPOT] * len(bundles_of(deployment))
 
 
 def test_the_models_of_the_gpu_file_fit_on_its_8_gpus_at_once() -> None:

@@ -5,6 +5,8 @@ import warnings
 import pytest
 from sqlalchemy.exc import OperationalError
 
+from stack.errors import BadInput
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from serve_apps.job_supervisor import problem_of
@@ -28,3 +30,8 @@ def test_a_problem_says_who_does_not_answer_and_nothing_that_is_not_for_everybod
     assert problem == f"jobs cannot be handed to Ray: {who} does not answer as it should ({type(error).__name__})", (
         problem
     )
+
+
+def test_what_nodes_do_not_share_is_told_in_its_own_words() -> None:
+    problem = problem_of(BadInput("this Ray has 2 nodes, and store is 'stack.db'"))
+    assert problem == "jobs cannot be handed to Ray: this Ray has 2 nodes, and store is 'stack.db'"

@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 from ray.job_submission import JobDetails, JobStatus, JobType
 
+from stack.config import AutoscaledNodes
 from stack.store.jobs import Waiting
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
-    from serve_apps.scheduling import MAX_UNBEGUN, choose, is_due, is_lost, is_tried_enough, why_never
+    from serve_apps.scheduling import (
+        MAX_UNBEGUN,
+        choose,
+        is_due,
+        is_lost,
+        is_tried_enough,
+        why_never,
+        with_those_to_come,
+    )
 
 
 def waiting(id: int, tenant: str = "a", priority: int = 0, **changes: Any) -> Waiting:
@@ -158,3 +167,20 @@ def details(status: JobStatus, error_type: str | None = None, exit_code: int | N
 )
 def test_only_what_was_ended_from_outside_counts_as_lost(ended: JobDetails, lost: bool) -> None:
     assert is_lost(ended) is lost
+
+
+def test_nodes_that_the_autoscaler_would_start_hold_jobs_too() -> None:
+    head, spot = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 8.0}
+    kind = AutoscaledNodes(resources=spot, most=2)
+    assert with_those_to_come([head], []) == [head]
+    assert with_those_to_come([head], [kind]) == [head, spot, spot]
+    assert why_never([{"GPU": 8}] * 2, with_those_to_come([head], [kind])) is None
+    assert why_never([{"GPU": 8}] * 3, with_those_to_come([head], [kind])) is not None
+
+
+def test_nodes_that_have_come_are_not_counted_twice() -> None:
+    spot = {"CPU": 8.0, "GPU": 8.0}
+    kind = AutoscaledNodes(resources=spot, most=2)
+    running = spot | {"memory": 1e9}
+    assert with_those_to_come([running], [kind]) == [running, spot]
+    assert with_those_to_come([running, running, running], [kind]) == [running, running, running]

@@ -166,6 +166,21 @@ async def first(stream: Stream, count: int) -> list[str]:
     return [(await anext(reader)).id for _ in range(count)]
 
 
+async def test_what_was_held_back_of_a_lost_attempt_is_never_seen() -> None:
+    stream = begun("t")
+    progress = step(stream, 1)
+    progress.begin()
+    stream.hold()
+    progress.model_text("secret")
+    stream.retold()
+    progress = step(stream, 1, attempt=2)
+    progress.begin()
+    progress.model_text("Paris")
+    stream.finish()
+    assert await ids(stream) == ["start", "1.1.0", "1.2.0", "1.2.1"]
+    assert await ids(stream, "1.1.1") == ["1.2.0", "1.2.1"]
+
+
 async def test_much_progress_is_put_together() -> None:
     stream = begun("t")
     progress = step(stream, 1)

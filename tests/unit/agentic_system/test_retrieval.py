@@ -1,5 +1,6 @@
 """The memory step of turns: banks of the agent and of the session, what is put before the model, and what is cited."""
 
+import asyncio
 import base64
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,30 @@ async def test_attachments_go_into_a_bank_of_the_session(agents_of: MakeAgents, 
     assert (await session_bank(agents, session)).bank_id == made.bank_id
     turn = await agents.turn(session, "And Rome?")
     assert "Tiber" in str(retrieved(turn).inserted_context)
+
+
+async def test_attachments_are_kept_once_though_the_step_is_done_again(
+    agents_of: MakeAgents, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents = agents_of()
+    session = await agents.session()
+    asking = asyncio.Event()
+
+    async def hang(*_: Any) -> Any:
+        asking.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(banks, "query", hang)
+        turn = await agents.begin(session, "Cairo?", attachments=[attached("The Nile flows through Cairo.")])
+        await asking.wait()
+        made = await session_bank(agents, session)
+        await agents.sessions.close()
+    await agents.restart()
+    await agents.events(turn)
+    step = retrieved(await agents.look(turn))
+    assert step.memory_bank_ids == [made.bank_id]
+    assert len(step.citations) == 1
 
 
 async def test_a_sessions_bank_finds_by_meaning_where_it_can(agents_of: MakeAgents, home: Path) -> None:

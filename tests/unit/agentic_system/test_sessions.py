@@ -1,17 +1,23 @@
 """Sessions in this process: turns behind one another, what the client runs and approves of, cancelling, resuming."""
 
 import asyncio
+import itertools
+import sqlite3
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from stack.agentic_system import accepting
 from stack.agentic_system import agents as agents_api
+from stack.agentic_system import session as session_module
 from stack.agentic_system.prompt import UNANSWERED
 from stack.agentic_system.tool_calls import DENIED_BY_USER, UNKNOWN
 from stack.agentic_system.tools.tool import Call
 from stack.api.agentic_system import ApproveTurnRequest, CancelTurnRequest, TurnState
 from stack.errors import BadInput, Conflict, NotFound, TooManyRequests, Unavailable
-from stack.store.turns import Turn
+from stack.store.turns import Journal, Turn, Turns
 from tests.scripted_agents import (
     Agents,
     Body,
@@ -363,6 +369,59 @@ async def test_a_turn_goes_on_after_a_restart(agents_of: MakeAgents, model: Mode
     assert said(whole) == "It is not known."
     assert len(tool.called) == 1
     assert payload_of(events[-1])["event_type"] == "turn_complete"
+
+
+@contextmanager
+def broken(turns: Turns, monkeypatch: pytest.MonkeyPatch, times: Collection[int]) -> Iterator[None]:
+    """A database that is away at the transactions of these numbers in the journal."""
+    count, journal = itertools.count(), turns.journal
+
+    @contextmanager
+    def breaking(turn: Turn) -> Iterator[Journal]:
+        if next(count) in times:
+            raise OperationalError("", {}, sqlite3.OperationalError("disk I/O error"))
+        with journal(turn) as rows:
+            yield rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(turns, "journal", breaking)
+        yield
+
+
+async def test_a_database_that_is_away_for_a_time_is_waited_for(
+    agents_of: MakeAgents, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "RETRY_S", 0.01)
+    model.script = [call("look"), "Paris."]
+    tool = Tool("look")
+    agents = agents_of(tool)
+    shield = {"shield_type": "code_scanner_guard", "on_violation_action": 2}
+    session = await agents.session(output_shields=[shield])
+    with broken(agents.context.store.turns, monkeypatch, {1, 4, 5, 7, 9}):
+        turn = await agents.begin(session, "Look!")
+        events = await agents.events(turn)
+    assert said(await agents.look(turn)) == "Paris."
+    told = [payload_of(event) for event in events]
+    deltas = [one["model_response_text_delta"] for one in told if "model_response_text_delta" in one]
+    assert deltas in (["Paris."], []), "what was lost with an attempt is not told"
+    ended = [one for one in told if one["event_type"] == "step_complete"]
+    assert [one["step_type"] for one in ended] == ["inference", "tool_execution", "inference", "shield_call"]
+    assert len({event.id for event in events}) == len(events)
+    assert len(tool.called) <= 1
+
+
+async def test_a_database_that_stays_away_is_told(
+    agents_of: MakeAgents, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "RETRY_S", 0.001)
+    agents = agents_of()
+    session = await agents.session()
+    with broken(agents.context.store.turns, monkeypatch, range(1_000)):
+        turn = await agents.begin(session, "Where?")
+        with pytest.raises(Unavailable, match="goes on later"):
+            await agents.events(turn)
+    assert payload_of((await agents.events(turn))[-1])["event_type"] == "turn_complete"
+    assert said(await agents.look(turn)) == "Paris"
 
 
 async def test_events_of_a_turn_that_nobody_runs_have_it_run(agents_of: MakeAgents) -> None:

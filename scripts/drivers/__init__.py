@@ -1,0 +1,1 @@
+"""Programs that drive a stack by its address alone, on a laptop or a cluster: python -m scripts.drivers.NAME --help."""

@@ -1,0 +1,37 @@
+"""Whether Ray is locked: it runs code for whoever reaches its ports and has its token, so both must be kept.
+
+Since Ray binds the ports of a node to the node's address, and the dashboard to loopback unless it is told otherwise,
+that address must be one of an inner network.
+"""
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+
+from stack.errors import Unauthorized
+
+_HOW = "see docs/clusters.md, `Ray is locked`"
+
+
+def require_locked(environment: Mapping[str, str], addresses: Sequence[str]) -> None:
+    """Raises Unauthorized unless Ray asks for its token, and each of its nodes has an address of an inner network.
+
+    The environment is that of a process of Ray's, which has it from where its node was started.
+    """
+    if environment.get("RAY_AUTH_MODE") != "token":
+        raise Unauthorized(
+            "whoever reaches Ray's ports can run code on its nodes, as it asks nobody for a token (RAY_AUTH_MODE is "
+            f"{environment.get('RAY_AUTH_MODE', 'not set')}): set it to token where each node is started; {_HOW}"
+        )
+    public = [address for address in addresses if not _is_inner(address)]
+    if public:
+        raise Unauthorized(
+            f"Ray's ports are bound to addresses of the internet ({', '.join(public)}): start the nodes with "
+            f"`ray start --node-ip-address` and an address of an inner network; {_HOW}"
+        )
+
+
+def _is_inner(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_private  # loopback and link-local among them
+    except ValueError:  # a name, which only the network's own resolver knows of
+        return True

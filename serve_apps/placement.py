@@ -1,0 +1,28 @@
+"""On which of Ray's nodes what serves may run: not on spot nodes, which a cloud takes back within minutes.
+
+A node says what it is by Ray's own label ray.io/market-type, which the files of clusters/ set; one without the label is
+no spot node. What jobs run goes anywhere: it goes on from its last checkpoint on another node.
+"""
+
+from typing import Any
+
+import ray
+
+NOT_SPOT = {"ray.io/market-type": "!spot"}
+# Of an actor that reserves nothing, as it mostly waits.
+WAITS = {"num_cpus": 0, "label_selector": NOT_SPOT}
+
+
+def alive_nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def addresses() -> list[str]:
+    """Those of the living nodes, to which Ray's ports are bound."""
+    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def of_bundles(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a deployment that has bundles of resources, with those nodes alone for each of the bundles."""
+    return options | {"placement_group_bundle_label_selector": [NOT_SPOT for _ in options["placement_group_bundles"]]}

@@ -1,0 +1,290 @@
+"""The files of clusters/ for `ray up`: Ray takes them, what is served finds its nodes, and Ray is locked."""
+
+import re
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
+
+from scripts.local_stack import read_serve_file
+from stack import engines
+from stack.config import ROOT, Config, LanguageModel
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
+    from ray.serve.schema import ServeDeploySchema
+
+CLUSTERS = ROOT / "clusters"
+LOCAL = CLUSTERS / "local.yaml"
+CLOUDS = [CLUSTERS / "aws.yaml", CLUSTERS / "gcp.yaml"]
+FILES = [LOCAL, *CLOUDS]
+SERVE_FILE = ROOT / "serve_apps" / "cluster.yaml"
+ENVIRONMENT = CLUSTERS / "environment.sh"
+SPOT, ON_DEMAND = {"ray.io/market-type": "spot"}, {"ray.io/market-type": "on-demand"}
+SECRETS = re.compile(r"AKIA|BEGIN [A-Z ]*PRIVATE KEY|(?:password|secret|token)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{8,}", re.I)
+
+every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+every_cloud = pytest.mark.parametrize("file", CLOUDS, ids=lambda file: file.name)
+every_gpu_config = pytest.mark.parametrize(
+    "serve_file", [SERVE_FILE, SERVE_FILE.with_name("gpu.yaml")], ids=lambda file: file.name
+)
+
+
+def read(file: Path) -> dict[str, Any]:
+    cluster = yaml.safe_load(file.read_text())
+    assert isinstance(cluster, dict)
+    return cluster
+
+
+def starts(cluster: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The arguments of the two `ray start`, by head and worker."""
+    found = {}
+    for kind in ("head", "worker"):
+        (command,) = (one for one in cluster[f"{kind}_start_ray_commands"] if "ray start" in one)
+        words = shlex.split(re.sub(r"\$\([^()]*(?:\([^()]*\)[^()]*)*\)", "SHELL", command.partition("ray start")[2]))
+        found[kind] = {name: value for name, _, value in (word.partition("=") for word in words)}
+    return found
+
+
+def node_types(cluster: dict[str, Any], labels: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    types: dict[str, dict[str, Any]] = cluster["available_node_types"]
+    workers = {name: one for name, one in types.items() if name != cluster["head_node_type"]}
+    return {name: one for name, one in workers.items() if labels in (None, one["labels"])}
+
+
+def fits(bundles: list[dict[str, float]], resources: dict[str, float]) -> bool:
+    total = {name: sum(bundle.get(name, 0) for bundle in bundles) for bundle in bundles for name in bundle}
+    return all(resources.get(name, 0) >= amount for name, amount in total.items())
+
+
+# What Ray says of them
+
+
+@every_file
+def test_ray_takes_the_file(file: Path) -> None:
+    """As `ray up` does it: its schema, its defaults, and its checks of the whole."""
+    cluster = prepare_config(read(file))
+    validate_config(cluster)
+    workers = [
+        one
+        for name, one in cluster["available_node_types"].items()
+        if len(cluster["available_node_types"]) == 1 or name != cluster["head_node_type"]
+    ]
+    assert sum(one["max_workers"] for one in workers) == cluster["max_workers"] == read(file)["max_workers"]
+
+
+@every_file
+def test_ray_refuses_the_file_with_a_key_that_it_does_not_know(file: Path) -> None:
+    with pytest.raises(Exception, match="Additional properties are not allowed"):
+        validate_config(prepare_config(read(file) | {"max_worker": 1}))
+
+
+@every_file
+def test_the_mounted_files_are_there_and_are_not_the_environment(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray hashes all that is in them, here and on the head."""
+    monkeypatch.chdir(ROOT)
+    mounts = read(file)["file_mounts"]
+    ours = {there: here for there, here in mounts.items() if not here.startswith("~")}
+    assert all(Path(here).exists() and not (Path(here) / ".venv").exists() for here in ours.values())
+    assert set(ours.values()).isdisjoint({".", ".git", ".venv"})
+    assert all(there == f"~/llama-stack-ray/{here}" for there, here in ours.items())
+    assert hash_runtime_conf(ours, None, {})
+
+
+def test_the_hosts_get_all_that_setting_up_and_serving_needs() -> None:
+    mounted = set(read(LOCAL)["file_mounts"].values())
+    project = (ROOT / "pyproject.toml").read_text()
+    assert {"stack", "serve_apps", "jobs", "scripts", "clusters", "pyproject.toml"} <= mounted
+    assert 'readme = "README.md"' in project
+    assert {"README.md", "LICENSE"} <= mounted, "the package is built with them"
+
+
+# What is served on them
+
+
+def test_the_serve_file_of_clusters_is_a_serve_file_whose_parts_fit() -> None:
+    file = read_serve_file(SERVE_FILE)
+    ServeDeploySchema.model_validate(file.document)
+    assert (file.host, file.port) == ("0.0.0.0", 8321)
+    assert file.document["proxy_location"] == "EveryNode"
+
+
+def test_two_gateways_are_on_two_nodes() -> None:
+    gateway = next(one for one in read(SERVE_FILE)["applications"] if one["name"] == "gateway")
+    (deployment,) = gateway["deployments"]
+    assert (deployment["name"], deployment["num_replicas"], deployment["max_replicas_per_node"]) == ("Gateway", 2, 1)
+    for file in CLOUDS:
+        assert read(file)["available_node_types"]["cpu"]["min_workers"] >= 2, "one may be lost"
+
+
+@every_cloud
+@every_gpu_config
+def test_every_model_fits_a_kind_of_node_that_is_no_spot_node(file: Path, serve_file: Path) -> None:
+    serving = node_types(read(file), ON_DEMAND)
+    for model in Config.from_file(serve_file).all_models:
+        bundles = engines.bundles(model) if isinstance(model, LanguageModel) else [{"CPU": model.cpus}]
+        assert any(fits(bundles, one["resources"]) for one in serving.values()), model.id
+
+
+@every_cloud
+@every_gpu_config
+def test_the_nodes_hold_the_most_replicas_of_all_models_at_once(file: Path, serve_file: Path) -> None:
+    serving = node_types(read(file), ON_DEMAND)
+    gpus = sum(one["resources"].get("GPU", 0) * one["max_workers"] for one in serving.values())
+    asked = sum(model.gpus * model.most_replicas for model in Config.from_file(serve_file).models)
+    assert 0 < asked <= gpus
+
+
+@every_cloud
+def test_trainings_have_spot_nodes_that_come_before_those_that_serve(file: Path) -> None:
+    cluster = read(file)
+    spot, serving = node_types(cluster, SPOT), node_types(cluster, ON_DEMAND)
+    assert all(one["resources"]["GPU"] > 0 and one["min_workers"] == 0 for one in spot.values())
+    assert min(one["priority"] for one in spot.values()) > max(one.get("priority", 0) for one in serving.values())
+    for one in spot.values():
+        assert "spot" in str(one["node_config"]).lower(), "the cloud is told, too"
+    for one in serving.values():
+        assert "spot" not in str(one["node_config"]).lower()
+    (kind,), (node,) = Config.from_file(SERVE_FILE).autoscaled_nodes, spot.values()
+    assert kind.most == node["max_workers"], "what jobs are handed to Ray for"
+    assert fits([kind.resources], node["resources"])
+    training = engines.bundles_of_job(Config.from_file(SERVE_FILE).models[1])
+    assert any(fits(training, one["resources"]) for one in spot.values())
+
+
+@every_cloud
+def test_clouds_grow_and_shrink(file: Path) -> None:
+    cluster = read(file)
+    workers = node_types(cluster)
+    assert sum(one["max_workers"] for one in workers.values()) == cluster["max_workers"]
+    assert all(one["min_workers"] < one["max_workers"] for one in workers.values())
+    assert cluster["idle_timeout_minutes"] > 0
+
+
+@every_file
+def test_the_head_does_no_gpu_work_and_takes_no_tasks(file: Path) -> None:
+    cluster = read(file)
+    if file == LOCAL:
+        assert (starts(cluster)["head"]["--num-cpus"], starts(cluster)["head"]["--num-gpus"]) == ("0", "0")
+    else:
+        assert cluster["available_node_types"][cluster["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
+
+
+# How Ray is locked
+
+
+def environment_of(cluster: dict[str, Any]) -> dict[str, str]:
+    """What Ray's processes find in their environment."""
+    if "docker" in cluster:
+        options = shlex.split(" ".join(cluster["docker"]["run_options"]))
+        pairs = [options[n + 1] for n, word in enumerate(options) if word == "--env"]
+    else:
+        pairs = re.findall(r"^export (\S+=.*)$", ENVIRONMENT.read_text(), re.M)
+        for kind in ("head", "worker"):
+            commands = [one for one in cluster[f"{kind}_start_ray_commands"] if re.search(r"\bray (start|stop)", one)]
+            assert len(commands) == 2
+            assert all(one.startswith(". ~/llama-stack-ray/clusters/environment.sh;") for one in commands)
+    return {name: value.strip('"') for name, _, value in (pair.partition("=") for pair in pairs)}
+
+
+@every_file
+def test_ray_asks_for_a_token_that_is_mounted(file: Path) -> None:
+    cluster = read(file)
+    environment = environment_of(cluster)
+    assert environment["RAY_AUTH_MODE"] == "token"
+    home = "/home/stack" if "docker" in cluster else "$HOME"
+    assert environment["RAY_AUTH_TOKEN_PATH"] == f"{home}/secrets/auth_token"
+    assert environment["PGPASSFILE"] == f"{home}/secrets/pgpass"
+    assert cluster["file_mounts"]["~/secrets"] == "~/.config/llama-stack-ray"
+    assert environment["STACK_HOME"] == "/mnt/stack"
+    assert environment["STACK_CONFIG"].endswith("/serve_apps/cluster.yaml")
+
+
+@every_file
+def test_no_port_of_rays_is_open_to_more_than_the_nodes(file: Path) -> None:
+    cluster = read(file)
+    started = starts(cluster)
+    assert started["head"]["--dashboard-host"] == "127.0.0.1"
+    for arguments in started.values():
+        assert not any("0.0.0.0" in value or "::" in value for value in arguments.values())
+    if file == LOCAL:
+        assert started["head"]["--node-ip-address"] == cluster["provider"]["head_ip"]
+        assert started["worker"]["--node-ip-address"] == "SHELL", "the address that it has towards the head"
+    else:
+        assert cluster["provider"]["use_internal_ips"] is True
+        assert "accessConfigs" not in str(cluster["available_node_types"])
+
+
+def test_on_aws_only_the_gateways_port_is_opened() -> None:
+    (rule,) = read(CLUSTERS / "aws.yaml")["provider"]["security_group"]["IpPermissions"]
+    port = read(SERVE_FILE)["http_options"]["port"]
+    assert (rule["FromPort"], rule["ToPort"], rule["IpProtocol"]) == (port, port, "tcp")
+    assert all(not one["CidrIp"].startswith("0.") for one in rule["IpRanges"])
+
+
+@every_file
+def test_every_port_is_fixed_and_none_is_taken_twice(file: Path) -> None:
+    for kind, arguments in starts(read(file)).items():
+        ports = {name: int(value) for name, value in arguments.items() if name.endswith("port")}
+        lowest, highest = ports.pop("--min-worker-port"), ports.pop("--max-worker-port")
+        fixed = [*ports.values(), read(SERVE_FILE)["http_options"]["port"], 6390]
+        assert len(set(fixed)) == len(fixed)
+        assert not any(lowest <= port <= highest for port in fixed)
+        assert highest - lowest >= 1_000, "one port for each worker process"
+        needed = {"--node-manager-port", "--object-manager-port", "--runtime-env-agent-port", "--metrics-export-port"}
+        assert needed | {"--dashboard-agent-grpc-port", "--dashboard-agent-listen-port"} <= set(ports), kind
+
+
+def test_the_head_on_hosts_keeps_what_it_knows_in_its_own_redis_behind_a_password() -> None:
+    redis, ray = read(LOCAL)["head_start_ray_commands"][1:]
+    assert "bind 127.0.0.1" in redis
+    assert "requirepass" in redis
+    assert "appendonly yes" in redis
+    assert "RAY_REDIS_ADDRESS=127.0.0.1:6390" in ray
+    assert starts(read(LOCAL))["head"]["--redis-password"] == "SHELL"
+
+
+@every_file
+def test_dead_nodes_are_noticed_within_a_minute(file: Path) -> None:
+    environment = environment_of(read(file))
+    period, timeout, checks = (
+        int(environment[f"RAY_health_check_{name}"]) for name in ("period_ms", "timeout_ms", "failure_threshold")
+    )
+    assert (period + timeout) * checks < 60_000
+
+
+# The image
+
+
+def test_the_image_is_of_fixed_parts_and_runs_without_rights() -> None:
+    lines = (CLUSTERS / "Containerfile").read_text().splitlines()
+    words = [line.split() for line in lines if line and not line.startswith("#")]
+    (base,) = (line[1] for line in words if line[0] == "FROM")
+    assert re.fullmatch(r"python:3\.\d+-slim-\w+", base)
+    assert [line[1] for line in words if line[0] == "USER"][-1] == "stack"
+    assert not {"ENTRYPOINT", "CMD", "ADD"} & {line[0] for line in words}
+    text = "\n".join(lines)
+    assert '--constraint "$constraints"' in text
+    assert "HOME=/home/stack" in text, "by which Ray finds where to put what it mounts"
+    for program in ("rsync", "openssh-client", "wget", "gcc"):
+        assert program in text
+
+
+def test_the_image_has_the_code_and_nothing_else_of_the_folder() -> None:
+    lines = (CLUSTERS / "Containerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    everything, *back = (ROOT / ".containerignore").read_text().split()
+    let_in = {name.removeprefix("!") for name in back if name.startswith("!")}
+    assert everything == "*"
+    assert let_in == {name.split("/")[0] for name in copied}
+    assert {"stack", "serve_apps", "jobs", "scripts"} <= let_in
+
+
+@pytest.mark.parametrize("file", [*FILES, ENVIRONMENT, SERVE_FILE], ids=lambda file: file.name)
+def test_no_file_holds_a_secret(file: Path) -> None:
+    assert not SECRETS.search(file.read_text())

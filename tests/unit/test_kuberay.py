@@ -1,0 +1,294 @@
+"""The files of clusters/kuberay/: Kubernetes and KubeRay take them, and what they hold together fits."""
+
+import re
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from stack import engines
+from stack.api.post_training import PostTrainingSFTRequest
+from stack.config import ROOT, Config, LanguageModel
+from tests.kuberay import FOLDER, KINDS, SPECS, RayClusterSpec, documents
+
+KUBERNETES = "1.34"
+SERVE_FILE = ROOT / "serve_apps" / "cluster.yaml"
+OBJECTS = documents()
+RAY = [one for one in OBJECTS if one["kind"] in KINDS]
+OURS = {"app.kubernetes.io/part-of": "llama-stack"}
+
+every_object = pytest.mark.parametrize(
+    "one", [one for one in OBJECTS if one["kind"] not in (*KINDS, "Kustomization")], ids=lambda one: one["kind"]
+)
+every_ray = pytest.mark.parametrize("one", RAY, ids=lambda one: one["kind"])
+
+
+def named(kind: str, name: str) -> dict[str, Any]:
+    (found,) = (one for one in OBJECTS if one["kind"] == kind and one["metadata"]["name"] == name)
+    return found
+
+
+def spec_of(one: dict[str, Any]) -> RayClusterSpec:
+    spec = SPECS[one["kind"]].model_validate(one["spec"])
+    cluster = getattr(spec, {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}.get(one["kind"], ""), spec)
+    assert isinstance(cluster, RayClusterSpec)
+    return cluster
+
+
+def templates(cluster: RayClusterSpec) -> dict[str, dict[str, Any]]:
+    """The templates of a cluster's pods, by group; labels as KubeRay adds them."""
+    found = {"head": cluster.headGroupSpec.template}
+    return found | {group.groupName: group.template for group in cluster.workerGroupSpecs}
+
+
+def pods() -> list[tuple[str, str, dict[str, Any]]]:
+    """The spec of each pod that there can be: of what, of which group, and what Kubernetes is told."""
+    found = [(one["kind"], name, pod["spec"]) for one in RAY for name, pod in templates(spec_of(one)).items()]
+    return [*found, ("StatefulSet", "redis", named("StatefulSet", "redis")["spec"]["template"]["spec"])]
+
+
+every_pod = pytest.mark.parametrize(("kind", "group", "pod"), pods(), ids=lambda value: str(value)[:20])
+
+
+def ray_resources(group: Any) -> dict[str, float]:
+    """What Ray's autoscaler takes a node of a group to have."""
+    limits = group.template["spec"]["containers"][0]["resources"]["limits"]
+    custom = {name: float(amount) for name, amount in group.resources.items()}
+    return {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))} | custom
+
+
+# What Kubernetes and KubeRay say of them
+
+
+@every_object
+def test_kubernetes_takes_the_object(one: dict[str, Any]) -> None:
+    assert kubernetes_validate.validate(one, KUBERNETES, strict=True)
+
+
+@every_ray
+def test_kuberay_takes_the_object(one: dict[str, Any]) -> None:
+    assert one["apiVersion"] == "ray.io/v1"
+    assert set(one) == {"apiVersion", "kind", "metadata", "spec"}
+    for name, template in templates(spec_of(one)).items():
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
+        assert kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_a_key_that_kuberay_does_not_know_is_noticed() -> None:
+    spec = named("RayCluster", "stack")["spec"]
+    with pytest.raises(ValidationError, match="gcsFaultTolerance"):
+        RayClusterSpec.model_validate(spec | {"gcsFaultTolerance": {}})
+    with pytest.raises(ValidationError, match="minReplicas"):
+        RayClusterSpec.model_validate(spec | {"workerGroupSpecs": [spec["workerGroupSpecs"][0] | {"minReplicas": "2"}]})
+
+
+def test_a_key_that_kubernetes_does_not_know_in_a_pod_is_noticed() -> None:
+    template = {"spec": {"containers": [{"name": "ray", "image": "i", "volumeMount": []}]}}
+    pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "ray"}, "template": template}
+    with pytest.raises(kubernetes_validate.ValidationError, match="volumeMount"):
+        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
+
+
+def test_what_is_applied_together_is_there() -> None:
+    resources = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
+    assert all((FOLDER / name).is_file() for name in resources)
+    others = {file.name for file in FOLDER.glob("*.yaml")} - set(resources)
+    assert others == {"kustomization.yaml", "cluster.yaml", "training.yaml"}
+
+
+# What they hold
+
+
+def test_the_service_serves_what_the_serve_file_of_clusters_says() -> None:
+    served = yaml.safe_load(named("RayService", "stack")["spec"]["serveConfigV2"])
+    assert served == yaml.safe_load(SERVE_FILE.read_text())
+
+
+def test_the_cluster_on_its_own_has_the_nodes_of_the_service() -> None:
+    assert named("RayCluster", "stack")["spec"] == named("RayService", "stack")["spec"]["rayClusterConfig"]
+
+
+@every_ray
+def test_the_version_of_ray_is_the_one_of_the_image(one: dict[str, Any]) -> None:
+    assert f'"ray[serve,train,data]=={spec_of(one).rayVersion}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@every_ray
+def test_every_model_fits_a_kind_of_node_that_is_no_spot_node(one: dict[str, Any]) -> None:
+    if one["kind"] == "RayJob":
+        return
+    groups = [group for group in spec_of(one).workerGroupSpecs if group.labels["ray.io/market-type"] == "on-demand"]
+    config = Config.from_file(SERVE_FILE)
+    for model in config.all_models:
+        bundles = engines.bundles(model) if isinstance(model, LanguageModel) else [{"CPU": model.cpus}]
+        names = {name for bundle in bundles for name in bundle}
+        asked = {name: sum(bundle.get(name, 0) for bundle in bundles) for name in names}
+        assert any(
+            all(ray_resources(group).get(name, 0) >= amount for name, amount in asked.items()) for group in groups
+        ), model.id
+    gpus = sum(ray_resources(group)["GPU"] * group.maxReplicas for group in groups)
+    assert sum(model.gpus * model.most_replicas for model in config.models) <= gpus
+
+
+@every_ray
+def test_trainings_have_spot_nodes_that_come_before_those_that_serve(one: dict[str, Any]) -> None:
+    groups = {group.groupName: group for group in spec_of(one).workerGroupSpecs}
+    training = groups.pop("training")
+    assert training.labels == {"ray.io/market-type": "spot"}
+    assert training.minReplicas == 0
+    assert all(group.labels == {"ray.io/market-type": "on-demand"} for group in groups.values())
+    assert all(training.priority > group.priority for group in groups.values())
+    (kind,) = Config.from_file(SERVE_FILE).autoscaled_nodes
+    assert kind.most == training.maxReplicas
+    assert all(ray_resources(training)[name] >= least for name, least in kind.resources.items())
+
+
+@every_ray
+def test_the_head_does_no_gpu_work_and_takes_no_tasks(one: dict[str, Any]) -> None:
+    assert spec_of(one).headGroupSpec.rayStartParams == {"num-cpus": "0", "num-gpus": "0"}
+    assert "nvidia.com/gpu" not in str(spec_of(one).headGroupSpec.template)
+
+
+def test_the_training_is_a_request_of_the_stack_for_a_model_that_it_serves() -> None:
+    text = named("ConfigMap", "training-request")["data"]["request.yaml"]
+    request = PostTrainingSFTRequest.model_validate(yaml.safe_load(text))
+    assert request.model in [model.id for model in Config.from_file(SERVE_FILE).models]
+    job = named("RayJob", request.job_uuid)
+    mount = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"][1]
+    assert job["spec"]["entrypoint"].endswith(f"--config {mount['mountPath']}/request.yaml")
+    training = spec_of(job).workerGroupSpecs[0]
+    assert request.training_config.workers <= training.maxReplicas * ray_resources(training)["GPU"]
+
+
+# What is lost when, and what is not
+
+
+def test_heads_keep_what_they_know_in_redis() -> None:
+    for one in (named("RayService", "stack"), named("RayCluster", "stack")):
+        options = spec_of(one).gcsFaultToleranceOptions
+        assert options is not None
+        host, _, port = options.redisAddress.partition(":")
+        assert named("Service", host)["spec"]["ports"] == [{"name": "redis", "port": int(port)}]
+
+
+def test_redis_is_on_disk_and_asks_for_its_password() -> None:
+    redis = named("StatefulSet", "redis")["spec"]
+    args = redis["template"]["spec"]["containers"][0]["args"]
+    assert args[args.index("--appendonly") + 1] == "yes"
+    assert args[args.index("--requirepass") + 1] == "$(REDISCLI_AUTH)"
+    assert redis["volumeClaimTemplates"]
+
+
+def test_every_kind_of_pod_that_serves_is_left_by_disruptions() -> None:
+    """Of pods of KubeRay, Kubernetes takes only a number that must stay."""
+    budgets = {one["metadata"]["name"]: one["spec"] for one in OBJECTS if one["kind"] == "PodDisruptionBudget"}
+    assert set(budgets) == {"ray-head", "ray-cpu", "ray-serving", "redis"}
+    assert all(budget["minAvailable"] == 1 for budget in budgets.values())
+    groups = {group.groupName: group for group in spec_of(named("RayService", "stack")).workerGroupSpecs}
+    for name in ("cpu", "serving"):
+        assert budgets[f"ray-{name}"]["selector"]["matchLabels"] == OURS | {"ray.io/group": name}
+        assert groups[name].minReplicas >= 1
+    assert groups["cpu"].minReplicas > budgets["ray-cpu"]["minAvailable"], "one may be emptied"
+
+
+def test_draining_outlasts_the_longest_stream() -> None:
+    longest = max(model.request_timeout_s for model in Config.from_file(SERVE_FILE).all_models)
+    service = named("RayService", "stack")
+    assert service["spec"]["rayClusterDeletionDelaySeconds"] > longest
+    for name, template in templates(spec_of(service)).items():
+        if name in ("head", "training"):
+            continue
+        hook = template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert hook[:4] == ["python", "-m", "scripts.drain_node", "--seconds"]
+        # A replica is first started elsewhere, and only then does this one end what it has begun.
+        assert longest + 300 < int(hook[4]) < template["spec"]["terminationGracePeriodSeconds"]
+
+
+# How it is locked
+
+
+@every_ray
+def test_ray_asks_for_a_token(one: dict[str, Any]) -> None:
+    options = spec_of(one).authOptions
+    assert (options.mode, options.secretName) == ("token", "ray-token")
+
+
+@every_pod
+def test_no_container_has_a_right_that_it_does_not_need(kind: str, group: str, pod: dict[str, Any]) -> None:
+    """As the namespace demands it: Kubernetes' own level `restricted`."""
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    for container in pod["containers"]:
+        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["limits"]["memory"]
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    assert not any("hostPath" in volume for volume in pod.get("volumes", []))
+    # KubeRay's autoscaler, in the head's pod, is the only one that talks to Kubernetes.
+    assert group == "head" or pod["automountServiceAccountToken"] is False
+
+
+@every_pod
+def test_every_pod_has_its_state_elsewhere(kind: str, group: str, pod: dict[str, Any]) -> None:
+    if group == "redis":
+        return
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    claim = volumes["stack-files"]["persistentVolumeClaim"]["claimName"]
+    assert named("PersistentVolumeClaim", claim)["spec"]["accessModes"] == ["ReadWriteMany"]
+    (container,) = pod["containers"]
+    home = next(one["value"] for one in container["env"] if one["name"] == "STACK_HOME")
+    assert {"name": "stack-files", "mountPath": home} in container["volumeMounts"]
+
+
+def test_secrets_are_named_and_never_contained() -> None:
+    assert not [one for one in OBJECTS if one["kind"] == "Secret"]
+    text = "".join(file.read_text() for file in FOLDER.glob("*.yaml"))
+    named_here = set(
+        re.findall(r"secretKeyRef: \{name: ([\w-]+)|secretRef: \{name: ([\w-]+)|secretName: ([\w-]+)", text)
+    )
+    assert {name for names in named_here for name in names if name} == {
+        "ray-token",
+        "redis-password",
+        "stack-database",
+        "stack-storage",
+    }
+    for _, _, pod in pods():
+        for container in pod["containers"]:
+            for one in container["env"]:
+                secret = re.search("PASS|AUTH|TOKEN|SECRET|KEY", one["name"])
+                assert ("valueFrom" in one) == bool(secret), one["name"]
+
+
+def policies() -> dict[str, dict[str, Any]]:
+    return {one["metadata"]["name"]: one["spec"] for one in OBJECTS if one["kind"] == "NetworkPolicy"}
+
+
+def test_nobody_may_talk_to_anybody_but_as_is_said() -> None:
+    assert policies()["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    for one in RAY:
+        for template in templates(spec_of(one)).values():
+            assert template["metadata"]["labels"] == OURS
+    assert policies()["ray"]["podSelector"]["matchLabels"] == OURS
+
+
+def test_from_elsewhere_only_the_gateways_port_answers() -> None:
+    """Beside Ray's own pods and the operator, which asks the dashboard."""
+    port = yaml.safe_load(SERVE_FILE.read_text())["http_options"]["port"]
+    inside, operator, clients = policies()["ray"]["ingress"]
+    assert inside == {"from": [{"podSelector": {"matchLabels": OURS}}]}
+    assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert [one["port"] for one in operator["ports"]] == [8265, port]
+    assert [one["port"] for one in clients["ports"]] == [port]
+    for _, group, pod in pods():
+        ports = {one["name"]: one["containerPort"] for one in pod["containers"][0].get("ports", [])}
+        assert ports.get("serve", port) == port, group
+
+
+def test_only_heads_reach_redis_and_the_clouds_own_keys_are_out_of_reach() -> None:
+    (rule,) = policies()["redis"]["ingress"]
+    (selector,) = rule["from"][0]["podSelector"]["matchExpressions"]
+    assert (selector["key"], selector["values"]) == ("ray.io/node-type", ["head", "redis-cleanup"])
+    blocks = [to["ipBlock"] for rule in policies()["ray"]["egress"] for to in rule["to"] if "ipBlock" in to]
+    assert all("169.254.0.0/16" in block.get("except", []) for block in blocks if block["cidr"] == "0.0.0.0/0")

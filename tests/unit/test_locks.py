@@ -1,0 +1,28 @@
+"""A Ray that anybody could use is not served on."""
+
+import pytest
+
+from serve_apps.locks import require_locked
+from stack.errors import Unauthorized
+
+LOCKED = {"RAY_AUTH_MODE": "token"}
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.10", "172.16.3.4", "192.168.1.9", "fd00::1", "::1", "node-1"])
+def test_a_locked_ray_inside_is_taken(address: str) -> None:
+    require_locked(LOCKED, [address, "10.0.0.11"])
+
+
+@pytest.mark.parametrize("environment", [{}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": ""}])
+def test_a_ray_without_a_token_is_refused(environment: dict[str, str]) -> None:
+    with pytest.raises(Unauthorized, match="RAY_AUTH_MODE") as refused:
+        require_locked(environment, ["10.0.0.10"])
+    assert "set it to token" in refused.value.message
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "1.1.1.1"])
+def test_a_ray_in_the_internet_is_refused(address: str) -> None:
+    with pytest.raises(Unauthorized, match="addresses of the internet") as refused:
+        require_locked(LOCKED, ["10.0.0.10", address])
+    assert address in refused.value.message
+    assert "10.0.0.10" not in refused.value.message
