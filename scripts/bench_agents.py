@@ -2,11 +2,12 @@
 
     scripts/bench agents [--only PART …] [--json FILE]
 
-All of it is measured on a served stack whose model is a scripted engine that takes no time, over HTTP, from threads of
-this process on the same cores.
+All of it is measured on a served stack whose models are scripted, over HTTP, from threads of this process on the same
+cores.
 
-steps   milliseconds of a step in a turn of three (the model calls a tool, the call is refused, as its arguments do not
-        fit, and the model answers), from when the first step begins to the end of the turn: all but engine and tool
+steps   what a step of a turn takes beside the engine and the tool, in a turn of three (the model calls a tool, which
+        fails at once, as it has no key, and answers): from the beginning of the first step to the end of the turn,
+        less twice the time in which the same engine answers Ray Serve's handle in this process, by three
 first   the first event of the first turn of a new session, one session after the other, and when its first step begins
 many    50 sessions at once, each with such a turn whose model takes half a second a time: errors, and the memory of
         their actors that they share with nothing
@@ -17,37 +18,42 @@ The exit status is 1 if a target is missed.
 """
 
 import argparse
+import asyncio
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-import yaml
 
 from scripts import local_stack
-from scripts.bench_servers import BenchFailed, Server, command_of, free_port, local_model, running, stack_document
+from scripts.bench_servers import BenchFailed, Server, command_of, free_port, local_model, stack_document
+from scripts.bench_trainings import enter_home, running_ray, say
 from scripts.figures import Comparison, Figure, figure, write_comparisons, write_json, write_table
-from stack.config import GATEWAY
+from stack.config import GATEWAY, LanguageModel
+from stack.models import Model
+from stack.serve_engine import ServeEngine
 
 PARTS = ("steps", "first", "many", "idle")
 MODEL = "scripted"
-TURNS, SESSIONS, AT_ONCE, IDLE, CLIENTS = 200, 200, 50, 5_000, 4
+TURNS, A_ROUND, SESSIONS, AT_ONCE, IDLE, CLIENTS = 200, 20, 200, 50, 5_000, 4
 # Targets: milliseconds of a step; of a first event, at the median and the 99th percentile; megabytes of an actor; the
 # memory of what serves agents, as a share of what it was before.
 STEP_MS, FIRST_MS, FIRST_P99_MS, ACTOR_MB, MOST_MEMORY = 10, 100, 300, 120, 1.05
-TOOL = {"type": "code_interpreter", "enable_inline_code_execution": True}
-# The scripted engine says what follows `say:`; the tool takes no such argument.
-REFUSED = f"say:{json.dumps({'name': 'code_interpreter', 'parameters': {'no_such': 1}})}"
+TOOL = {"type": "wolfram_alpha"}
+# The scripted engine says what follows `say:`; the tool has no key.
+CALLING = f"say:{json.dumps({'name': 'wolfram_alpha', 'parameters': {'query': '6 * 7'}})}"
+STEPS, ANSWERS = 3, 2  # of such a turn
 SLOW_TOKENS = 25  # at 50 a second
-WARM, IDLE_S, LOOK_S, END_S = 1, 1.0, 0.5, 60.0
+WARM, IDLE_S, LOOK_S, END_S, START_S = 1, 1.0, 0.5, 60.0, 300.0
 SERVING = ("ServeReplica:gateway", "SharedEngine")
 ACTOR = "ray::SessionActor"
 Figures = list[Figure | Comparison]
@@ -93,19 +99,24 @@ def _arguments() -> argparse.Namespace:
 
 @contextmanager
 def served(folder: Path) -> Iterator[Server]:
-    """A stack with two scripted models, of which one takes no time."""
+    """A stack with two scripted models, of which one takes no time, on a Ray of this process's own."""
     port = free_port()
-    folder.mkdir()
-    file = folder / "serve.yaml"
-    file.write_text(yaml.safe_dump(document()))
-    command = [sys.executable, "-m", "scripts.serve", "--config", str(file), "--port", str(port), "--stop-with-stdin"]
-    with running("the stack", command, folder, port, "/health", RAY_SERVE_ENABLE_HA_PROXY="0") as server:
-        yield server
+    made = enter_home(folder)
+    os.environ.pop("WOLFRAM_ALPHA_KEY", None)
+    url = f"http://127.0.0.1:{port}"
+    with running_ray() as address:
+        from ray import serve
+
+        try:
+            local_stack.deploy(document(port), address, lambda: False)
+            local_stack.wait_until_ready(url, START_S, lambda: False, lambda _: None)
+            yield Server("the stack", url, made)
+        finally:
+            serve.shutdown()  # type: ignore[no-untyped-call]  # its actors end before Ray does
 
 
-def document() -> dict[str, Any]:
-    many = {"max_ongoing_requests": 256, "target_ongoing_requests": 256, "max_queued_requests": 256}
-    model = local_model(id=MODEL, adapters=0, cpus=0.1, **many)
+def document(port: int) -> dict[str, Any]:
+    model = fast_model()
     made = stack_document(model, is_scripted=True, tokens_per_second=1_000_000)
     slow = stack_document(model.model_copy(update={"id": "slow"}), is_scripted=True)
     gateway = next(one for one in made["applications"] if one["name"] == GATEWAY)
@@ -113,7 +124,27 @@ def document() -> dict[str, Any]:
     gateway["args"]["models"].append({**gateway["args"]["models"][0], "id": "slow"})
     other = next(one for one in slow["applications"] if one["name"] == "slow")
     other["args"]["model"] = gateway["args"]["models"][1]
-    return made | {"applications": [*made["applications"], other]}
+    options = {"host": "127.0.0.1", "port": port}
+    return made | {"http_options": options, "applications": [*made["applications"], other]}
+
+
+def fast_model() -> LanguageModel:
+    many = {"max_ongoing_requests": 256, "target_ongoing_requests": 256, "max_queued_requests": 256}
+    return local_model(id=MODEL, adapters=0, cpus=0.1, **many)
+
+
+async def engine_times(texts: Sequence[str]) -> list[float]:
+    """The milliseconds in which the engine answers these, one after the other, after one that does not count."""
+    engine, model = ServeEngine(), Model(MODEL, fast_model(), is_adapter=False)
+    times = []
+    for text in (texts[0], *texts):
+        body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "stream": True}
+        start = time.perf_counter()
+        async with aclosing(engine.generate(model, "chat", body)) as items:
+            async for _ in items:
+                pass
+        times.append(1_000 * (time.perf_counter() - start))
+    return times[1:]
 
 
 class Agents:
@@ -126,7 +157,7 @@ class Agents:
     def __enter__(self) -> "Agents":
         self._agent_id = self._made("create", agent_config=config(MODEL))["agent_id"]
         for _ in range(20):  # what is loaded with the first ones does not count
-            self.turn(self.session(), REFUSED)
+            self.turn(self.session(), CALLING)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -155,12 +186,15 @@ class Agents:
     # The parts
 
     def steps(self) -> Figures:
-        session_id, times = self.session(), []
-        for number in range(TURNS):
-            if number % 20 == 0:  # so that what the model is told of earlier turns stays short
-                session_id = self.session()
-            times.append(milliseconds_a_step(self.turn(session_id, REFUSED)))
-        return [figure("a step of a turn", "ms", times, STEP_MS)]
+        times: list[float] = []
+        engine: list[float] = []
+        while len(times) < TURNS:  # in turns, so that both have their share of what else the machine does
+            session_id = self.session()  # a new one, so that what the model is told of earlier turns stays short
+            alone = asyncio.run(engine_times(["Hello"] * A_ROUND))
+            turns = [self.turn(session_id, CALLING) for _ in range(A_ROUND)]
+            times += [of_a_step(events, statistics.median(alone)) for events in turns]
+            engine += alone
+        return [figure("a step, beside engine and tool", "ms", times, STEP_MS), figure("the engine", "ms", engine)]
 
     def first(self) -> Figures:
         all_events = [self.turn(self.session(), "Hello") for _ in range(SESSIONS)]
@@ -245,10 +279,13 @@ def config(model: str) -> dict[str, Any]:
     return {"model": model, "instructions": "Be brief.", "tools": [TOOL]}
 
 
-def milliseconds_a_step(events: Sequence[Event]) -> float:
-    """From the beginning of the first step to the end of the turn, by the number of steps."""
-    count = len([payload for _, payload in events if payload["event_type"] == "step_complete"])
-    return 1_000 * (events[-1][0] - time_of(events, "step_start")) / count
+def of_a_step(events: Sequence[Event], engine_ms: float) -> float:
+    """What a step of a turn has taken, in milliseconds, beside the engine. Raises BenchFailed for another turn."""
+    steps = [payload["step_type"] for _, payload in events if payload["event_type"] == "step_complete"]
+    if steps != ["inference", "tool_execution", "inference"]:
+        raise BenchFailed(f"the turn that is measured has other steps: {steps}")
+    whole = 1_000 * (events[-1][0] - time_of(events, "step_start"))
+    return (whole - ANSWERS * engine_ms) / STEPS
 
 
 def time_of(events: Sequence[Event], event_type: str) -> float:
@@ -263,10 +300,6 @@ def megabytes(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return private
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
