@@ -71,10 +71,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a turn has called, what its first answer had called, and how often the model was asked."""
+    """What a turn has called and said, what its first answer had called, and how often the model was asked."""
 
     case: Case
     calls: Calls
+    text: str
     first_calls: Calls
     asked: int
 
@@ -199,7 +200,8 @@ def ask(client: httpx.Client, case: Case) -> Answer:
     turn = _post(client, "turn/create", agent_id=agent_id, session_id=session_id, messages=case.read.messages)
     _post(client, "delete", agent_id=agent_id)
     said = [step["model_response"] for step in turn["steps"] if step["step_type"] == "inference"]
-    return Answer(case, _calls(turn["output_message"]), _calls(said[0]), len(said))
+    output = turn["output_message"]
+    return Answer(case, _calls(output), output["content"], _calls(said[0]), len(said))
 
 
 def _post(client: httpx.Client, path: str, **body: Any) -> Any:
@@ -233,6 +235,7 @@ def row_of(category: str, answer: Answer) -> dict[str, Any]:
         "category": category,
         "id": answer.case.id,
         "calls": [{name: arguments} for name, arguments in answer.calls],
+        "text": answer.text,
         "first_calls": [{name: arguments} for name, arguments in answer.first_calls],
         "asked": answer.asked,
         "is_right": answer.is_right,
