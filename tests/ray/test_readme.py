@@ -11,6 +11,8 @@ import pytest
 
 from tests.running_stack import Stack, ended
 
+# All examples run before the first test.
+pytestmark = pytest.mark.timeout(1_800)
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
