@@ -13,6 +13,7 @@ many    50 sessions at once, each with such a turn whose model takes half a seco
         their actors that they share with nothing
 idle    5,000 sessions, each of which has had a turn: how many actors there are beside those that wait, and the memory
         of what serves agents, beside what it was before
+bfcl    only where it is asked for: how often a real model calls the right functions (scripts/bfcl.py)
 
 The exit status is 1 if a target is missed.
 """
@@ -34,15 +35,16 @@ from typing import Any
 import httpx
 import psutil
 
-from scripts import local_stack
+from scripts import bfcl, local_stack
 from scripts.bench_servers import BenchFailed, Server, command_of, free_port, local_model, stack_document
 from scripts.bench_trainings import enter_home, running_ray, say
-from scripts.figures import Comparison, Figure, figure, write_comparisons, write_json, write_table
+from scripts.figures import Comparison, Figure, Share, figure, write_comparisons, write_json, write_shares, write_table
 from stack.config import GATEWAY, LanguageModel
 from stack.models import Model
 from stack.serve_engine import ServeEngine
 
 PARTS = ("steps", "first", "many", "idle")
+BFCL = "bfcl"
 MODEL = "scripted"
 TURNS, A_ROUND, SESSIONS, AT_ONCE, IDLE, CLIENTS = 200, 20, 200, 50, 5_000, 4
 # Targets: milliseconds of a step; of a first event, at the median and the 99th percentile; megabytes of an actor; the
@@ -56,7 +58,7 @@ SLOW_TOKENS = 25  # at 50 a second
 WARM, IDLE_S, LOOK_S, END_S, START_S = 1, 1.0, 0.5, 60.0, 300.0
 SERVING = ("ServeReplica:gateway", "SharedEngine")
 ACTOR = "ray::SessionActor"
-Figures = list[Figure | Comparison]
+Figures = list[Figure | Comparison | Share]
 Event = tuple[float, dict[str, Any]]  # when it came, in seconds since its turn was asked for, and its payload
 
 
@@ -64,9 +66,15 @@ def main() -> int:
     arguments = _arguments()
     figures: Figures = []
     try:
-        with tempfile.TemporaryDirectory(prefix="stack-bench-") as folder, served(Path(folder) / "served") as server:
-            measured(server, arguments.only, figures)
-    except (BenchFailed, local_stack.StartFailed, OSError) as error:
+        with tempfile.TemporaryDirectory(prefix="stack-bench-") as folder:
+            if parts := [one for one in PARTS if one in arguments.only]:
+                with served(Path(folder) / "served") as server:
+                    measured(server, parts, figures)
+            if BFCL in arguments.only:
+                shares = bfcl.shares_of(bfcl.measure(Path(folder) / "bfcl"))
+                figures += shares
+                print(write_shares(shares), end="\n\n", flush=True)
+    except (BenchFailed, local_stack.StartFailed, OSError, httpx.HTTPError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     finally:  # what was measured before a part failed, too
@@ -79,7 +87,7 @@ def measured(server: Server, only: Sequence[str], figures: Figures) -> None:
     """Adds the figures of these parts, and prints them."""
     with Agents(server) as agents:
         parts = {"steps": agents.steps, "first": agents.first, "many": agents.many, "idle": agents.idle}
-        for name in (one for one in PARTS if one in only):
+        for name in only:
             say(f"{name} (load {os.getloadavg()[0]:.1f})")
             found = parts[name]()
             figures += found
@@ -92,7 +100,9 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/bench agents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="measure these parts")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*PARTS, BFCL), default=PARTS, metavar="PART", help="measure these parts"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
     return parser.parse_args()
 

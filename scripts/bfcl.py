@@ -1,6 +1,6 @@
 """How often a small model calls the right functions through the agent loop: cases of BFCL, asked as turns of agents.
 
-    python -m scripts.bfcl [--cases N] [--only CATEGORY …] [--json FILE]
+    python -m scripts.bfcl [--cases N] [--only CATEGORY …] [--json FILE]        (also: scripts/bench agents --only bfcl)
 
 The Berkeley Function-Calling Leaderboard (Patil et al. 2025) has questions, the functions that there are, and the calls
 that are right. Each case becomes an agent with these functions, which the client runs: so the turn ends with the calls,
@@ -71,10 +71,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a turn has called, what its first answer had called, and how often the model was asked."""
+    """What a turn has called and said, what its first answer had called, and how often the model was asked."""
 
     case: Case
     calls: Calls
+    text: str
     first_calls: Calls
     asked: int
 
@@ -90,13 +91,12 @@ class Answer:
 def main() -> int:
     arguments = _arguments()
     try:
-        cases = {name: cases_of(name, arguments.cases) for name in arguments.only}
         with tempfile.TemporaryDirectory(prefix="stack-bfcl-") as folder:
-            answers = measure(Path(folder) / "stack", cases)
+            answers = measure(Path(folder) / "stack", arguments.only, arguments.cases)
     except (BenchFailed, local_stack.StartFailed, OSError, httpx.HTTPError) as error:
         print(f"bfcl: {error}", file=sys.stderr)
         return 2
-    shares = [share for name, some in answers.items() for share in shares_of(name, some)]
+    shares = shares_of(answers)
     print(write_shares(shares))
     if arguments.json is not None:
         rows = [row_of(name, answer) for name, some in answers.items() for answer in some]
@@ -172,8 +172,9 @@ def _said(parameter: Mapping[str, Any]) -> str:
 # The turns
 
 
-def measure(folder: Path, cases: Mapping[str, Sequence[Case]]) -> dict[str, list[Answer]]:
-    """The answers to all cases of each category, of a stack that is started for them."""
+def measure(folder: Path, categories: Sequence[str] = (*CATEGORIES,), most: int = CASES) -> dict[str, list[Answer]]:
+    """The answers to so many cases of each category, of a stack that is started for them. Raises BenchFailed."""
+    cases = {name: cases_of(name, most) for name in categories}
     answers = {}
     with (
         tool_model.serving(folder, warm=AT_ONCE) as server,
@@ -199,7 +200,8 @@ def ask(client: httpx.Client, case: Case) -> Answer:
     turn = _post(client, "turn/create", agent_id=agent_id, session_id=session_id, messages=case.read.messages)
     _post(client, "delete", agent_id=agent_id)
     said = [step["model_response"] for step in turn["steps"] if step["step_type"] == "inference"]
-    return Answer(case, _calls(turn["output_message"]), _calls(said[0]), len(said))
+    output = turn["output_message"]
+    return Answer(case, _calls(output), output["content"], _calls(said[0]), len(said))
 
 
 def _post(client: httpx.Client, path: str, **body: Any) -> Any:
@@ -220,10 +222,15 @@ def is_right(case: Case, calls: Calls) -> bool:
     return function_calls.match(case.read.functions, calls, case.read.expected)
 
 
-def shares_of(category: str, answers: Sequence[Answer]) -> list[Share]:
+def shares_of(answers: Mapping[str, Sequence[Answer]]) -> list[Share]:
+    """How many of each category are right, and of the first answers to them."""
     return [
-        Share(category, sum(answer.is_right for answer in answers), len(answers)),
-        Share(f"{category}, first answer", sum(answer.was_right_at_first for answer in answers), len(answers)),
+        share
+        for name, some in answers.items()
+        for share in (
+            Share(name, sum(answer.is_right for answer in some), len(some)),
+            Share(f"{name}, first answer", sum(answer.was_right_at_first for answer in some), len(some)),
+        )
     ]
 
 
@@ -233,6 +240,7 @@ def row_of(category: str, answer: Answer) -> dict[str, Any]:
         "category": category,
         "id": answer.case.id,
         "calls": [{name: arguments} for name, arguments in answer.calls],
+        "text": answer.text,
         "first_calls": [{name: arguments} for name, arguments in answer.first_calls],
         "asked": answer.asked,
         "is_right": answer.is_right,

@@ -128,7 +128,7 @@ def test_the_calls_of_a_turn_are_the_answer(
     assert tool["function"]["name"] == "math.area"
     sides = {"type": "array", "items": {"type": "number"}, "description": "Of the shape."}
     assert tool["function"]["parameters"]["properties"]["sides"] == sides
-    share, first = bfcl.shares_of(category, [answer])
+    share, first = bfcl.shares_of({category: [answer]})
     assert (share.right, share.of, first.right) == (int(is_right), 1, int(was_right_at_first))
     assert json.loads(json.dumps(bfcl.row_of(category, answer)))["asked"] == asked
     assert client.get("/agentic_system/list").json() == []

@@ -28,8 +28,12 @@ BOILING_POINT = {
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Of a stack with this model alone. So small a model repeats its calls until no more are allowed."""
     fetched("tool-model")
-    with tool_model.serving(tmp_path_factory.mktemp("tool-model") / "stack", max_tool_calls=1) as server:
-        yield httpx.Client(base_url=server.url, timeout=300)
+    folder = tmp_path_factory.mktemp("tool-model") / "stack"
+    with (
+        tool_model.serving(folder, max_tool_calls=1) as server,
+        httpx.Client(base_url=server.url, timeout=300) as client,
+    ):
+        yield client
 
 
 def agent_of(client: httpx.Client, *tools: dict[str, Any], **config: Any) -> Agent:

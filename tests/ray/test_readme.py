@@ -240,8 +240,10 @@ def test_a_function_of_the_client_is_called_and_its_answer_told(outputs: list[st
 
 def test_code_is_run_in_the_sandbox(outputs: list[str]) -> None:
     turn = json.loads(outputs[34])
-    assert [step["step_type"] for step in turn["steps"]] == ["inference", "tool_execution", "inference"]
+    # So small a model may call it several times.
+    assert [step["step_type"] for step in turn["steps"][:2]] == ["inference", "tool_execution"]
     assert turn["steps"][1]["tool_responses"][0]["content"]
+    assert turn["state"] == "completed"
 
 
 def test_what_memory_and_an_attachment_say_is_cited(outputs: list[str]) -> None:
