@@ -40,15 +40,16 @@ async def create_turn(
 
     Raises NotFound for an unknown agent or session, BadInput for messages that do not fit the session and overrides
     that cannot be used, Conflict for a turn that would have to wait and shall not, TooManyRequests where too many wait
-    already, and Unavailable where it cannot be run: then it is cancelled.
+    already, and Unavailable where it cannot be run: then nobody runs it later either.
     """
     await require_runnable(context.config.agents, request.tools or [], "tools")
     turn = await asyncio.to_thread(accept, context, request)
     try:
         await sessions.start(context, turn, keys)
     except StackError:
-        await asyncio.to_thread(context.store.turns.cancel, context.tenant, turn.id)
-        raise
+        # What was told in spite of the error may have taken the turn: then it is run, and must not be asked for again.
+        if await asyncio.to_thread(context.store.turns.withdraw, context.tenant, turn.id):
+            raise
     return turn
 
 

@@ -65,7 +65,7 @@ class Conversation:
         asked = prompt.asked(messages, context)
         line = f"Files that code_interpreter can read: {', '.join(self._file_names)}" if self._file_names else ""
         asked = prompt.with_parts(asked, await self._images(), line)
-        self._asked = await attachments.resolve(self._context, self._config.model, asked)
+        self._asked = prompt.with_data(await attachments.resolve(self._context, self._config.model, asked))
         await self._have_past(MAX_ATTACHMENTS - prompt.attachments_in(self._asked))
         self._is_ready = True
 
@@ -95,11 +95,12 @@ class Conversation:
             most -= count
             if most >= 0:
                 try:
-                    self.past[at] = await attachments.resolve(self._context, self._config.model, messages)
+                    had = await attachments.resolve(self._context, self._config.model, messages)
+                    self.past[at] = prompt.with_data(had)
                     continue
                 except StackError:
                     pass  # what is gone by now, or what this turn's model does not take, is no fault of this turn
-            self.past[at] = prompt.without_attachments(messages)
+            self.past[at] = prompt.with_data(prompt.without_attachments(messages))
 
 
 def can_have_files(config: AgentConfig) -> bool:

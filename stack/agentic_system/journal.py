@@ -11,12 +11,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from stack.api.agentic_system import StepType
+from sqlalchemy.exc import SQLAlchemyError
+
+from stack.api.agentic_system import StepType, TurnState
+from stack.errors import StackError
 from stack.store import Store, now
 from stack.store.turns import ASKED, Step, ToolRun, Turn
 from stack.store.turns import Journal as Transaction
 
 Entry = Callable[[Transaction], None]
+
+
+class JournalLost(Exception):
+    """The journal could not be written, and not by the database's fault. The turn is in its rows as it was before."""
+
+
+class ToEnd(Exception):
+    """The turn's row says that it is to be cancelled."""
 
 
 class Journal:
@@ -31,6 +42,7 @@ class Journal:
         self._then: list[Callable[[], None]] = []
         self._committing = asyncio.Lock()
         self._failed_by: Exception | None = None
+        self.is_to_end = turn.cancelled_at is not None
 
     def load(self) -> None:
         """Reads what others have written who had the turn before. It blocks."""
@@ -118,28 +130,43 @@ class Journal:
         """Writes all that waits, in one transaction, even if it is cancelled meanwhile.
 
         What waits while another commit is under way is one transaction after it. Raises Conflict with the code
-        "superseded" where another owner has taken the turn, or it is gone; then nothing can be written any more.
+        "superseded" where another owner has taken the turn, or it is gone, and SQLAlchemyError or JournalLost where it
+        cannot be written; then nothing can be written any more. Raises ToEnd, with all of it written, where the turn is
+        to be cancelled: whoever cancels it may not have reached whoever runs it.
         """
         async with self._committing:
             if self._failed_by is not None:
                 raise self._failed_by
             entries, self._entries = self._entries, []
             then, self._then = self._then, []
-            cancelled = bool(entries) and await _wait(asyncio.ensure_future(asyncio.to_thread(self._write, entries)))
-            if self._failed_by is not None:
-                raise self._failed_by
+            cancelled = bool(entries) and await self._written(entries)
             for tell in then:
                 tell()
             if cancelled:
                 raise asyncio.CancelledError
+            if self.is_to_end and entries and self.turn.state == TurnState.running:
+                raise ToEnd
+
+    async def _written(self, entries: Sequence[Entry]) -> bool:
+        """Writes. What that fails by is raised by every commit from then on: what is in memory is ahead of the rows.
+
+        Returns whether it was cancelled meanwhile.
+        """
+        task = asyncio.ensure_future(asyncio.to_thread(self._write, entries))
+        cancelled = await _wait(task)
+        error = task.exception()
+        if error is not None:
+            self._failed_by = JournalLost(f"{type(error).__name__}: {error}")
+            if isinstance(error, StackError | SQLAlchemyError):
+                self._failed_by = error
+            raise self._failed_by from (None if self._failed_by is error else error)
+        return cancelled
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        try:
-            with self._store.turns.journal(self.turn) as rows:
-                for entry in entries:
-                    entry(rows)
-        except Exception as error:  # noqa: BLE001  # every commit raises it: what is in memory is ahead of the rows
-            self._failed_by = error
+        with self._store.turns.journal(self.turn) as rows:
+            for entry in entries:
+                entry(rows)
+            self.is_to_end = rows.is_to_end
 
 
 async def _wait(task: "asyncio.Future[None]") -> bool:
@@ -153,5 +180,4 @@ async def _wait(task: "asyncio.Future[None]") -> bool:
             await asyncio.wait([task])
         except asyncio.CancelledError:
             cancelled = True
-    task.result()
     return cancelled

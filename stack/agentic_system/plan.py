@@ -6,7 +6,9 @@ A turn goes through these steps (the specification's loop):
 2. what the user asks about is looked up in memory banks;
 3. the model is asked;
 4. the tools that it calls are run, and it is asked again;
-5. where it calls none, the output shields judge its answer, and the turn is complete.
+5. where it calls none, the turn is complete.
+
+Whatever the model says in words, beside calls too, is judged by the output shields before anything comes of it.
 
 A call of a client's function ends the turn too: the next one brings the answer. Where a bound of the turn is reached,
 the model is asked once more, without tools.
@@ -168,6 +170,11 @@ def next_step(plan: Plan, steps: Sequence[Step], runs: Mapping[str, ToolRun]) ->
 def _after_answer(plan: Plan, steps: Sequence[Step], runs: Mapping[str, ToolRun], answer: Step) -> Todo:
     message: dict[str, Any] = _details(answer)["model_response"]
     calls, is_final = message["tool_calls"], answer.about.get("final", False)
+    judged = [step for step in steps if _is_shield(step, "output") and step.number > answer.number]
+    if judged and (violated := violation(judged[-1])):
+        return Complete(violated)
+    if len(judged) < len(plan.output) and (message["content"] or not calls):
+        return Shield("output", len(judged))
     if calls and not is_final:
         if all(call["tool_name"] in plan.client - plan.guarded for call in calls):
             return Complete(message)
@@ -176,10 +183,7 @@ def _after_answer(plan: Plan, steps: Sequence[Step], runs: Mapping[str, ToolRun]
         return Infer(final=_is_over(plan, steps), unread=True)
     if answer.about.get("is_cut") and not is_final:
         return Infer(final=True)
-    outputs = [step for step in steps if _is_shield(step, "output")]
-    if outputs and (violated := violation(outputs[-1])):
-        return Complete(violated)
-    return Shield("output", len(outputs)) if len(outputs) < len(plan.output) else Complete(message)
+    return Complete(message)
 
 
 def _again(plan: Plan, steps: Sequence[Step], runs: Mapping[str, ToolRun]) -> Todo:

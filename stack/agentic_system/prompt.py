@@ -32,9 +32,18 @@ UNREAD = (
     "Call a tool that there is, with the arguments that it takes, or answer in words."
 )
 UNANSWERED = "No answer was given."
+TOO_LONG = "[left out: the output is too long]"
 LEFT_OUT = "[an attachment that is not here any more]"
 _TAGS = re.compile(r"<(?=\s{0,9}/?\s{0,9}(?:tool_output|retrieved)\b)", re.IGNORECASE)
-_SPECIAL = re.compile(r"<(?=\||/?s>)|\[(?=/?INST\])")
+# What begins a special token, or a frame that a chat template puts around what is said: of Llama, Qwen, Gemma, Mistral,
+# DeepSeek and those like them.
+_SPECIAL = re.compile(
+    r"<(?=[|\uff5c])"
+    r"|<(?=/?(?i:s|bos|eos|pad|unk|mask|think|tools?|tool_calls?|tool_responses?|tool_results?|function|function_calls?"
+    r"|parameter|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token|image|unused\d+)[>=])"
+    r"|<(?=</?(?i:SYS)>>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|CALL_ID|ARGS|THINK|IMG)\])"
+)
 
 Message = dict[str, Any]
 
@@ -72,12 +81,18 @@ def answered(message: dict[str, Any]) -> Message:
 
 
 def tool_output(response: dict[str, Any]) -> Message:
-    """What a tool gave: a ToolResponse or ToolResponseMessage as JSON. It is a copy that can be cut."""
+    """What a tool gave: a ToolResponse or ToolResponseMessage as JSON. It is a copy that can be cut.
+
+    Where there are attachments, texts are data already, and those become it once they are had: see `with_data`.
+    """
     content = response["content"]
     text = content if isinstance(content, str) else None
     if text is None and isinstance(content, list) and all(isinstance(part, str) for part in content):
         text = "".join(content)
-    told = as_data("tool_output", cut(text)) if text is not None else _content(content)
+    if text is not None:
+        told: str | list[dict[str, Any]] = as_data("tool_output", cut(text))
+    else:
+        told = _content(content)
     return {
         "role": "tool",
         "tool_call_id": response["call_id"],
@@ -85,6 +100,30 @@ def tool_output(response: dict[str, Any]) -> Message:
         "content": told,
         "output": text,
     }
+
+
+def with_data(messages: Sequence[Message]) -> list[Message]:
+    """The messages, in which the texts of tools' outputs with attachments, which are had by now, are data.
+
+    An output has as many characters as one of text alone.
+    """
+    return [_with_data(one) if one["role"] == "tool" and one.get("output") is None else one for one in messages]
+
+
+def _with_data(message: Message) -> Message:
+    content = message["content"]
+    left = MAX_CHARACTERS
+    parts = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "text":
+            text = cut(part["text"], left) if left >= LEAST_CHARACTERS else TOO_LONG
+            left -= len(text)
+            parts.append({"type": "text", "text": as_data("tool_output", text)})
+        else:
+            parts.append(part)
+    if all(part["type"] == "text" for part in parts):
+        return message | {"content": "\n".join(part["text"] for part in parts), "output": ""}
+    return message | {"content": parts, "output": ""}
 
 
 def with_parts(messages: list[Message], attachments: Sequence[dict[str, Any]], line: str) -> list[Message]:

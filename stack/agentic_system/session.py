@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from sqlalchemy.exc import SQLAlchemyError
 
 from stack.agentic_system.events import Stream
+from stack.agentic_system.journal import JournalLost
 from stack.agentic_system.loop import Place
 from stack.agentic_system.past import Past
 from stack.agentic_system.replay import begun, error_of
@@ -88,15 +89,26 @@ class Session:
         if self._worker is not None:
             self._worker.cancel()
             await asyncio.wait([self._worker])
+        self._leave(error)
+
+    def _leave(self, error: StackError) -> None:
         for stream in self._streams.values():
             stream.leave(error)
         self._streams.clear()
 
     async def _work(self) -> None:
+        """Runs what there is to be run, and says when there is nothing more: also where that is by a fault of ours, as
+        then another one has to take the session up."""
+        task = asyncio.current_task()
         try:
             while self._has_more:
                 self._has_more = False
                 await self._run_all()
+        except (Exception, asyncio.CancelledError):
+            if task is not None and task.cancelling():
+                raise  # it is stopped
+            logger.exception("the session %s is left", self.id)
+            self._leave(Unavailable("what runs the turn has failed; it goes on later"))
         finally:
             self._worker = None
         self._when_idle(self)
@@ -112,13 +124,12 @@ class Session:
                 for turn_id, stream in list(self._streams.items()):  # of turns that were cancelled while they waited
                     await self._tell_if_ended(turn_id, stream)
                 return
-            except SQLAlchemyError as error:
-                logger.warning("the journal of the session %s cannot be written: %s", self.id, reason(error))
+            except (SQLAlchemyError, JournalLost) as error:
+                why = reason(error) if isinstance(error, SQLAlchemyError) else str(error)
+                logger.warning("the journal of the session %s cannot be written: %s", self.id, why)
                 await asyncio.sleep(RETRY_S * 2**failures)
                 failures += 1
-        for stream in self._streams.values():
-            stream.leave(Unavailable("the journal of the turn cannot be written now; it goes on later"))
-        self._streams.clear()
+        self._leave(Unavailable("the journal of the turn cannot be written now; it goes on later"))
 
     async def _taken(self) -> Turn | None:
         """The next turn, taken; None where there is none, or it awaits approval."""

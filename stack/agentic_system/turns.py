@@ -8,7 +8,6 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -18,7 +17,7 @@ from stack.agentic_system import files
 from stack.agentic_system.conversation import Conversation
 from stack.agentic_system.described import definitions
 from stack.agentic_system.events import Stream
-from stack.agentic_system.journal import Journal
+from stack.agentic_system.journal import Journal, JournalLost, ToEnd
 from stack.agentic_system.loop import Loop, Place, retrieves
 from stack.agentic_system.past import Past
 from stack.agentic_system.plan import Plan, is_clients, plan_of
@@ -51,62 +50,74 @@ class TurnRun:
         self._past = past
         self._keys = keys
         self._task: asyncio.Task[Any] | None = None
-        self._is_cancelled = turn.cancelled_at is not None
+        self._is_cancelled = False
+        self._made: _Made | None = None
         self._journal = Journal(self._context.store, turn)
 
     async def run(self) -> Turn:
         """The turn's row at its end, or where it awaits approval; its stream is finished then.
 
-        Raises Conflict with the code "superseded" where another owner has taken it meanwhile, and CancelledError, with
-        the turn left to another owner, where it is cancelled otherwise than by `cancel`.
+        Raises Conflict with the code "superseded" where another owner has taken it meanwhile, SQLAlchemyError or
+        JournalLost where its journal cannot be written, and CancelledError where this is cancelled otherwise than by
+        `cancel`: then the turn is left, as it is in its rows, to another owner.
         """
-        self._task = asyncio.current_task()
-        made: _Made | None = None
-        failure: StackError | None = None
+        # In a task of its own: what ends the turn ends nothing of whoever runs one turn after the other.
+        work = asyncio.ensure_future(self._work())
+        self._task = work
         try:
-            made = await self._made_of_rows()
-            if self._is_cancelled:
-                raise asyncio.CancelledError
-            await self._to_its_end(made)
+            await asyncio.wait([work])
         except asyncio.CancelledError:
-            if self._is_cancelled:
-                end = self._journal.cancel
-            elif self._task is None or self._task.cancelling():
-                raise
-            else:  # nobody has cancelled this task: something that it waited for was, elsewhere
-                failure = Unavailable("what the turn waited for was given up")
-                end = partial(self._journal.fail, {"code": failure.code, "message": failure.message})
-        except StackError as error:
-            if error.code == "superseded":
-                raise
-            failure = error
-            end = partial(self._journal.fail, {"code": error.code, "message": error.message})
-        except SQLAlchemyError:
-            raise  # the journal cannot be written: the turn is as it was there, for another owner
-        except Exception:  # a fault of ours ends the turn, for whose end others wait
-            logger.exception("the turn %s failed", self._journal.turn.id)
-            end = partial(
-                self._journal.fail, {"code": StackError.code, "message": "the turn failed by an internal error"}
-            )
-        else:
-            return self._journal.turn
+            work.cancel()
+            await asyncio.wait([work])
+            if not work.cancelled():
+                work.exception()  # which nobody needs any more
+            raise
+        failure = self._failure(work)
         if self._journal.turn.state == TurnState.running:
-            if made is not None:
-                made.withheld.give_up()
-            end()
+            if self._made is not None:
+                self._made.withheld.give_up()
+            if failure is None:
+                self._journal.cancel()
+            else:
+                self._journal.fail({"code": failure.code, "message": failure.message})
             self._journal.then(lambda: tell_end(self._stream, self._journal.turn, self._journal.steps, failure))
             await self._journal.commit()
         return self._journal.turn
 
+    async def _work(self) -> None:
+        self._made = await self._made_of_rows()
+        if self.is_cancelled:
+            raise ToEnd
+        await self._to_its_end(self._made)
+
+    def _failure(self, work: "asyncio.Task[None]") -> StackError | None:
+        """What a turn fails by that is not at its end yet; None for one that is cancelled. Raises as `run` does."""
+        if work.cancelled():
+            # Where nobody has cancelled the turn, something that it waited for was, elsewhere.
+            return None if self.is_cancelled else Unavailable("what the turn waited for was given up")
+        error = work.exception()
+        if error is None or isinstance(error, ToEnd):
+            return None
+        if isinstance(error, SQLAlchemyError | JournalLost):
+            raise error
+        if isinstance(error, StackError):
+            if error.code == "superseded":
+                raise error
+            return error
+        # A fault of ours ends the turn, for whose end others wait.
+        logger.error("the turn %s failed", self._journal.turn.id, exc_info=error)
+        return StackError("the turn failed by an internal error")
+
     @property
     def is_cancelled(self) -> bool:
-        return self._is_cancelled
+        return self._is_cancelled or self._journal.is_to_end
 
     def cancel(self) -> None:
         """Ends the turn, cancelled, unless it has ended by then."""
         if not self._is_cancelled:
             self._is_cancelled = True
-            if self._task is not None:
+            # Before, its rows are read, by which is known what nobody may see of it.
+            if self._task is not None and self._made is not None:
                 self._task.cancel()
 
     async def _made_of_rows(self) -> "_Made":

@@ -55,7 +55,7 @@ class Withheld:
     def _withdraw(self, text: str) -> None:
         answer = answer_of(self._journal.steps)
         assert answer.details is not None
-        message = answer.details["model_response"] | {"content": text}
+        message = answer.details["model_response"] | {"content": text, "tool_calls": []}
         step = self._journal.change_step(answer.number, answer.details | {"model_response": message})
         place = f"{step.number}.end"
         self._journal.then(lambda: self._stream.withdraw(step.number, place, completed(details_of(step))))

@@ -214,6 +214,15 @@ class Turns:
                 _write(connection, id, state=state.value, cancelled_at=time, completed_at=time)
             return TurnState(state)
 
+    def withdraw(self, tenant: str, id: str) -> bool:
+        """Cancels a turn that nobody has taken yet; False for one that was."""
+        mine = (turns.c.tenant == tenant) & (turns.c.id == id) & (turns.c.state == TurnState.queued)
+        time = now()
+        ended = dict(state=TurnState.cancelled.value, cancelled_at=time, completed_at=time)
+        with writing(self._engine) as connection:
+            done = connection.execute(update(turns).where(mine, turns.c.epoch == 0).values(**ended))
+        return done.rowcount > 0
+
     def approve(self, tenant: str, id: str, approvals: Mapping[str, bool]) -> TurnState | None:
         """Writes down what the client says of calls that await it; once all are decided, the turn is queued again.
 
@@ -272,19 +281,24 @@ class Turns:
         Raises Conflict with the code "superseded" where it is not any more: then nothing is written.
         """
         with writing(self._engine) as connection:
-            query = select(turns.c.epoch, turns.c.state).where(turns.c.id == turn.id).with_for_update()
+            query = select(turns.c.epoch, turns.c.state, turns.c.cancelled_at).where(turns.c.id == turn.id)
+            query = query.with_for_update()
             found = connection.execute(query).first()
             if found is None or (found.epoch, found.state) != (turn.epoch, TurnState.running):
                 raise Conflict(f"the turn {turn.id!r} is not run from here any more", code="superseded")
-            yield Journal(connection, turn)
+            yield Journal(connection, turn, is_to_end=found.cancelled_at is not None)
 
 
 class Journal:
-    """What a turn's owner writes in one transaction: the end of a step and the beginning of the next, say."""
+    """What a turn's owner writes in one transaction: the end of a step and the beginning of the next, say.
 
-    def __init__(self, connection: Connection, turn: Turn) -> None:
+    `is_to_end` says that the turn's end was asked for.
+    """
+
+    def __init__(self, connection: Connection, turn: Turn, *, is_to_end: bool) -> None:
         self._connection = connection
         self._turn = turn
+        self.is_to_end = is_to_end
 
     def add_step(self, step: Step) -> None:
         """A step begins for the first time."""

@@ -285,3 +285,35 @@ async def test_the_shields_of_a_clients_function(agents_of: MakeAgents, model: M
     turn = await agents.turn(session, answer_of(asked.call_id, "run", EVIL))
     assert [step.step_type for step in turn.steps] == ["shield_call"]
     assert len(model.asked) == 2
+
+
+# Words beside calls
+
+
+async def test_words_beside_a_call_of_the_client_are_judged(agents_of: MakeAgents, model: Model) -> None:
+    model.script = [f"{EVIL}\n{call('locate')}", "never"]
+    agents = agents_of()
+    session = await agents.session([function("locate")], output_shields=[shield(RAISE)])
+    turn = await agents.begin(session, "Where?")
+    events = await agents.events(turn)
+    whole = await agents.look(turn)
+    assert [step.step_type for step in whole.steps] == ["inference", "shield_call"]
+    assert whole.output_message is not None
+    assert not whole.output_message.tool_calls
+    assert "rm -r" not in str(events) + whole.model_dump_json()
+
+
+async def test_words_beside_a_call_that_is_run_are_judged_before(agents_of: MakeAgents, model: Model) -> None:
+    tool = Tool("look")
+    model.script = [f"{EVIL}\n{call('look')}", "never"]
+    agents = agents_of(tool)
+    turn = await agents.begin(await agents.session(output_shields=[shield(RAISE)]), "Look!")
+    events = await agents.events(turn)
+    whole = await agents.look(turn)
+    assert "rm -r" not in str(events) + whole.model_dump_json()
+    assert not tool.called
+    model.script = [f"I look.\n{call('look')}", "Seen."]
+    whole = await agents.turn(await agents.session(output_shields=[shield(RAISE)]), "Look!")
+    kinds = ["inference", "shield_call", "tool_execution", "inference", "shield_call"]
+    assert [step.step_type for step in whole.steps] == kinds
+    assert said(whole) == "Seen."
