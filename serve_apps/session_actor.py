@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import ray
 from ray.actor import exit_actor
 
 from serve_apps.actor_calls import Calls
@@ -43,7 +44,9 @@ class SessionActor:
         self._engine = ActorEngine(config)
         self._context = Context.open(config, self._engine)
         self._fingerprint = fingerprint(config)
-        self._sessions = LocalSessions(Place(self._context, self._engine.retrieve, open_hands))
+        place = Place(self._context, self._engine.retrieve, open_hands)
+        # Its turns are those of an owner of its name, by which the pool knows whose they are.
+        self._sessions = LocalSessions(place, ray.get_runtime_context().get_actor_name())
         self._sender = Sender()
         # A turn that has ended before anybody reads its events: all of them can be read for a while.
         self._recent: deque[Stream] = deque(maxlen=MAX_RECENT)
@@ -51,10 +54,14 @@ class SessionActor:
         self._session_id: str | None = None
         self._calls = Calls()
 
-    async def ready(self) -> Seat:
+    async def ready(self) -> None:
         """Returns once a turn can be run at once."""
         with self._calls.one():
             await self._engine.ready()
+
+    async def seat(self) -> Seat:
+        """Which session it has; what answers is not busy for long."""
+        with self._calls.one():
             return Seat(self._tenant, self._session_id, self._fingerprint)
 
     async def take(self, tenant: str, session_id: str, keys: Mapping[str, Mapping[str, str]]) -> bool:

@@ -11,7 +11,8 @@ import ray
 from ray import serve
 
 from serve_apps.actor_calls import NAMESPACE, answer_of
-from serve_apps.actor_pool import PREFIX, Keys, Member, Pool
+from serve_apps.actor_pool import PREFIX, Pool
+from serve_apps.pool_members import Keys, Member
 from serve_apps.session_actor import SessionActor
 from stack import tracing
 from stack.config import Config
@@ -36,11 +37,18 @@ class RayActors:
 
     async def launch(self, name: str) -> Any:
         handle = await asyncio.to_thread(self._started, name)
-        await answer_of(handle.ready.remote())
+        try:
+            await answer_of(handle.ready.remote())
+        except BaseException:
+            await self.kill(handle)
+            raise
         return handle
 
     async def running(self) -> list[tuple[str, Any]]:
         return await asyncio.to_thread(self._found)
+
+    async def kill(self, handle: Any) -> None:
+        await asyncio.to_thread(ray.kill, handle)
 
     def _started(self, name: str) -> Any:
         actor = ray.remote(SessionActor).options(

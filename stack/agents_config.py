@@ -39,8 +39,9 @@ class AgentsConfig(Wire):
 
     A turn that has made `max_steps` steps or `max_tool_calls` calls, or has had `max_tokens` tokens of the model or
     `max_seconds`, is brought to its end: the model is asked once more, without tools. A call of a tool has
-    `tool_timeout_s`. In a session one turn runs, and `max_queued_turns` more may wait. A session's actor ends when it
-    has had nothing to do for `idle_s`, and `warm` actors wait for sessions.
+    `tool_timeout_s`; of the code interpreter, `max_sandboxes` run at once on a machine. A turn that awaits approval for
+    `approval_s` is cancelled. In a session one turn runs, and `max_queued_turns` more may wait. A session's actor ends
+    when it has had nothing to do for `idle_s`, and `warm` actors wait for sessions.
 
     `photogen` is the image model of the tool of that name: an address that speaks OpenAI's image API, as its clients'
     base_url, or the id of an application of Ray Serve. `mcp_servers` are those whose tools agents may name. Keys of
@@ -52,6 +53,8 @@ class AgentsConfig(Wire):
     max_tokens: Annotated[int, Field(ge=1, le=100_000_000)] = 100_000
     max_seconds: Annotated[float, Field(ge=1, le=86_400)] = 600
     tool_timeout_s: Annotated[float, Field(ge=0.1, le=3_600)] = 60
+    max_sandboxes: Annotated[int, Field(ge=1, le=1_000)] = 16
+    approval_s: Annotated[float, Field(ge=1, le=2_592_000)] = 86_400
     idle_s: Annotated[float, Field(ge=0, le=86_400)] = 60
     warm: Annotated[int, Field(ge=0, le=1_000)] = 1
     max_queued_turns: Annotated[int, Field(ge=0, le=1_000)] = 16

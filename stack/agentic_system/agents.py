@@ -63,8 +63,10 @@ async def delete(context: Context, sessions: Sessions, agent_id: str) -> None:
     deleted = await asyncio.to_thread(context.store.agents.delete, context.tenant, agent_id)
     if deleted is None:
         raise _no_agent(agent_id)
-    for session in deleted:
-        await sessions.end(context, session.id)
+    ends = [sessions.end(context, session.id) for session in deleted]
+    for failed in await asyncio.gather(*ends, return_exceptions=True):  # one that fails keeps no other from its end
+        if isinstance(failed, BaseException):
+            raise failed
 
 
 def create_session(context: Context, request: CreateAgenticSystemSessionRequest) -> str:

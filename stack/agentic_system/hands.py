@@ -100,7 +100,7 @@ def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File], is
             return Photogen(config.photogen)
         case CodeInterpreterToolDefinition():
             seconds = min(code_interpreter.CELL_S, config.tool_timeout_s / 2)
-            return CodeInterpreter(files, seconds=seconds, is_resumed=is_resumed)
+            return CodeInterpreter(files, seconds=seconds, at_once=config.max_sandboxes, is_resumed=is_resumed)
 
 
 def _mcp_server(config: AgentsConfig, name: str) -> McpServer:

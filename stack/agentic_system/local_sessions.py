@@ -10,21 +10,23 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from weakref import WeakValueDictionary
 
-from stack.agentic_system import replay
 from stack.agentic_system.events import Stream
 from stack.agentic_system.loop import Place
+from stack.agentic_system.replay import found, retold
 from stack.agentic_system.session import Session
 from stack.agentic_system.sessions import Event
 from stack.api.agentic_system import TurnState
 from stack.context import Context
-from stack.errors import Conflict, NotFound, Unavailable
+from stack.errors import Conflict, Unavailable
 from stack.store.turns import Turn
 
 
 class LocalSessions:
-    def __init__(self, place: Place) -> None:
+    """`owner` is whose the turns are that are run here, as their rows say; by default this process'."""
+
+    def __init__(self, place: Place, owner: str | None = None) -> None:
         self._place = place
-        self._owner = f"process-{uuid.uuid4().hex}"
+        self._owner = owner or f"process-{uuid.uuid4().hex}"
         self._sessions: dict[str, Session] = {}
         self._streams = WeakValueDictionary[tuple[str, str], Stream]()  # by tenant and turn, as long as they are used
         self._is_closed = False
@@ -110,28 +112,17 @@ class LocalSessions:
             await session.stop(Unavailable("what runs the turn is stopped; it goes on later"))
 
     async def _stream(self, context: Context, turn_id: str) -> Stream:
-        turn = await self._found(context, turn_id)
+        turn = await found(context, turn_id)
         if (session := self._sessions.get(turn.session_id)) is not None and (stream := session.stream(turn_id)):
             return stream
         if turn.has_ended or turn.state == TurnState.awaiting_approval:
-            return await self._retold(context, turn)
+            return await retold(context, turn)
         stream = self._of(context.tenant, turn.session_id).watch(turn_id)
         # It may have ended after its row was read, and before its stream was there to be told.
-        turn = await self._found(context, turn_id)
+        turn = await found(context, turn_id)
         if turn.has_ended or turn.state == TurnState.awaiting_approval:
-            return await self._retold(context, turn)
+            return await retold(context, turn)
         return stream
-
-    async def _found(self, context: Context, turn_id: str) -> Turn:
-        turn = await asyncio.to_thread(context.store.turns.get, context.tenant, turn_id)
-        if turn is None:
-            raise NotFound(f"there is no turn with the id {turn_id!r}", param="turn_id")
-        return turn
-
-    async def _retold(self, context: Context, turn: Turn) -> Stream:
-        turns = context.store.turns
-        steps, runs = await asyncio.to_thread(lambda: (turns.steps_of([turn.id]), turns.runs_of(turn.id)))
-        return replay.whole(turn, steps, runs)
 
     def _of(self, tenant: str, session_id: str) -> Session:
         if self._is_closed:

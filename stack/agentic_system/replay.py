@@ -1,5 +1,6 @@
 """A turn's events made from its rows: of a turn that has ended, that awaits approval, or that goes on elsewhere."""
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ from stack import errors
 from stack.agentic_system.events import Progress, Stream, awaiting, started
 from stack.agentic_system.shown import awaited, shown_step, shown_turn
 from stack.api.agentic_system import TurnState
-from stack.errors import Conflict, StackError
+from stack.context import Context
+from stack.errors import Conflict, NotFound, StackError
 from stack.store.turns import Step, ToolRun, Turn
 
 _ERRORS = (
@@ -58,6 +60,20 @@ def whole(turn: Turn, steps: Sequence[Step], runs: Iterable[ToolRun]) -> Stream:
     else:
         tell_end(stream, turn, steps)
     return stream
+
+
+async def found(context: Context, turn_id: str) -> Turn:
+    """The row of a turn. Raises NotFound."""
+    turn = await asyncio.to_thread(context.store.turns.get, context.tenant, turn_id)
+    if turn is None:
+        raise NotFound(f"there is no turn with the id {turn_id!r}", param="turn_id")
+    return turn
+
+
+async def retold(context: Context, turn: Turn) -> Stream:
+    """The same as `whole`, of what the rows say. A turn can be large: it is made in a thread."""
+    turns = context.store.turns
+    return await asyncio.to_thread(lambda: whole(turn, turns.steps_of([turn.id]), turns.runs_of(turn.id)))
 
 
 def begun(turn_id: str) -> Stream:

@@ -19,6 +19,7 @@ from stack.store.schema import (
     tool_runs,
     turns,
 )
+from stack.store.turns import UNFINISHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +105,15 @@ class Agents:
         return Agent(**found) if found else None
 
     def delete(self, tenant: str, id: str) -> list[AgentSession] | None:
-        """Deletes an agent with its sessions, which are returned; None if it is not there."""
+        """Deletes an agent with its sessions. Returns those that had a turn to be run; None if it is not there."""
         with writing(self._engine) as connection:
             if _taken_agent(connection, tenant, id) is None:
                 return None
-            deleted = _delete_sessions(connection, agent_sessions.c.agent_id == id)
+            mine = agent_sessions.c.agent_id == id
+            # One that is accepted meanwhile is told by its journal.
+            unfinished = select(turns.c.session_id).where(turns.c.agent_id == id, turns.c.state.in_(UNFINISHED))
+            busy = set(connection.execute(unfinished).scalars())
+            deleted = [session for session in _delete_sessions(connection, mine) if session.id in busy]
             connection.execute(delete(agent_versions).where(agent_versions.c.agent_id == id))
             connection.execute(delete(agents).where(agents.c.id == id))
             return deleted

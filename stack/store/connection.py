@@ -18,7 +18,13 @@ CONNECT_S = 5  # to a server that does not even refuse
 
 def now() -> str:
     """The time in UTC, as ISO 8601."""
-    return dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return past(0)
+
+
+def past(seconds: float) -> str:
+    """The time so long ago, as `now` has it."""
+    time = dt.datetime.now(dt.UTC) - dt.timedelta(seconds=seconds)
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def connect(url: str) -> Engine:

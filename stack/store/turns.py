@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy import Connection, Engine, exists, func, insert, select, update
 
 from stack.api.agentic_system import TurnState
 from stack.errors import Conflict
-from stack.store.connection import now, writing
+from stack.store.connection import now, past, writing
 from stack.store.schema import agent_sessions, steps, tool_runs, turns
 
 UNFINISHED = (TurnState.queued, TurnState.running, TurnState.awaiting_approval)
@@ -242,6 +242,20 @@ class Turns:
                 return TurnState.awaiting_approval
             _write(connection, id, state=TurnState.queued.value)
             return TurnState.queued
+
+    def end_unanswered(self, seconds: float) -> list[str]:
+        """Ends turns that have awaited approval for so long, cancelled. Returns their ids."""
+        asked_since = exists().where(steps.c.turn_id == turns.c.id, steps.c.started_at >= past(seconds))
+        query = select(turns.c.id).where(turns.c.state == TurnState.awaiting_approval, ~asked_since)
+        with self._engine.connect() as connection:  # there are none as a rule: nobody is kept from writing by looking
+            if connection.execute(query.limit(1)).first() is None:
+                return []
+        with writing(self._engine) as connection:
+            ids = list(connection.execute(query.order_by(turns.c.id).with_for_update()).scalars())
+            time = now()
+            for turn_id in ids:
+                _write(connection, turn_id, state=TurnState.cancelled.value, cancelled_at=time, completed_at=time)
+        return ids
 
     # What whoever runs turns does
 

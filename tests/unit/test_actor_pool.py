@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 
-from serve_apps import actor_pool
-from serve_apps.actor_pool import Keys, Pool
+from serve_apps import actor_pool, pool_members
+from serve_apps.actor_pool import Pool
+from serve_apps.pool_members import Keys
 from serve_apps.session_actor import Seat
 from serve_apps.shared_engine import fingerprint
 from stack.config import Config
 from stack.errors import TooManyRequests
 from stack.store import Store
-from stack.store.turns import NewTurn
+from stack.store.connection import past
+from stack.store.turns import NewTurn, Step, Turn
 
 MODEL = {"id": "small", "path": "models/small", "context": 256}
 CONFIG = Config.parse({"models": [MODEL], "agents": {"warm": 1, "idle_s": 0}}, "the tests' config")
@@ -43,8 +45,10 @@ class Actor:
         self.told: list[tuple[str, Keys]] = []
         self.taken, self.left = asyncio.Event(), asyncio.Event()
         self._over = asyncio.Event()
-        self._dead = asyncio.Event()
-        for name in ("ready", "take", "lasts", "start", "leave"):
+        self.dead = asyncio.Event()
+        self._is_there = asyncio.Event()
+        self._is_there.set()
+        for name in ("ready", "seat", "take", "lasts", "start", "leave"):
             setattr(self, name, Method(getattr(self, f"_{name}")))
 
     def end_session(self) -> None:
@@ -52,14 +56,26 @@ class Actor:
         self._over.set()
 
     def die(self) -> None:
-        self._dead.set()
+        self.dead.set()
         self._over.set()
 
+    def hang(self) -> None:
+        """It does nothing any more, and is not dead, until it is told to `go_on`."""
+        self._is_there.clear()
+
+    def go_on(self) -> None:
+        self._is_there.set()
+
     def _live(self) -> None:
-        if self._dead.is_set():
+        if self.dead.is_set():
             raise ActorDiedError
 
-    async def _ready(self) -> Seat:
+    async def _ready(self) -> None:
+        await self._is_there.wait()
+        self._live()
+
+    async def _seat(self) -> Seat:
+        await self._is_there.wait()
         self._live()
         return Seat("default", self.session_id, self.of)
 
@@ -94,6 +110,7 @@ class Actors:
     def __init__(self, *there: Actor) -> None:
         self.there = there
         self.made: list[Actor] = []
+        self.failures: list[Exception] = []
         self.permits = asyncio.Semaphore(0)
 
     async def most_at_once(self) -> int:
@@ -101,8 +118,13 @@ class Actors:
 
     async def launch(self, _: str) -> Actor:
         await self.permits.acquire()
+        if self.failures:
+            raise self.failures.pop()
         self.made.append(Actor())
         return self.made[-1]
+
+    async def kill(self, handle: Actor) -> None:
+        handle.die()
 
     async def running(self) -> list[tuple[str, Actor]]:
         return [(f"session:{number}", actor) for number, actor in enumerate(self.there)]
@@ -253,6 +275,163 @@ async def test_turns_that_nobody_runs_are_found(rows: Store) -> None:
     async with running(rows, Actors(actor), WITHOUT_WARM):
         await actor.taken.wait()
         assert actor.session_id == session.id
+
+
+async def test_a_session_that_kills_its_actors_waits_for_the_next(rows: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor_pool, "DELAY_S", 1_000)
+    monkeypatch.setattr(actor_pool, "MAX_DELAY_S", 1_000)
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        lost = None
+        for number in range(2):
+            actors.permits.release()
+            lost = (await pool.find("default", "one", lost)).name
+            actors.made[number].die()
+        assert lost is not None
+        waiting = asyncio.ensure_future(pool.find("default", "one", lost))
+        actors.permits.release()
+        await pool.find("default", "two", None)
+        assert actors.made[2].session_id == "two"
+        assert await pool.known("one") is None
+        assert not waiting.done()
+
+
+async def test_it_waits_longer_each_time_and_gets_one_in_the_end(rows: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    delays: list[float] = []
+    sleep = asyncio.sleep
+    monkeypatch.setattr(actor_pool, "DELAY_S", 100)
+    monkeypatch.setattr(actor_pool, "MAX_DELAY_S", 300)
+
+    async def slept(seconds: float) -> None:
+        if seconds >= 100:
+            delays.append(seconds)
+        await sleep(0.001)
+
+    monkeypatch.setattr(asyncio, "sleep", slept)
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        lost = None
+        for number in range(5):
+            actors.permits.release()
+            lost = (await pool.find("default", "one", lost)).name
+            actors.made[number].die()
+        actors.permits.release()
+        await pool.find("default", "one", lost)
+    assert delays == [100, 200, 300, 300]
+
+
+async def test_one_that_hangs_is_killed_and_its_session_gets_another(
+    rows: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_members, "LOOK_S", 0.01)
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        actors.permits.release()
+        lost = await pool.start("default", "one", "turn-1", KEYS) or await pool.find("default", "one", None)
+        monkeypatch.setattr(pool_members, "ANSWER_S", 0.01)
+        actors.made[0].hang()
+        actors.permits.release()
+        await pool.find("default", "one", lost.name)
+        await actors.made[0].dead.wait()
+        assert actors.made[1].told == [("turn-1", KEYS)]
+
+
+async def test_whatever_keeps_actors_from_starting_others_are_started(
+    rows: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    actors = Actors()
+    actors.failures = [ValueError("no such thing") for _ in range(4)]  # more than may start at once
+    async with running(rows, actors) as pool:
+        for _ in range(5):
+            actors.permits.release()
+        await pool.find("default", "one", None)
+    assert "no such thing" in caplog.text
+
+
+async def test_whatever_an_actor_fails_by_its_session_gets_another(rows: Store) -> None:
+    async def fails(*_: Any) -> None:
+        raise ValueError("no such thing")
+
+    actors = Actors(Actor())
+    actors.there[0].lasts = Method(fails)  # type: ignore[attr-defined]
+    async with running(rows, actors) as pool:
+        lost = await pool.find("default", "one", None)
+        actors.permits.release()
+        found = await pool.find("default", "one", lost.name)
+        assert found.handle is actors.made[0]
+        await actors.there[0].dead.wait()
+
+
+def accepted(rows: Store) -> NewTurn:
+    agent = rows.agents.add("default", {})
+    session = rows.agents.add_session("default", agent.id, "talk")
+    assert session is not None
+    return NewTurn("default", agent.id, session.id, 1, {}, {})
+
+
+async def test_one_that_is_slow_to_say_what_it_has_holds_up_its_own_session_alone(
+    rows: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_pool, "ADOPT_S", 0.001)
+    new = accepted(rows)
+    turn = rows.turns.accept(new, 1)
+    assert isinstance(turn, Turn)
+    rows.turns.take(turn.id, "session:0")
+    slow, free = Actor(), Actor()
+    slow.session_id = new.session_id
+    slow.hang()
+    async with running(rows, Actors(slow, free)) as pool:
+        found = asyncio.ensure_future(pool.find("default", new.session_id, None))
+        assert (await pool.find("default", "another", None)).handle is free
+        free.end_session()
+        for number in range(3):  # meanwhile the watcher looks for turns that nobody runs
+            await pool.find("default", f"another {number}", None)
+            free.end_session()
+            await asyncio.to_thread(rows.turns.due)
+        assert not found.done()
+        slow.go_on()
+        assert (await found).handle is slow
+
+
+async def test_one_that_never_says_what_it_has_is_killed(rows: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor_pool, "ADOPT_S", 0.001)
+    monkeypatch.setattr(actor_pool, "WITHIN_S", 0.05)
+    new = accepted(rows)
+    turn = rows.turns.accept(new, 1)
+    assert isinstance(turn, Turn)
+    rows.turns.take(turn.id, "session:0")
+    silent = Actor()
+    silent.session_id = new.session_id
+    silent.hang()
+    actors = Actors(silent)
+    actors.permits.release()
+    async with running(rows, actors) as pool:
+        found = await pool.find("default", new.session_id, None)
+        assert found.handle is actors.made[0]
+        assert silent.dead.is_set()
+
+
+async def test_approval_that_does_not_come_is_not_waited_for_for_ever(
+    rows: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_pool, "ROUND_S", 0)
+    new = accepted(rows)
+    turns = [rows.turns.accept(new, 2) for _ in range(2)]
+    assert isinstance(turns[0], Turn)
+    taken = rows.turns.take(turns[0].id, "somebody")
+    assert taken is not None
+    step = Step("step-1", taken.id, 1, "tool_execution", {}, 1, None, past(100), None)
+    with rows.turns.journal(taken) as journal:
+        journal.add_step(step)
+        journal.ask_approval(step, ["call-1"])
+    config = Config.parse({"models": [MODEL], "agents": {"warm": 0, "approval_s": 99}}, "the tests' config")
+    actor = Actor(fingerprint(config))
+    async with running(rows, Actors(actor), config):
+        await actor.taken.wait()
+        assert actor.session_id == new.session_id, "the next one is run"
+    ended = rows.turns.get("default", taken.id)
+    assert ended is not None
+    assert ended.state == "cancelled"
 
 
 def test_what_an_actor_imports_is_little() -> None:

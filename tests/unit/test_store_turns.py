@@ -176,10 +176,13 @@ def test_a_deleted_agent_takes_its_sessions_along(store: Store) -> None:
     for session in sessions:
         assert session is not None
         with_everything(store, session.id)
+    idle = store.agents.add_session("default", agent.id, "talk")
+    assert idle is not None
+    write_in(store, running(store, idle.id), ENDS["cancelled"])
     with_everything(store, session_in(store))
     deleted = store.agents.delete("default", agent.id)
     assert deleted is not None
-    assert {one.id for one in deleted} == {one.id for one in sessions if one}
+    assert {one.id for one in deleted} == {one.id for one in sessions if one}, "where nothing runs, nothing is to end"
     assert rows_in(store) == dict(agents=1, agent_versions=1, agent_sessions=1, turns=1, steps=1, tool_runs=2)
 
 
@@ -480,3 +483,19 @@ def test_a_turn_that_awaits_approval_can_be_cancelled(store: Store) -> None:
     ask(store, turn, "a")
     assert store.turns.cancel("default", turn.id) == TurnState.cancelled
     assert store.turns.approve("default", turn.id, {"a": True}) is None
+
+
+def test_turns_whose_approval_does_not_come_end(store: Store) -> None:
+    waits, runs = running(store, session_in(store)), running(store, session_in(store))
+    ask(store, waits, "a")
+    begin(store, runs)
+    assert store.turns.end_unanswered(100) == []
+    assert store.turns.end_unanswered(-100) == [waits.id]
+    ended = store.turns.get("default", waits.id)
+    assert ended is not None
+    assert ended.completed_at
+    assert (ended.state, ended.cancelled_at) == (TurnState.cancelled, ended.completed_at)
+    assert store.turns.approve("default", waits.id, {"a": True}) is None
+    again = store.turns.get("default", runs.id)
+    assert again is not None
+    assert again.state == TurnState.running

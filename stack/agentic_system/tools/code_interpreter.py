@@ -4,15 +4,18 @@ import asyncio
 import base64
 import logging
 import mimetypes
+import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from typing import ParamSpec, TypeVar
 from urllib.parse import quote
 
-from stack.agentic_system import sandbox, sandbox_files
+from stack.agentic_system import sandbox, sandbox_files, sandbox_slots
 from stack.agentic_system.bubblewrap import CannotStart
 from stack.agentic_system.sandbox import Ended, Limits, Sandbox
 from stack.agentic_system.sandbox_files import Mark
+from stack.agentic_system.sandbox_slots import NoneFree
 from stack.agentic_system.tools.tool import Call, File, Output, ToolFailed, cut
 from stack.api.messages import Attachment
 from stack.errors import BadInput
@@ -21,6 +24,8 @@ from stack.prompt_formats import builtin_tool
 
 # Of one cell; the time limit of calls is above it, so that what is lost with a sandbox can be told.
 CELL_S = 30.0
+# How many sandboxes run at once on a machine, where nothing else is said.
+AT_ONCE = 16
 # Of the files that a call gives back.
 MAX_FILES = 10
 MAX_FILE_BYTES = 4 * 2**20
@@ -28,6 +33,7 @@ MAX_FILES_BYTES = 8 * 2**20
 # What the model is told of them, in characters.
 MAX_TOLD = 1_000
 GONE = "What earlier calls defined, and their files, are gone."
+_PATH = re.compile(r"(?<![\w.])/[^\s:;,'\")]+")
 LOST = f"The interpreter was started anew. {GONE}"
 
 P = ParamSpec("P")
@@ -51,8 +57,9 @@ def require() -> None:
 class CodeInterpreter:
     """Runs Python code for one turn.
 
-    `files` are put where cells run. `seconds` is the time that each cell has. `is_resumed` says that the turn has had
-    an interpreter before, whose state is gone.
+    `files` are put where cells run. `seconds` is the time that each cell has; a sandbox is waited for half of that,
+    where `at_once` run on the machine. `is_resumed` says that the turn has had an interpreter before, whose state is
+    gone.
     """
 
     name = "code_interpreter"
@@ -64,13 +71,16 @@ class CodeInterpreter:
         *,
         seconds: float = CELL_S,
         limits: Limits = Limits(),  # noqa: B008
+        at_once: int = AT_ONCE,
         is_resumed: bool = False,
     ) -> None:
         self._files = tuple(files)
         self._seconds = seconds
         self._limits = limits
+        self._at_once = at_once
         self._is_lost = is_resumed
         self._sandbox: Sandbox | None = None
+        self._slot = ExitStack()  # held as long as the sandbox is there
         # One cell at a time: they share their state.
         self._turn = asyncio.Lock()
 
@@ -104,12 +114,16 @@ class CodeInterpreter:
             await self._end()
 
     async def _start(self) -> Sandbox:
-        try:
-            running = await Sandbox.start(self._limits)
-        except CannotStart as error:
-            _LOG.warning("the code interpreter cannot start: %s", error)
-            raise ToolFailed("the code interpreter cannot start now") from error
-        self._sandbox = running
+        with ExitStack() as held:
+            try:
+                held.enter_context(await sandbox_slots.take(self._at_once, self._seconds / 2))
+                running = await Sandbox.start(self._limits)
+            except NoneFree as error:
+                raise ToolFailed(f"the code was not run, and can be later: {error}") from error
+            except CannotStart as error:
+                _LOG.warning("the code interpreter cannot start: %s", error)
+                raise ToolFailed(f"the code interpreter cannot start now: {_PATH.sub('…', str(error))}") from error
+            self._sandbox, self._slot = running, held.pop_all()
         try:
             for file in self._files:
                 await _in_thread(sandbox_files.put, running.folder, file.name, file.content)
@@ -124,7 +138,8 @@ class CodeInterpreter:
     async def _end(self) -> None:
         if self._sandbox is not None:
             running, self._sandbox, self._is_lost = self._sandbox, None, True
-            await running.close()
+            with self._slot:
+                await running.close()
 
 
 def _produced(folder: int, before: dict[str, Mark]) -> tuple[list[str], tuple[Attachment, ...]]:

@@ -1,14 +1,19 @@
 import asyncio
 import base64
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from stack.addresses import decoded
+from stack.agentic_system import sandbox_slots
 from stack.agentic_system.hands import open_hands, require_hands
 from stack.agentic_system.sandbox import Limits
+from stack.agentic_system.sandbox_slots import NoneFree
 from stack.agentic_system.tools import code_interpreter
 from stack.agentic_system.tools.code_interpreter import MAX_FILE_BYTES, CodeInterpreter
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, Call, File, Output, ToolFailed
@@ -157,9 +162,76 @@ async def test_files_that_do_not_fit_are_told() -> None:
 async def test_without_bubblewrap_nothing_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     async with interpreter() as tool:
-        with pytest.raises(ToolFailed, match=r"^the code interpreter cannot start now$"):
+        with pytest.raises(ToolFailed, match=r"^the code interpreter cannot start now: bubblewrap is not installed"):
             await call(tool, f"open({str(tmp_path / 'f')!r}, 'w')")
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_the_reason_names_no_path_of_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text(f'#!/bin/sh\necho "bwrap: Can\'t bind {tmp_path}/a: No such file or directory" >&2\nexit 1\n')
+    bwrap.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    async with interpreter() as tool:
+        with pytest.raises(ToolFailed, match=r"now: bwrap: Can't bind …: No such file or directory$"):
+            await call(tool, "1")
+
+
+async def test_no_more_run_at_once_than_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Other numbers than anybody else's on this machine.
+    monkeypatch.setattr(sandbox_slots, "PREFIX", f"test-{uuid.uuid4().hex}")
+    first, second = (CodeInterpreter(seconds=20, at_once=1) for _ in range(2))
+    try:
+        assert (await call(first, "1")).content == "1"
+        hasty = CodeInterpreter(seconds=0.2, at_once=1)
+        with pytest.raises(
+            ToolFailed, match=r"the code was not run, and can be later: as many .* may \(1\), .* within 0\.1 s"
+        ):
+            await call(hasty, "1")
+        waiting = asyncio.create_task(call(second, "2"))
+        assert (await call(first, "3")).content == "3", "what has one keeps it"
+        assert not waiting.done()
+        await first.close()
+        assert (await waiting).content == "2"
+    finally:
+        await first.close()
+        await second.close()
+
+
+async def test_one_that_cannot_start_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sandbox_slots, "PREFIX", f"test-{uuid.uuid4().hex}")
+    tool = CodeInterpreter(seconds=20, at_once=1)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("PATH", str(tmp_path))
+        with pytest.raises(ToolFailed, match="cannot start"):
+            await call(tool, "1")
+    assert (await call(tool, "1")).content == "1"
+    await tool.close()
+
+
+@contextmanager
+def holder_of_a_slot(prefix: str) -> Iterator["subprocess.Popen[bytes]"]:
+    code = f"""
+import asyncio
+from stack.agentic_system import sandbox_slots
+sandbox_slots.PREFIX = {prefix!r}
+slot = asyncio.run(sandbox_slots.take(1, 0))
+print(flush=True)
+input()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline()
+        yield holder
+        holder.kill()
+
+
+async def test_a_process_that_is_killed_gives_its_slots_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = f"test-{uuid.uuid4().hex}"
+    monkeypatch.setattr(sandbox_slots, "PREFIX", prefix)
+    with holder_of_a_slot(prefix), pytest.raises(NoneFree):
+        await sandbox_slots.take(1, 0)
+    (await sandbox_slots.take(1, 0)).close()
 
 
 async def test_an_agent_with_it_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
