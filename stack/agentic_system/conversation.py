@@ -6,8 +6,9 @@ from typing import Any
 
 from stack import attachments
 from stack.agentic_system import files, prompt
+from stack.agentic_system.plan import is_clients
 from stack.agentic_system.prompt import Message
-from stack.api.agent_tools import CustomQueryGenerator, MemoryToolDefinition
+from stack.api.agent_tools import CodeInterpreterToolDefinition, CustomQueryGenerator, MemoryToolDefinition
 from stack.api.agentic_system import AgentConfig, StepType
 from stack.api.messages import Attachment
 from stack.attachments import MAX_ATTACHMENTS
@@ -81,7 +82,7 @@ class Conversation:
                 if one not in seen and not files.is_text(one):
                     raise BadInput(
                         f"an attachment of the type {one.mime_type[:200]!r} cannot be used; allowed: texts, images for "
-                        "a model that takes them, and any file where the agent has the tool code_interpreter",
+                        "a model that takes them, and any file where the agent has the tool code_interpreter, run here",
                         param=f"attachments.{at}.mime_type",
                     )
         return [one.model_dump(mode="json") for one in seen]
@@ -104,5 +105,8 @@ class Conversation:
 
 
 def can_have_files(config: AgentConfig) -> bool:
-    """Whether a tool of the agent reads files."""
-    return any(tool.type == "code_interpreter" for tool in config.tools)
+    """Whether a tool of the agent reads files: an interpreter that is run here."""
+    return any(
+        isinstance(tool, CodeInterpreterToolDefinition) and tool.remote_execution is None and not is_clients(tool)
+        for tool in config.tools
+    )

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stack import inference, safety
+from stack import inference
 from stack.addresses import address_in
 from stack.agentic_system import files
 from stack.agentic_system.look_ups import LookUp
 from stack.agentic_system.prompt import tokens_of_text
+from stack.agentic_system.shielding import refusal
 from stack.agentic_system.tools.answers import plain
 from stack.agentic_system.tools.tool import cut
 from stack.api.agent_tools import (
@@ -42,7 +43,6 @@ from stack.api.memory_banks import (
     VectorBankConfig,
 )
 from stack.api.messages import Attachment, Message, ToolResponseMessage, UserMessage
-from stack.api.safety import OnViolationAction, ShieldDefinition
 from stack.context import Context
 from stack.errors import BadInput, NotFound
 from stack.memory_banks import banks
@@ -100,14 +100,14 @@ async def retrieve(context: Context, memory: Memory, asked: LookUp) -> dict[str,
         details["memory_bank_ids"].append(own_bank)
     if not query:
         return details
-    if refusal := await _refusal(context, tool.input_shields, UserMessage(content=query), "the query"):
-        return details | {"inserted_context": refusal}
+    if refused := await refusal(context, tool.input_shields, UserMessage(content=query), "the query"):
+        return details | {"inserted_context": refused}
     found = await _all_found(retrieval, choices, own_bank, query)
     text, cited = _inserted(found, tool.max_chunks, min(tool.max_tokens_in_context, asked.max_tokens))
     if text:
         said = ToolResponseMessage(call_id="memory", tool_name="memory", content=text)
-        if refusal := await _refusal(context, tool.output_shields, said, "what was looked up"):
-            return details | {"inserted_context": refusal}
+        if refused := await refusal(context, tool.output_shields, said, "what was looked up"):
+            return details | {"inserted_context": refused}
     citations = [
         {
             "bank_id": one.bank_id,
@@ -256,16 +256,6 @@ def _document(attachment: Attachment) -> DocumentContent:
     if isinstance(content, str) and address_in(content) is not None:
         return Address(uri=content)
     return plain(content) if isinstance(content, str) else [plain(part) for part in content]
-
-
-async def _refusal(context: Context, shields: Sequence[ShieldDefinition], message: Message, what: str) -> str | None:
-    """What stands in the place of what a shield does not let pass; None where all do. They run side by side."""
-    judged = await asyncio.gather(*(safety.judge(context, shield, [message]) for shield in shields))
-    for shield, response in zip(shields, judged, strict=True):
-        if response.is_violation and shield.on_violation_action == OnViolationAction.raise_:
-            why = response.violation_return_message or response.violation_type or "a violation"
-            return f"The shield {str(shield.shield_type)!r} does not pass {what}: {why}"
-    return None
 
 
 def _text(content: Any) -> str:

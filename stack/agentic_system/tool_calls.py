@@ -10,18 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stack import safety
 from stack.agentic_system.described import fitting_arguments
 from stack.agentic_system.events import Progress
 from stack.agentic_system.journal import Journal
 from stack.agentic_system.plan import Call, RunCalls
+from stack.agentic_system.shielding import refusal
 from stack.agentic_system.tools import tool as tools
 from stack.agentic_system.tools.answers import plain
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, Output, Tool, ToolFailed, cut
-from stack.api.messages import MAX_ATTACHMENT_CHARACTERS, CompletionMessage, Message, ToolCall, ToolResponseMessage
-from stack.api.safety import OnViolationAction, ShieldDefinition
+from stack.api.messages import MAX_ATTACHMENT_CHARACTERS, CompletionMessage, ToolCall, ToolResponseMessage
+from stack.api.safety import ShieldDefinition
 from stack.context import Context
-from stack.errors import StackError
 from stack.prompt_formats import Tool as Definition
 from stack.prompt_formats.arguments import Misfit
 from stack.store.turns import DENIED
@@ -128,9 +127,9 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
     """What a call has given; None for one that is the client's to run."""
     before, after = _shields(bench, call)
     message = CompletionMessage(content="", tool_calls=[ToolCall.model_validate(call)])
-    if refusal := await _refusal(bench.context, before, message, "the arguments"):
-        progress.tool_text(call["call_id"], refusal)
-        return _said(refusal)
+    if refused := await refusal(bench.context, before, message, "the arguments of the call"):
+        progress.tool_text(call["call_id"], refused)
+        return _said(refused)
     tool = bench.tools.get(call["tool_name"])
     if tool is None:
         return None
@@ -141,9 +140,9 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
     output = await _output(bench, tool, call, told)
     content = cut(plain(output.content), MAX_CHARACTERS)
     said = ToolResponseMessage(call_id=call["call_id"], tool_name=call["tool_name"], content=content)
-    if refusal := await _refusal(bench.context, after, said, "the output"):
-        progress.tool_text(call["call_id"], refusal)
-        return _said(refusal)
+    if refused := await refusal(bench.context, after, said, "the output of the call"):
+        progress.tool_text(call["call_id"], refused)
+        return _said(refused)
     told.finish(content)
     kept = [one for one in output.attachments if _length(one.content) <= MAX_ATTACHMENT_CHARACTERS][:MAX_ATTACHMENTS]
     if len(kept) < len(output.attachments):
@@ -184,23 +183,6 @@ async def _end(task: "asyncio.Future[Output]", call: Call) -> None:
         logger.error("the call %s of %s does not end, though it was cut off", call["call_id"], call["tool_name"])
     elif not task.cancelled():
         task.exception()  # which nobody needs any more
-
-
-async def _refusal(context: Context, shields: Sequence[ShieldDefinition], message: Message, what: str) -> str | None:
-    """Why a call is not run, or its output not told; None where all shields let it pass. They run side by side."""
-    verdicts = await asyncio.gather(*(_verdict(context, shield, message, what) for shield in shields))
-    return next((one for one in verdicts if one is not None), None)
-
-
-async def _verdict(context: Context, shield: ShieldDefinition, message: Message, what: str) -> str | None:
-    try:
-        response = await safety.judge(context, shield, [message])
-    except StackError as error:
-        return f"The shield {str(shield.shield_type)!r} could not judge {what} of the call: {error.message}"
-    if not response.is_violation or shield.on_violation_action != OnViolationAction.raise_:
-        return None
-    why = response.violation_return_message or response.violation_type or "a violation"
-    return f"The shield {str(shield.shield_type)!r} does not pass {what} of the call: {why}"
 
 
 class _Told:

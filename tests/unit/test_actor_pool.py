@@ -290,9 +290,9 @@ async def test_a_session_that_kills_its_actors_waits_for_the_next(rows: Store, m
         assert lost is not None
         waiting = asyncio.ensure_future(pool.find("default", "one", lost))
         actors.permits.release()
-        await pool.find("default", "two", None)
-        assert actors.made[2].session_id == "two"
-        assert await pool.known("one") is None
+        await asyncio.wait([waiting], timeout=0.2)
+        assert await pool.known("one") is None, "though there is a free one"
+        assert (await pool.find("default", "two", None)).handle is actors.made[2]
         assert not waiting.done()
 
 

@@ -8,7 +8,9 @@ compared with the schemas that it gave for them, whose patterns could keep us bu
 
 import asyncio
 import contextlib
+import errno
 import os
+import shutil
 import signal
 from asyncio import FIRST_COMPLETED
 from asyncio.subprocess import PIPE, Process
@@ -37,6 +39,16 @@ EXIT_SECONDS = 1.0
 READ_SECONDS = 3_600.0
 # What a process of ours knows of our environment, beside the variables of its config.
 _VARIABLES = ("HOME", "LANG", "PATH")
+
+# What starts a server: beside it, of its process group and nobody's child, something waits for the end of a pipe that
+# we hold. It comes with our own end, however that comes, and is the end of the whole group. The server becomes the
+# process itself; the shell's own variables are none of its business.
+_SHELL = "/bin/sh"
+_WITH_US = """
+( ( read -r _ < "/dev/fd/$0"; kill -KILL 0 ) > /dev/null 2>&1 & )
+unset PWD OLDPWD
+exec "$@"
+"""
 
 T = TypeVar("T")
 
@@ -201,14 +213,24 @@ async def _http(server: HttpMcpServer) -> AsyncGenerator[Any]:
 async def _process(server: StdioMcpServer) -> AsyncGenerator[Streams]:
     """A server as a process: messages are lines. What it says on its standard error goes to our log."""
     names = (*_VARIABLES, *server.variables)
-    process = await asyncio.create_subprocess_exec(
-        *server.command,
-        stdin=PIPE,
-        stdout=PIPE,
-        env={name: os.environ[name] for name in names if name in os.environ},
-        limit=MAX_MESSAGE_BYTES,
-        start_new_session=True,  # so that its own children end with it
-    )
+    if shutil.which(server.command[0]) is None:  # what the shell says of it is not heard here
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), server.command[0])
+    watched, held = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(_SHELL, "-c", _WITH_US, str(watched), *server.command),
+            stdin=PIPE,
+            stdout=PIPE,
+            env={name: os.environ[name] for name in names if name in os.environ},
+            limit=MAX_MESSAGE_BYTES,
+            pass_fds=(watched,),
+            start_new_session=True,  # so that its own children end with it
+        )
+    except BaseException:
+        os.close(held)
+        raise
+    finally:
+        os.close(watched)
     heard, hearing = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     saying, said = anyio.create_memory_object_stream[SessionMessage](0)
     tasks = (asyncio.create_task(_hear(process, heard)), asyncio.create_task(_say(process, said, heard)))
@@ -216,7 +238,7 @@ async def _process(server: StdioMcpServer) -> AsyncGenerator[Streams]:
         async with heard, hearing, saying, said:
             yield hearing, saying
     finally:
-        ending = asyncio.ensure_future(_end(process, tasks))
+        ending = asyncio.ensure_future(_end(process, tasks, held))
         try:
             await asyncio.shield(ending)
         except asyncio.CancelledError:
@@ -261,8 +283,11 @@ async def _say(
         await heard.aclose()
 
 
-async def _end(process: Process, tasks: tuple[asyncio.Task[None], ...]) -> None:
-    """Ends a server: it is told by the end of its input, and then killed, with all of its group."""
+async def _end(process: Process, tasks: tuple[asyncio.Task[None], ...], held: int) -> None:
+    """Ends a server: it is told by the end of its input, and then killed, with all of its group.
+
+    `held` is the pipe that says that we are there.
+    """
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
@@ -271,6 +296,7 @@ async def _end(process: Process, tasks: tuple[asyncio.Task[None], ...]) -> None:
     await _wait(process)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+    os.close(held)
     await _wait(process)
 
 

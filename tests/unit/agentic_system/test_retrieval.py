@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from stack import safety
 from stack.agentic_system import agents as agents_api
 from stack.api.agentic_system import GetAgenticSystemSessionRequest, MemoryRetrievalStep, Turn
 from stack.api.memory_banks import CreateMemoryBankRequest, InsertDocumentsRequest
-from stack.errors import BadInput, NotFound
+from stack.errors import BadInput, NotFound, Unavailable
 from stack.memory_banks import banks
 from stack.prompt_formats import Tool as Definition
 from stack.prompt_formats import builtin_tool
@@ -162,6 +163,26 @@ async def test_shields_of_memory(agents_of: MakeAgents, model: Model, side: str,
     assert ("does not pass" in str(step.inserted_context)) is not passes
 
 
+@pytest.mark.parametrize("side", ["input", "output"])
+async def test_what_a_shield_of_memory_cannot_judge_is_not_told(
+    agents_of: MakeAgents, model: Model, monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    async def away(*_: Any) -> Any:
+        raise Unavailable("it is away")
+
+    agents = agents_of()
+    bank_id = await bank(agents, texts=("Oslo is in Norway.",))
+    tool = memory(("keyword", bank_id)) | {
+        f"{side}_shields": [{"shield_type": "code_scanner_guard", "on_violation_action": 0}]
+    }
+    session = await agents.session([tool])
+    monkeypatch.setattr(safety, "judge", away)
+    turn = await agents.turn(session, "Oslo?")
+    assert said(turn) == "Paris", "as it goes on where another tool's shield cannot judge"
+    assert "could not judge" in str(retrieved(turn).inserted_context)
+    assert "Norway" not in str(model.bodies)
+
+
 async def test_a_bank_that_is_gone_fails_the_turn(agents_of: MakeAgents) -> None:
     agents = agents_of()
     bank_id = await bank(agents)
@@ -280,6 +301,22 @@ async def test_attachments_are_files_of_the_code_interpreter(agents_of: MakeAgen
     ]
     content = model.bodies[0]["messages"][-1]["content"]
     assert "Files that code_interpreter can read: attachment_1.csv, attachment_2.zip, attachment_3.txt" in content
+
+
+@pytest.mark.parametrize(
+    "elsewhere",
+    [
+        {"enable_inline_code_execution": False},
+        {"remote_execution": {"method": "POST", "url": "https://run.example.com"}},
+    ],
+)
+async def test_files_that_no_tool_here_reads_are_refused(agents_of: MakeAgents, elsewhere: dict[str, Any]) -> None:
+    agents = agents_of(Interpreter())
+    tools = [{"type": "code_interpreter", **elsewhere}]
+    given = [in_address("PK", "application/zip")]
+    turn = await agents.begin(await agents.session(), "Add up!", tools=tools, attachments=given)
+    with pytest.raises(BadInput, match="'application/zip' cannot be used"):
+        await agents.events(turn)
 
 
 class Interpreter(Tool):

@@ -5,6 +5,7 @@ import base64
 import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -187,6 +188,37 @@ runpy.run_path({PROGRAM!r}, run_name="__main__")
     for pid in pids.read_text().split():
         with contextlib.suppress(FileNotFoundError):  # it may be there until its parent looks
             assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+async def test_a_process_ends_with_us_even_if_we_are_killed(tmp_path: Path) -> None:
+    """It takes no notice of its end of input, and has a child."""
+    server = """
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "1000"])
+print(os.getpid(), child.pid, file=open(sys.argv[1], "w"))
+child.wait()
+"""
+    pids = tmp_path / "pids"
+    os.mkfifo(pids)
+    command = [sys.executable, "-c", server, str(pids)]
+    ours = f"""
+import asyncio
+from stack.agentic_system.tools.mcp_client import Session
+from stack.agents_config import StdioMcpServer
+asyncio.run(Session.open(StdioMcpServer(type="stdio", command={command!r})))
+"""
+    starter = await asyncio.create_subprocess_exec(sys.executable, "-c", ours)
+    started = [int(pid) for pid in (await asyncio.to_thread(pids.read_text)).split()]
+    ends = [os.pidfd_open(pid) for pid in started]
+    try:
+        assert not select.select(ends, [], [], 0)[0]
+        starter.kill()
+        await starter.wait()
+        for end in ends:  # readable from its end on
+            assert select.select([end], [], [], 20)[0]
+    finally:
+        for end in ends:
+            os.close(end)
 
 
 async def test_the_token_of_the_config_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
