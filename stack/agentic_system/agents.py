@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 
 from stack.agentic_system.checks import require_usable
+from stack.agentic_system.masked import masked
 from stack.agentic_system.sessions import Sessions
 from stack.agentic_system.shown import shown_step, shown_turn
 from stack.api import agentic_system as api
@@ -17,10 +18,15 @@ from stack.api.agentic_system import (
     UpdateAgenticSystemRequest,
 )
 from stack.context import Context
-from stack.errors import Conflict, NotFound
+from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import banks
 from stack.store.agentic_system import AgentSession, AgentVersion
 from stack.store.turns import Step, Turn
+
+# How many sessions of a deleted agent are told of it side by side.
+ENDS_AT_ONCE = 16
+# What the turns of a session can have together in one answer.
+MAX_SESSION_CHARACTERS = 64_000_000
 
 
 async def create(context: Context, config: AgentConfig) -> str:
@@ -63,8 +69,15 @@ async def delete(context: Context, sessions: Sessions, agent_id: str) -> None:
     deleted = await asyncio.to_thread(context.store.agents.delete, context.tenant, agent_id)
     if deleted is None:
         raise _no_agent(agent_id)
-    for session in deleted:
-        await sessions.end(context, session.id)
+    slots = asyncio.Semaphore(ENDS_AT_ONCE)
+
+    async def end(session_id: str) -> None:
+        async with slots:
+            await sessions.end(context, session_id)
+
+    ended = await asyncio.gather(*map(end, deleted), return_exceptions=True)
+    if failed := [one for one in ended if isinstance(one, BaseException)]:
+        raise failed[0]
 
 
 def create_session(context: Context, request: CreateAgenticSystemSessionRequest) -> str:
@@ -80,10 +93,17 @@ def get_session(
 ) -> api.Session:
     """A session with its turns, or with some of them, in the order in which they are asked for.
 
-    Raises NotFound for the session, and for turns that it does not have.
+    Raises NotFound for the session, and for turns that it does not have, and BadInput where they are too large
+    for one answer.
     """
     session = find_session(context, agent_id, session_id)
     wanted = request.turn_ids
+    if (size := context.store.turns.size_of(session_id, wanted)) > MAX_SESSION_CHARACTERS:
+        raise BadInput(
+            f"the turns have {size} characters together; allowed: {MAX_SESSION_CHARACTERS}. Name fewer of them in "
+            "turn_ids, or look them up one by one",
+            param="turn_ids",
+        )
     turns = context.store.turns.of_session(session_id, wanted)
     if wanted is not None:
         turns = _in_order(turns, wanted, session_id)
@@ -173,7 +193,7 @@ def _shown(version: AgentVersion) -> api.AgentVersion:
         {
             "agent_id": version.agent_id,
             "version": version.version,
-            "agent_config": version.config,
+            "agent_config": masked(version.config),
             "created_at": version.created_at,
         }
     )

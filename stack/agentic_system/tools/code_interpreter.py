@@ -24,6 +24,7 @@ CELL_S = 30.0
 # Of the files that a call gives back.
 MAX_FILES = 10
 MAX_FILE_BYTES = 4 * 2**20
+MAX_REASON = 300
 MAX_FILES_BYTES = 8 * 2**20
 # What the model is told of them, in characters.
 MAX_TOLD = 1_000
@@ -108,7 +109,7 @@ class CodeInterpreter:
             running = await Sandbox.start(self._limits)
         except CannotStart as error:
             _LOG.warning("the code interpreter cannot start: %s", error)
-            raise ToolFailed("the code interpreter cannot start now") from error
+            raise ToolFailed(f"the code interpreter cannot start now: {cut(str(error), MAX_REASON)}") from error
         self._sandbox = running
         try:
             for file in self._files:
