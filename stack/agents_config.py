@@ -34,6 +34,15 @@ class StdioMcpServer(Wire):
 McpServer = Annotated[HttpMcpServer | StdioMcpServer, Field(discriminator="type")]
 
 
+class RemoteKey(Wire):
+    """A secret of the operator's, in the environment, which headers of remote executions at these `hosts` can name."""
+
+    variable: Variable
+    hosts: Annotated[
+        list[Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9.-]+$")]], Field(min_length=1), at_most(100)
+    ]
+
+
 class AgentsConfig(Wire):
     """The bounds of turns, and what tools reach.
 
@@ -46,6 +55,8 @@ class AgentsConfig(Wire):
     `photogen` is the image model of the tool of that name: an address that speaks OpenAI's image API, as its clients'
     base_url, or the id of an application of Ray Serve. `mcp_servers` are those whose tools agents may name. Keys of
     services stand in the environment: BRAVE_SEARCH_KEY, BING_SEARCH_KEY, WOLFRAM_ALPHA_KEY, PHOTOGEN_KEY.
+    `remote_keys` are those that headers of a tool's remote_execution can name, as {{key:name}}, beside the keys that a
+    request brings itself.
     """
 
     max_steps: Annotated[int, Field(ge=1, le=10_000)] = 50
@@ -60,3 +71,4 @@ class AgentsConfig(Wire):
     max_queued_turns: Annotated[int, Field(ge=0, le=1_000)] = 16
     photogen: Annotated[str, Field(min_length=1, max_length=4_000), AfterValidator(without_nul)] | None = None
     mcp_servers: Annotated[dict[ServerName, McpServer], at_most(100)] = {}
+    remote_keys: Annotated[dict[ServerName, RemoteKey], at_most(100)] = {}

@@ -22,7 +22,7 @@ from stack.api.messages import CompletionMessage, ToolCall, ToolResponseMessage
 from stack.context import Context
 from stack.errors import BadInput, Conflict, StackError, TooManyRequests
 from stack.safety import require_shields
-from stack.store.turns import ASKED, NewTurn, Refused, Turn
+from stack.store.turns import ASKED, Glimpse, NewTurn, Refused, Turn
 
 # What a turn can have in the place of its agent's.
 OVERRIDES = (
@@ -203,7 +203,7 @@ def _require_open(
         )
 
 
-def _open_calls(turn: Turn | None) -> dict[str, ToolCall]:
+def _open_calls(turn: Glimpse | None) -> dict[str, ToolCall]:
     """The calls that a turn has left to the client, by their ids."""
     if turn is None or turn.output_message is None:
         return {}

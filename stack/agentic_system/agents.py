@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable
 
 from stack.agentic_system.checks import require_usable
+from stack.agentic_system.masked import masked
 from stack.agentic_system.sessions import Sessions
 from stack.agentic_system.shown import shown_step, shown_turn
 from stack.api import agentic_system as api
@@ -17,10 +18,15 @@ from stack.api.agentic_system import (
     UpdateAgenticSystemRequest,
 )
 from stack.context import Context
-from stack.errors import Conflict, NotFound
+from stack.errors import BadInput, Conflict, NotFound
 from stack.memory_banks import banks
 from stack.store.agentic_system import AgentSession, AgentVersion
 from stack.store.turns import Step, Turn
+
+# How many sessions of a deleted agent are told of it side by side.
+ENDS_AT_ONCE = 16
+# What the turns of a session can have together in one answer.
+MAX_SESSION_CHARACTERS = 64_000_000
 
 
 async def create(context: Context, config: AgentConfig) -> str:
@@ -82,10 +88,17 @@ def get_session(
 ) -> api.Session:
     """A session with its turns, or with some of them, in the order in which they are asked for.
 
-    Raises NotFound for the session, and for turns that it does not have.
+    Raises NotFound for the session, and for turns that it does not have, and BadInput where they are too large
+    for one answer.
     """
     session = find_session(context, agent_id, session_id)
     wanted = request.turn_ids
+    if (size := context.store.turns.size_of(session_id, wanted)) > MAX_SESSION_CHARACTERS:
+        raise BadInput(
+            f"the turns have {size} characters together; allowed: {MAX_SESSION_CHARACTERS}. Name fewer of them in "
+            "turn_ids, or look them up one by one",
+            param="turn_ids",
+        )
     turns = context.store.turns.of_session(session_id, wanted)
     if wanted is not None:
         turns = _in_order(turns, wanted, session_id)
@@ -175,7 +188,7 @@ def _shown(version: AgentVersion) -> api.AgentVersion:
         {
             "agent_id": version.agent_id,
             "version": version.version,
-            "agent_config": version.config,
+            "agent_config": masked(version.config),
             "created_at": version.created_at,
         }
     )

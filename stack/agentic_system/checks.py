@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 
 from stack.agentic_system.hands import require_hands
+from stack.agentic_system.masked import require_unmasked
 from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import (
     AgentTool,
@@ -36,6 +37,7 @@ def _require_known(context: Context, config: AgentConfig) -> None:
     require_model(context, config.model, "agent_config.model")
     require_tools(context, config.tools, "agent_config.tools")
     for field in ("input_shields", "output_shields"):
+        require_unmasked([one.model_dump(mode="json") for one in getattr(config, field)], f"agent_config.{field}")
         require_shields(context, getattr(config, field), f"agent_config.{field}")
     require_fitting(config, "agent_config.")
 
@@ -77,6 +79,7 @@ def require_model(context: Context, model: str, place: str) -> None:
 
 def require_tools(context: Context, tools: Sequence[AgentTool], place: str) -> None:
     for at, tool in enumerate(tools):
+        require_unmasked(tool.model_dump(mode="json"), f"{place}.{at}")
         require_shields(context, tool.input_shields, f"{place}.{at}.input_shields")
         require_shields(context, tool.output_shields, f"{place}.{at}.output_shields")
         if isinstance(tool, MemoryToolDefinition):

@@ -12,10 +12,11 @@ from stack.addresses import address_in, decoded
 from stack.agentic_system.tools.tool import File
 from stack.api.messages import Attachment
 from stack.attachments import FETCHER
-from stack.errors import BadInput, StackError
+from stack.errors import BadInput, StackError, Unavailable
 
 # Of all files of a turn.
 MAX_BYTES = 32 * 2**20
+SECONDS = 60.0
 _TEXTS = (
     "application/json",
     "application/jsonl",
@@ -43,6 +44,16 @@ def is_image(attachment: Attachment) -> bool:
 
 async def files_of(attachments: Sequence[Attachment]) -> list[File]:
     """Attachments as files, each under a name of its own. Raises BadInput and Unavailable for what cannot be had."""
+    try:
+        async with asyncio.timeout(SECONDS) as limit:
+            return await _files_of(attachments)
+    except TimeoutError:
+        if not limit.expired():
+            raise
+        raise Unavailable(f"the attachments were not there within {SECONDS:g} s") from None
+
+
+async def _files_of(attachments: Sequence[Attachment]) -> list[File]:
     loop = asyncio.get_running_loop()
     left = MAX_BYTES
     files: list[File] = []

@@ -74,18 +74,18 @@ def _tool(config: AgentsConfig, definition: AgentTool, files: Sequence[File], is
             return None
         case FunctionCallToolDefinition(remote_execution=execution):
             assert execution is not None
-            return remote_function(definition, execution)
+            return remote_function(definition, execution, config.remote_keys)
         case CodeInterpreterToolDefinition(enable_inline_code_execution=False):
             return None
         case PhotogenToolDefinition(remote_execution=execution) if execution is not None:
             require_fillable(execution, ["query"], asking.FETCHER)
-            return RemotePhotogen(execution)
+            return RemotePhotogen(execution, config.remote_keys)
         case (
             SearchToolDefinition(remote_execution=execution)
             | WolframAlphaToolDefinition(remote_execution=execution)
             | CodeInterpreterToolDefinition(remote_execution=execution)
         ) if execution is not None:
-            return remote_builtin(definition.type, execution)
+            return remote_builtin(definition.type, execution, config.remote_keys)
         case SearchToolDefinition():
             return Search(definition.engine)
         case WolframAlphaToolDefinition():

@@ -13,11 +13,16 @@ from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from stack.api.agentic_system import StepType, TurnState
+from stack.api.agentic_system import MAX_ATTACHMENTS, StepType, TurnState
+from stack.api.messages import MAX_ATTACHMENT_CHARACTERS
 from stack.errors import StackError
 from stack.store import Store, now
 from stack.store.turns import ASKED, Step, ToolRun, Turn
 from stack.store.turns import Journal as Transaction
+
+# What the tools of a turn can give to the user, all together: whoever runs the turn has it in memory.
+MAX_FILES = MAX_ATTACHMENTS
+MAX_FILES_CHARACTERS = MAX_ATTACHMENT_CHARACTERS
 
 Entry = Callable[[Transaction], None]
 
@@ -42,6 +47,7 @@ class Journal:
         self._then: list[Callable[[], None]] = []
         self._committing = asyncio.Lock()
         self._failed_by: Exception | None = None
+        self._files = self._files_characters = 0
         self.is_to_end = turn.cancelled_at is not None
 
     def load(self) -> None:
@@ -49,6 +55,23 @@ class Journal:
         if self.turn.epoch > 1:
             self.steps = self._store.turns.steps_of([self.turn.id])
             self.runs = {run.call_id: run for run in self._store.turns.runs_of(self.turn.id)}
+            responses = [run.response for run in self.runs.values() if run.response is not None]
+            for one in (one for response in responses for one in response["attachments"]):
+                self.has_room(length(one["content"]))
+
+    @property
+    def takes(self) -> int:
+        """How often the turn was taken since a step of it has ended."""
+        ended = next((step for step in reversed(self.steps) if step.has_ended), None)
+        return self.turn.epoch - (ended.about.get("epoch", 0) if ended is not None else 0)
+
+    def has_room(self, characters: int) -> bool:
+        """Whether there is room for one more file of so many characters that a tool gives. Then it is taken."""
+        if self._files == MAX_FILES or self._files_characters + characters > MAX_FILES_CHARACTERS:
+            return False
+        self._files += 1
+        self._files_characters += characters
+        return True
 
     def begin_step(self, kind: StepType, about: dict[str, Any]) -> Step:
         """The next step begins, or the last one again where it has not ended."""
@@ -65,7 +88,8 @@ class Journal:
 
     def end_step(self, details: dict[str, Any], about: dict[str, Any]) -> Step:
         """The last step has ended. `about` is what is known of it beside the details, which are shown to clients."""
-        step = replace(self.steps[-1], details=details, about=self.steps[-1].about | about, completed_at=now())
+        about = self.steps[-1].about | about | {"epoch": self.turn.epoch}
+        step = replace(self.steps[-1], details=details, about=about, completed_at=now())
         self._entries.append(lambda rows: rows.save_step(step))
         self.steps[-1] = step
         return step
@@ -167,6 +191,11 @@ class Journal:
             for entry in entries:
                 entry(rows)
             self.is_to_end = rows.is_to_end
+
+
+def length(content: str | Sequence[str]) -> int:
+    """How many characters an attachment has."""
+    return len(content) if isinstance(content, str) else sum(map(len, content))
 
 
 async def _wait(task: "asyncio.Future[None]") -> bool:

@@ -32,7 +32,7 @@ from stack.agentic_system.tools.tool import File, Tool
 from stack.agentic_system.withheld import Withheld
 from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import AgentTool, MemoryToolDefinition
-from stack.api.agentic_system import MAX_ATTACHMENTS, AgentConfig, InputMessage, StepType
+from stack.api.agentic_system import AgentConfig, InputMessage, StepType
 from stack.api.messages import Attachment, CompletionMessage, Message
 from stack.context import Context
 from stack.errors import Unavailable
@@ -231,8 +231,7 @@ class Loop:
         executed = [step.details for step in self.journal.steps if step.kind == StepType.tool_execution]
         calls = [call["call_id"] for details in executed if details is not None for call in details["tool_calls"]]
         runs = [self.journal.runs[call_id] for call_id in calls if call_id in self.journal.runs]
-        made = [one for run in runs if run.response is not None for one in run.response["attachments"]]
-        return made[:MAX_ATTACHMENTS]
+        return [one for run in runs if run.response is not None for one in run.response["attachments"]]
 
 
 def retrieves(

@@ -5,9 +5,8 @@ from collections.abc import Iterable
 
 from stack.agentic_system import prompt
 from stack.agentic_system.prompt import Message
-from stack.api.agentic_system import TurnState
 from stack.context import Context
-from stack.store.turns import Step, Turn
+from stack.store.turns import Before, Step, Turn
 
 # How many turns before one are read: the model's context has room for few of them.
 MAX_TURNS = 50
@@ -19,10 +18,11 @@ class Past:
         self._last: int | None = None  # the number of the turn that they end with
 
     async def before(self, context: Context, turn: Turn, model: str) -> list[list[Message]]:
-        """The turns before one that are complete, oldest first: as many as the model's context has room for."""
+        """The turns before one that are complete, or were broken off when they had begun to run tools, oldest first: as
+        many as the model's context has room for."""
         if self._last != turn.number - 1:
-            rows = await asyncio.to_thread(context.store.turns.finished_before, turn, MAX_TURNS)
-            self._turns = [_told(*row) for row in rows]
+            rows = await asyncio.to_thread(context.store.turns.ended_before, turn, MAX_TURNS)
+            self._turns = [_told(row) for row in rows]
         left = (await context.models.find(model)).base.context
         for at in range(len(self._turns) - 1, -1, -1):
             left -= prompt.tokens_of(self._turns[at])
@@ -33,13 +33,13 @@ class Past:
         return self._turns
 
     def add(self, turn: Turn, steps: Iterable[Step]) -> None:
-        """A turn has ended, whose `before` was asked for."""
-        if turn.state == TurnState.completed:
-            self._turns.append(_told(turn, steps))
+        """A turn is complete, whose `before` was asked for."""
+        self._turns.append(_told(Before(turn.request["messages"], list(steps), turn.output_message, {})))
         self._last = turn.number
 
 
-def _told(turn: Turn, steps: Iterable[Step]) -> list[Message]:
-    assert turn.output_message is not None, "the turn is not complete"
-    details = [step.details for step in steps if step.details is not None]
-    return prompt.of_turn(turn.request["messages"], details, turn.output_message)
+def _told(turn: Before) -> list[Message]:
+    details = [step.details for step in turn.steps if step.details is not None]
+    if turn.output_message is not None:
+        return prompt.of_turn(turn.messages, details, turn.output_message)
+    return prompt.of_broken_turn(turn.messages, details, turn.outcomes)

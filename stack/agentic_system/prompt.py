@@ -10,7 +10,7 @@ the outputs of tools are cut.
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, cut
@@ -33,6 +33,12 @@ UNREAD = (
 )
 UNANSWERED = "No answer was given."
 TOO_LONG = "[left out: the output is too long]"
+UNKNOWN = (
+    "The outcome of this call is unknown: it had begun when what ran it was lost, so it may have happened. It was not "
+    "repeated."
+)
+NOT_RUN = "The call was not run: the turn was broken off."
+BROKEN_OFF = "[This turn was broken off, and not answered. What its calls have done by then is done.]"
 LEFT_OUT = "[an attachment that is not here any more]"
 _TAGS = re.compile(r"<(?=\s{0,9}/?\s{0,9}(?:tool_output|retrieved)\b)", re.IGNORECASE)
 # What begins a special token, or a frame that a chat template puts around what is said: of Llama, Qwen, Gemma, Mistral,
@@ -246,6 +252,30 @@ def of_turn(
             told.pop()  # the same as the output, or what a shield has withdrawn
         told.append(answered(output))
     return asked(without_context(one) for one in messages) + told
+
+
+def of_broken_turn(
+    messages: Iterable[dict[str, Any]], steps: Iterable[dict[str, Any]], outcomes: Mapping[str, Any]
+) -> list[Message]:
+    """A turn that has failed or was cancelled when it had called tools, for those after it: what it has done is done.
+
+    `outcomes` has of each call that had begun what it gave; None where that is not known.
+    """
+    told: list[Message] = []
+    last: list[dict[str, Any]] = []
+    for details in steps:
+        if "tool_responses" in details:
+            told += of_step(details)
+        elif calls := details.get("model_response", {}).get("tool_calls"):
+            told.append(answered(details["model_response"]))
+            last = calls
+    answered_by = {message["tool_call_id"] for message in told if message["role"] == "tool"}
+    for call in last:
+        call_id = call["call_id"]
+        if call_id not in answered_by:
+            outcome = outcomes.get(call_id, NOT_RUN)
+            told.append(tool_output({**call, "content": UNKNOWN if outcome is None else outcome}))
+    return [*asked(without_context(one) for one in messages), *told, {"role": "assistant", "content": BROKEN_OFF}]
 
 
 def of_step(details: dict[str, Any]) -> list[Message]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from stack.agentic_system.described import fitting_arguments
 from stack.agentic_system.events import Progress
-from stack.agentic_system.journal import Journal
+from stack.agentic_system.journal import Journal, length
 from stack.agentic_system.plan import Call, RunCalls
 from stack.agentic_system.shielding import refusal
 from stack.agentic_system.tools import tool as tools
@@ -30,12 +30,6 @@ logger = logging.getLogger("ray.serve")
 AT_ONCE = 16
 # How long a call that was cut off has to end what it does.
 GRACE_S = 5.0
-# Of one call.
-MAX_ATTACHMENTS = 20
-UNKNOWN = (
-    "The outcome of this call is unknown: it had begun when what ran it was lost, so it may have happened. It was not "
-    "repeated."
-)
 DENIED_BY_USER = "The call was denied by the user, and was not run."
 ONE_TOO_MANY = "The call was not run: the turn has made as many calls as it may."
 
@@ -144,7 +138,7 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
         progress.tool_text(call["call_id"], refused)
         return _said(refused)
     told.finish(content)
-    kept = [one for one in output.attachments if _length(one.content) <= MAX_ATTACHMENT_CHARACTERS][:MAX_ATTACHMENTS]
+    kept = [one for one in output.attachments if bench.journal.has_room(length(one.content))]
     if len(kept) < len(output.attachments):
         content += f"\n[{len(output.attachments) - len(kept)} files are left out: too many, or too large]"
     return {"content": content, "attachments": [one.model_dump(mode="json") for one in kept]}
@@ -220,7 +214,3 @@ def _shields(bench: Bench, call: Call) -> tuple[Sequence[ShieldDefinition], Sequ
 
 def _said(text: str) -> Response:
     return {"content": text, "attachments": []}
-
-
-def _length(content: str | list[str]) -> int:
-    return len(content) if isinstance(content, str) else sum(map(len, content))

@@ -32,6 +32,9 @@ from stack.store.turns import Turn
 
 logger = logging.getLogger("ray.serve")
 
+# How often a turn is taken without the end of a step: what it needs may end the process that runs it each time.
+MAX_TAKES = 10
+
 _MESSAGES: TypeAdapter[list[InputMessage]] = TypeAdapter(list[InputMessage])
 _ATTACHMENTS: TypeAdapter[list[Attachment]] = TypeAdapter(list[Attachment])
 
@@ -88,6 +91,8 @@ class TurnRun:
         self._made = await self._made_of_rows()
         if self.is_cancelled:
             raise ToEnd
+        if self._journal.takes > MAX_TAKES:
+            raise Unavailable(f"the turn was begun {MAX_TAKES} times, and none of them came to the end of a step")
         await self._to_its_end(self._made)
 
     def _failure(self, work: "asyncio.Task[None]") -> StackError | None:

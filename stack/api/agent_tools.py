@@ -1,8 +1,8 @@
 """Wire types of the tools that agents have: what each is, with shields and limits of its own."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from stack.api.inference import ToolParamDefinition
 from stack.api.memory_banks import BankId, DocumentId, EntityName
@@ -142,11 +142,23 @@ class MemoryToolDefinition(_Tool):
 
 
 class McpToolDefinition(_Tool):
-    """Tools of an MCP server, one of the config's: those that are named, under their own names."""
+    """Tools of an MCP server, one of the config's: those that are named, under their own names.
+
+    The `idempotent_tools` among them may be run again where it is not known whether they have run, as after a crash.
+    What the server itself says of that is not believed.
+    """
 
     type: Literal["mcp"]
     server: ServerName
     allowed_tools: Annotated[list[FunctionName], Field(min_length=1), at_most(MAX_TOOLS)]
+    idempotent_tools: Annotated[list[FunctionName], at_most(MAX_TOOLS)] = []
+
+    @model_validator(mode="after")
+    def _are_allowed(self) -> Self:
+        for name in self.idempotent_tools:
+            if name not in self.allowed_tools:
+                raise ValueError(f"idempotent_tools names {name!r}, which is none of allowed_tools")
+        return self
 
 
 AgentTool = Annotated[

@@ -28,7 +28,6 @@ MAX_TURNS = 1_000
 AgentId = Annotated[str, Field(max_length=100), AfterValidator(without_nul)]
 SessionId = AgentId
 TurnId = AgentId
-StepId = AgentId
 Instructions = Annotated[str, Field(max_length=MAX_INSTRUCTIONS)]
 # The tools whose calls the client is asked about before they are run, by the names that the model calls them by.
 Approval = Annotated[list[FunctionName], at_most(MAX_TOOLS)]
@@ -264,7 +263,11 @@ class CancelTurnRequest(Request):
 
 
 class ApproveTurnRequest(Request):
-    """Which of the calls that a turn awaits are to be run, by their ids. It goes on when all of them are decided."""
+    """Which of the calls that a turn awaits are to be run, by their ids. It goes on when all of them are decided.
+
+    The keys in the header X-LlamaStack-ProviderData of the request that made the turn are not kept while it waits: the
+    tools have those of the request that decides the last call.
+    """
 
     agent_id: AgentId
     turn_id: TurnId

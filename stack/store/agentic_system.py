@@ -116,7 +116,7 @@ class Agents:
             deleted = [session for session in _delete_sessions(connection, mine) if session.id in busy]
             connection.execute(delete(agent_versions).where(agent_versions.c.agent_id == id))
             connection.execute(delete(agents).where(agents.c.id == id))
-            return deleted
+            return busy
 
     # Sessions
 
@@ -167,7 +167,7 @@ class Agents:
         """Deletes a session with its turns and its bank; None if it is not there."""
         with writing(self._engine) as connection:
             mine = (agent_sessions.c.tenant == tenant) & (agent_sessions.c.id == id)
-            deleted = _delete_sessions(connection, mine)
+            deleted, _ = _delete_sessions(connection, mine)
             return deleted[0] if deleted else None
 
 
@@ -182,13 +182,18 @@ def _taken_agent(connection: Connection, tenant: str, id: str) -> Agent | None:
     return Agent(**found) if found else None
 
 
-def _delete_sessions(connection: Connection, which: ColumnElement[bool]) -> list[AgentSession]:
-    """Deletes sessions with all that is theirs. The files of their banks are left to the banks' writer."""
+def _delete_sessions(connection: Connection, which: ColumnElement[bool]) -> tuple[list[AgentSession], list[str]]:
+    """Deletes sessions with all that is theirs. The files of their banks are left to the banks' writer.
+
+    Returns them, and the ids of those with a turn that had not ended.
+    """
     query = select(agent_sessions).where(which).order_by(agent_sessions.c.id).with_for_update()
     found = [AgentSession(**row) for row in connection.execute(query).mappings()]
     of_session = turns.c.session_id.in_(select(agent_sessions.c.id).where(which))
     # Whoever writes into a turn's journal has taken the turn first: now nobody does any more.
-    connection.execute(select(turns.c.id).where(of_session).order_by(turns.c.id).with_for_update()).all()
+    taken = select(turns.c.id, turns.c.session_id, turns.c.state).where(of_session).order_by(turns.c.id)
+    rows = connection.execute(taken.with_for_update()).all()
+    busy = {row.session_id for row in rows if row.state in UNFINISHED}
     of_turn = steps.c.turn_id.in_(select(turns.c.id).where(of_session))
     connection.execute(delete(tool_runs).where(tool_runs.c.step_id.in_(select(steps.c.id).where(of_turn))))
     connection.execute(delete(steps).where(of_turn))
@@ -198,4 +203,4 @@ def _delete_sessions(connection: Connection, which: ColumnElement[bool]) -> list
     connection.execute(insert(dropped_memory_banks).from_select(["id", "tenant"], banks))
     connection.execute(delete(memory_banks).where(memory_banks.c.id.in_(given)))
     connection.execute(delete(agent_sessions).where(which))
-    return found
+    return found, sorted(busy)

@@ -22,6 +22,7 @@ from stack.store.schema import agent_sessions, steps, tool_runs, turns
 UNFINISHED = (TurnState.queued, TurnState.running, TurnState.awaiting_approval)
 # What the approval of a call is.
 ASKED, APPROVED, DENIED = "asked", "approved", "denied"
+_GLIMPSE = (turns.c.id, turns.c.number, turns.c.state, turns.c.output_message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +97,34 @@ class ToolRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Glimpse:
+    """Of a row of `turns`, what is little."""
+
+    id: str
+    number: int
+    state: str
+    output_message: dict[str, Any] | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.state not in UNFINISHED
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """A turn that has ended, as much as those after it are told: what was asked, its steps, and its answer.
+
+    One that is not complete has no answer. Then `outcomes` has of each call that had begun what it gave, as far as that
+    is known.
+    """
+
+    messages: list[dict[str, Any]]
+    steps: list[Step]
+    output_message: dict[str, Any] | None
+    outcomes: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Due:
     """A session that has something to run: the first of its turns that have not ended, and who has taken it last."""
 
@@ -149,22 +178,32 @@ class Turns:
             found = connection.execute(query).mappings().first()
         return Turn(**found) if found else None
 
-    def last_of(self, session_id: str) -> Turn | None:
+    def last_of(self, session_id: str) -> Glimpse | None:
         """The turn of a session that was accepted last."""
-        query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number.desc()).limit(1)
+        query = select(*_GLIMPSE).where(turns.c.session_id == session_id).order_by(turns.c.number.desc()).limit(1)
         with self._engine.connect() as connection:
-            found = connection.execute(query).mappings().first()
-        return Turn(**found) if found else None
+            found = connection.execute(query).first()
+        return Glimpse(*found) if found else None
 
-    def of_session(self, session_id: str, ids: Collection[str] | None = None, before: int | None = None) -> list[Turn]:
-        """The turns of a session, or some of them, or those before one of a number, in their order."""
+    def of_session(self, session_id: str, ids: Collection[str] | None = None) -> list[Turn]:
+        """The turns of a session, or some of them, in their order."""
         query = select(turns).where(turns.c.session_id == session_id).order_by(turns.c.number)
         if ids is not None:
             query = query.where(turns.c.id.in_(ids))
-        if before is not None:
-            query = query.where(turns.c.number < before)
         with self._engine.connect() as connection:
             return [Turn(**row) for row in connection.execute(query).mappings()]
+
+    def size_of(self, session_id: str, ids: Collection[str] | None = None) -> int:
+        """About how many characters the turns of `of_session` have, with their steps."""
+        mine = turns.c.session_id == session_id
+        if ids is not None:
+            mine &= turns.c.id.in_(ids)
+        columns = (turns.c.request, turns.c.output_message, turns.c.output_attachments)
+        own = select(*(func.sum(_length(column)) for column in columns)).where(mine)
+        details = select(func.sum(_length(steps.c.details))).where(steps.c.turn_id.in_(select(turns.c.id).where(mine)))
+        with self._engine.connect() as connection:
+            sizes = [*connection.execute(own).one(), connection.execute(details).scalar()]
+        return sum(int(size) for size in sizes if size is not None)
 
     def steps_of(self, turn_ids: Collection[str]) -> list[Step]:
         """The steps of turns, in their order within each."""
@@ -172,16 +211,41 @@ class Turns:
         with self._engine.connect() as connection:
             return [Step(**row) for row in connection.execute(query).mappings()]
 
-    def finished_before(self, turn: Turn, most: int) -> list[tuple[Turn, list[Step]]]:
-        """The last completed turns of a session before one of it, at most so many, in their order, with their steps."""
-        query = select(turns).where(turns.c.session_id == turn.session_id, turns.c.number < turn.number)
-        query = query.where(turns.c.state == TurnState.completed).order_by(turns.c.number.desc()).limit(most)
+    def ended_before(self, turn: Turn, most: int) -> list[Before]:
+        """The last turns of a session before one of it, at most so many, in their order: those that are complete, and
+        those that were broken off and had begun to run tools."""
+        run = select(tool_runs.c.call_id).join(steps, steps.c.id == tool_runs.c.step_id)
+        has_run = run.where(steps.c.turn_id == turns.c.id, tool_runs.c.began_at.is_not(None)).exists()
+        is_complete = turns.c.state == TurnState.completed
+        is_broken_off = turns.c.state.in_((TurnState.failed, TurnState.cancelled)) & has_run
+        query = select(turns.c.id, turns.c.output_message)
+        query = query.where(turns.c.session_id == turn.session_id, turns.c.number < turn.number)
+        query = query.where(is_complete | is_broken_off).order_by(turns.c.number.desc()).limit(most)
         with self._engine.connect() as connection:
-            found = [Turn(**row) for row in connection.execute(query).mappings()]
+            found = connection.execute(query).all()
+            # One by one, as there may be large attachments beside the messages.
+            requests = (select(turns.c.request).where(turns.c.id == one.id) for one in found)
+            messages = [connection.execute(one).scalar_one()["messages"] for one in requests]
         steps_by_turn: dict[str, list[Step]] = {one.id: [] for one in found}
         for step in self.steps_of(steps_by_turn):
             steps_by_turn[step.turn_id].append(step)
-        return [(one, steps_by_turn[one.id]) for one in reversed(found)]
+        outcomes = self._outcomes([one.id for one in found if one.output_message is None])
+        return [
+            Before(its, steps_by_turn[one.id], one.output_message, outcomes.get(one.id, {}))
+            for one, its in zip(reversed(found), reversed(messages), strict=True)
+        ]
+
+    def _outcomes(self, turn_ids: Collection[str]) -> dict[str, dict[str, Any]]:
+        """What the calls of turns that had begun have told; None for those of which it is not known."""
+        query = select(steps.c.turn_id, tool_runs.c.call_id, tool_runs.c.response).join(
+            steps, steps.c.id == tool_runs.c.step_id
+        )
+        query = query.where(steps.c.turn_id.in_(turn_ids), tool_runs.c.began_at.is_not(None))
+        outcomes: dict[str, dict[str, Any]] = {}
+        with self._engine.connect() as connection:
+            for turn_id, call_id, response in connection.execute(query):
+                outcomes.setdefault(turn_id, {})[call_id] = response["content"] if response is not None else None
+        return outcomes
 
     def step(self, turn_id: str, id: str) -> Step | None:
         query = select(steps).where(steps.c.turn_id == turn_id, steps.c.id == id)
@@ -269,12 +333,12 @@ class Turns:
         with self._engine.connect() as connection:
             return [Due(*row) for row in connection.execute(query.order_by(turns.c.accepted_at, turns.c.id))]
 
-    def next_of(self, session_id: str) -> Turn | None:
+    def next_of(self, session_id: str) -> Glimpse | None:
         """The first turn of a session that has not ended."""
-        query = select(turns).where(turns.c.state.in_(UNFINISHED), turns.c.session_id == session_id)
+        query = select(*_GLIMPSE).where(turns.c.state.in_(UNFINISHED), turns.c.session_id == session_id)
         with self._engine.connect() as connection:
-            found = connection.execute(query.order_by(turns.c.number).limit(1)).mappings().first()
-        return Turn(**found) if found else None
+            found = connection.execute(query.order_by(turns.c.number).limit(1)).first()
+        return Glimpse(*found) if found else None
 
     def take(self, id: str, owner: str) -> Turn | None:
         """queued or running -> running, by a new owner; None if the turn has ended, awaits approval, or is gone."""
@@ -375,6 +439,10 @@ def _unfinished(connection: Connection, session_id: str) -> int:
     query = select(func.count()).select_from(turns)
     query = query.where(turns.c.state.in_(UNFINISHED), turns.c.session_id == session_id)
     return int(connection.execute(query).scalar_one())
+
+
+def _length(column: ColumnElement[Any]) -> ColumnElement[int]:
+    return func.length(cast(column, Text))
 
 
 def _write(connection: Connection, id: str, **values: Any) -> None:

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 
 from stack.agentic_system.accepting import accept
 from stack.agentic_system.agents import create, create_session, get_turn
+from stack.agentic_system.masked import masked
 from stack.api.agentic_system import AgentConfig, AgenticSystemTurnCreateRequest, CreateAgenticSystemSessionRequest
 from stack.api.messages import ToolCall
 from stack.context import Context
@@ -157,9 +158,12 @@ def test_agents_and_sessions_are_listed_newest_first_a_page_at_a_time(client: Te
 
 def test_a_deleted_agent_is_gone_with_its_sessions(agent: Agent, sessions: ScriptedSessions, context: Context) -> None:
     turn_id = agent.turn().json()["turn_id"]
+    busy = agent.new_session()
+    request = dict(agent_id=agent.id, session_id=busy, messages=SAID)
+    accept(context, AgenticSystemTurnCreateRequest.model_validate(request))
     reply = agent.post("delete")
     assert (reply.status_code, reply.json()) == (200, None)
-    assert sessions.ended == [agent.session]
+    assert sessions.ended == [busy], "in the other nothing runs"
     error_of(agent.get("get"), 404)
     error_of(agent.get_session({}), 404)
     error_of(agent.get("turn/get", turn_id=turn_id), 404)
@@ -556,6 +560,25 @@ def test_what_is_of_another_agent_is_not_there(client: TestClient, agent: Agent)
 
 
 # Keys of tools
+
+
+def test_what_may_be_secret_in_headers_is_not_shown(client: TestClient) -> None:
+    headers = {"Authorization": "Bearer hush-hush", "X-Key": "{{key:mine}}", "Accept": "text/plain"}
+    execution = {"url": "https://example.com/weather", "method": "GET", "headers": headers}
+    config = CONFIG | {"tools": [FUNCTION | {"remote_execution": execution}]}
+    agent = Agent(client, config)
+    third = {"shield_type": "third", "on_violation_action": 2, "execution_config": execution}
+    assert "hush-hush" not in str(masked({"output_shields": [third], "tools": [{"input_shields": [third]}]}))
+    updated = agent.post("update", agent_config=config)
+    for reply in (agent.get("get"), agent.get("get", version="1"), updated):
+        assert reply.status_code == 200, reply.text
+        assert "hush-hush" not in reply.text
+        shown = reply.json()["agent_config"]["tools"][0]["remote_execution"]["headers"]
+        assert shown == headers | {"Authorization": "********"}
+    again = agent.post("update", agent_config=updated.json()["agent_config"])
+    error = error_of(again, 400)
+    assert error["param"] == "agent_config.tools.0"
+    assert "Authorization" in error["message"]
 
 
 def test_provider_data_is_handed_on_and_kept_nowhere(

@@ -254,7 +254,6 @@ def test_some_turns_of_a_session(store: Store) -> None:
     found = store.turns.of_session(session_id, [mine[2].id, mine[0].id, foreign.id])
     assert found == [mine[0], mine[2]]
     assert store.turns.of_session(session_id, []) == []
-    assert store.turns.of_session(session_id, before=3) == mine[:2]
 
 
 # The journal
@@ -379,18 +378,37 @@ def test_of_owners_that_take_a_turn_at_once_one_has_it(store: Store) -> None:
     assert [owner.epoch for owner in owners if owner and begins(owner)] == [5]
 
 
-def test_the_completed_turns_before_one(store: Store) -> None:
+def test_the_turns_before_one_that_are_complete_or_have_run_tools(store: Store) -> None:
     session_id = session_in(store)
     turns_there = []
     for state in ("completed", "failed", "completed", "completed"):
         turn = with_everything(store, session_id)
+        if state == "failed":
+            with store.turns.journal(turn) as journal:
+                journal.end_run(store.turns.steps_of([turn.id])[0], "call-1", {"content": "done", "attachments": []})
         write_in(store, turn, ENDS[state])
         turns_there.append(turn.id)
+    write_in(store, running(store, session_id), ENDS["failed"])  # it has done nothing
     last = accepted(store, session_id)
-    found = store.turns.finished_before(last, 2)
-    assert [turn.id for turn, _ in found] == turns_there[2:]
-    assert [[step.turn_id for step in its] for _, its in found] == [[one] for one in turns_there[2:]]
-    assert [turn.id for turn, _ in store.turns.finished_before(last, 10)] == [turns_there[0], *turns_there[2:]]
+    found = store.turns.ended_before(last, 2)
+    assert [[step.turn_id for step in one.steps] for one in found] == [[one] for one in turns_there[2:]]
+    found = store.turns.ended_before(last, 10)
+    assert [[step.turn_id for step in one.steps] for one in found] == [[one] for one in turns_there]
+    assert [one.output_message is None for one in found] == [False, True, False, False]
+    assert [one.outcomes for one in found] == [{}, {"call-1": "done", "call-2": None}, {}, {}]
+    assert found[0].messages == last.request["messages"]
+
+
+def test_how_large_the_turns_of_a_session_are(store: Store) -> None:
+    session_id = session_in(store)
+    assert store.turns.size_of(session_id) == 0
+    first, second = (with_everything(store, session_id) for _ in range(2))
+    before = store.turns.size_of(session_id)
+    with store.turns.journal(first) as journal:
+        (step,) = store.turns.steps_of([first.id])
+        journal.save_step(replace(step, details={"said": "x" * 1_000}))
+    assert 1_000 < store.turns.size_of(session_id) - before < 1_100
+    assert store.turns.size_of(session_id, [second.id]) < before
 
 
 # What is due

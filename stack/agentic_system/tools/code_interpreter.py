@@ -29,6 +29,7 @@ AT_ONCE = 16
 # Of the files that a call gives back.
 MAX_FILES = 10
 MAX_FILE_BYTES = 4 * 2**20
+MAX_REASON = 300
 MAX_FILES_BYTES = 8 * 2**20
 # What the model is told of them, in characters.
 MAX_TOLD = 1_000

@@ -102,7 +102,8 @@ class McpTool:
         return self.described
 
     async def run(self, call: Call) -> Output:
-        return output_of(await self.server.call(self.name, call.arguments))
+        result = await self.server.call(self.name, call.arguments)
+        return await asyncio.to_thread(output_of, result)  # which may be many megabytes of images
 
     async def close(self) -> None:
         """It keeps nothing of its own."""
@@ -116,7 +117,7 @@ async def tools_of(server: Server, definition: McpToolDefinition) -> list[McpToo
         raise BadInput(
             f"the MCP server {server.name!r} has no tool {missing[0]!r}; there are: {_shown(listed)}", param="tools"
         )
-    return [_tool(server, there[name]) for name in definition.allowed_tools]
+    return [_tool(server, there[name], name in definition.idempotent_tools) for name in definition.allowed_tools]
 
 
 def output_of(result: "types.CallToolResult") -> Output:
@@ -172,15 +173,13 @@ def _file(encoded: str, mime_type: str) -> tuple[str, Attachment | None]:
     return f"[{kind}, {len(content)} bytes; the user has it]", whole
 
 
-def _tool(server: Server, tool: "types.Tool") -> McpTool:
+def _tool(server: Server, tool: "types.Tool", is_idempotent: bool) -> McpTool:
     try:
         schema = check_schema(tool.input_schema)
     except ValueError as error:
         raise BadInput(
             f"the tool {tool.name!r} of the MCP server {server.name!r} cannot be used: {error}", param="tools"
         ) from error
-    hints = tool.annotations
-    is_idempotent = hints is not None and bool(hints.read_only_hint or hints.idempotent_hint)
     description = cut(plain(tool.description or ""), MAX_DESCRIPTION_CHARACTERS)
     return McpTool(server, Definition(tool.name, description, {"properties": {}, **schema}), is_idempotent)
 

@@ -13,15 +13,17 @@ import asyncio
 import base64
 import binascii
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from stack.agentic_system.tools import asking, keys
 from stack.agentic_system.tools.answers import read_json
 from stack.agentic_system.tools.templates import Filled, fill
 from stack.agentic_system.tools.tool import Call, Output, ToolFailed
+from stack.agents_config import RemoteKey
 from stack.api.messages import Attachment
-from stack.api.safety import RestAPIExecutionConfig
+from stack.api.safety import RestAPIExecutionConfig, RestAPIMethod
 from stack.attachments import MAX_IMAGE_BYTES, checked_image
 from stack.errors import BadInput, TooLarge
 from stack.prompt_formats import Tool as Definition
@@ -40,7 +42,7 @@ class Photogen:
 
     model: str
     name: str = NAME
-    is_idempotent: bool = True
+    is_idempotent: bool = False  # an image may have to be paid for
 
     def definition(self) -> Definition:
         return builtin_tool(NAME)
@@ -60,14 +62,18 @@ class RemotePhotogen:
     """The same, asked at the address of a `remote_execution`, which answers as OpenAI's API does."""
 
     execution: RestAPIExecutionConfig
+    operators: Mapping[str, RemoteKey] = field(default_factory=dict)
     name: str = NAME
-    is_idempotent: bool = True
+
+    @property
+    def is_idempotent(self) -> bool:
+        return self.execution.method is RestAPIMethod.GET
 
     def definition(self) -> Definition:
         return builtin_tool(NAME)
 
     async def run(self, call: Call) -> Output:
-        asked = fill(self.execution, {"query": _prompt(call)})
+        asked = fill(self.execution, {"query": _prompt(call)}, keys.remote(call, self.execution, self.operators))
         return await _output(read_json(await asking.ask(asking.FETCHER, asked, MAX_ANSWER_BYTES), OF))
 
     async def close(self) -> None:

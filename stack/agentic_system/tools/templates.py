@@ -5,13 +5,16 @@ headers and body. Arguments are data wherever they come to stand: percent-encode
 the body, and in a header only what a header can hold. A text of the body that is nothing but `{{name}}` becomes the
 argument itself, be it a number, a list or an object. An entry whose argument was not given is left out.
 
+`{{key:name}}` in the value of a header stands for a secret of that name, which is none of the arguments and is not in
+the agent's config: see stack/agentic_system/tools/keys.py.
+
 Arguments that no template names go along under their own names: in the body of POST and PUT, in the params of GET and
 DELETE.
 """
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote, urlencode
@@ -24,6 +27,8 @@ from stack.fetcher import Fetcher, refused_header
 MAX_URL_CHARACTERS = 8_000
 MAX_BODY_BYTES = 2**20
 _PLACE = re.compile(r"\{\{\s*([\w.-]{1,200})\s*\}\}")
+_KEY = re.compile(r"\{\{\s*key:([\w.-]{1,200})\s*\}\}")
+_PLACE_OR_KEY = re.compile(rf"{_KEY.pattern}|{_PLACE.pattern}")
 _AUTHORITY = re.compile(r"[a-z]+://[^/?#]*", re.IGNORECASE)
 _WITH_BODY = (RestAPIMethod.POST, RestAPIMethod.PUT)
 
@@ -59,7 +64,9 @@ def require_fillable(execution: RestAPIExecutionConfig, parameters: Collection[s
             if isinstance(value, dict | list):
                 kind = type(value).__name__
                 raise _refused(field, f"{name[:100]!r} is a {kind}; allowed: a text, a number or a truth value")
-    headers = {name: _PLACE.sub("x", _text(value)) for name, value in (execution.headers or {}).items()}
+    if any(_KEY.search(text) for text in _texts([execution.url, execution.params, execution.body])):
+        raise _refused("", "has a {{key:…}} outside of its headers; allowed: in the values of headers")
+    headers = {name: _PLACE_OR_KEY.sub("x", _text(value)) for name, value in (execution.headers or {}).items()}
     if (refused := refused_header(headers)) is not None:
         raise _refused("headers", f"the header {refused[:100]!r} cannot be sent")
     if execution.method is RestAPIMethod.GET and execution.body is not None:
@@ -70,14 +77,19 @@ def require_fillable(execution: RestAPIExecutionConfig, parameters: Collection[s
             raise _refused("", f"sets {name!r} itself, which is a parameter; allowed: a template, {{{{{name}}}}}")
 
 
-def fill(execution: RestAPIExecutionConfig, arguments: Mapping[str, Any]) -> Filled:
-    """The request of a call. Raises ToolFailed for arguments that cannot stand where the templates put them."""
+def fill(
+    execution: RestAPIExecutionConfig, arguments: Mapping[str, Any], key_of: Callable[[str], str] | None = None
+) -> Filled:
+    """The request of a call; `key_of` gives the secret of a name.
+
+    Raises ToolFailed for arguments that cannot stand where the templates put them, and for a secret that is not there.
+    """
     named = set(_named(execution))
     unnamed = {name: value for name, value in arguments.items() if name not in named}
     params = _filled_texts(execution.params or {}, arguments)
-    headers = _filled_texts(execution.headers or {}, arguments)
+    headers = _filled_texts(execution.headers or {}, arguments, key_of)
     if (refused := refused_header(headers)) is not None:
-        raise ToolFailed(f"an argument holds characters that the header {refused!r} cannot hold")
+        raise ToolFailed(f"an argument or a key holds characters that the header {refused!r} cannot hold")
     body = _filled_body(execution.body, arguments) if execution.body is not None else None
     if execution.method in _WITH_BODY:
         body = {**(body or {}), **unnamed}
@@ -87,15 +99,19 @@ def fill(execution: RestAPIExecutionConfig, arguments: Mapping[str, Any]) -> Fil
     return Filled(url, execution.method.value, headers, None if body is None else _as_json(body))
 
 
-def _named(value: RestAPIExecutionConfig | dict[str, Any] | list[Any] | Any) -> Iterator[str]:
+def _named(value: RestAPIExecutionConfig) -> Iterator[str]:
     """The arguments that templates name."""
-    if isinstance(value, RestAPIExecutionConfig):
-        yield from _named([value.url, value.params, value.headers, value.body])
-    elif isinstance(value, dict | list):
+    for text in _texts([value.url, value.params, value.headers, value.body]):
+        yield from _PLACE.findall(text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The texts among values."""
+    if isinstance(value, dict | list):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from _named(one)
+            yield from _texts(one)
     elif isinstance(value, str):
-        yield from _PLACE.findall(value)
+        yield value
 
 
 def _parts(url: str) -> tuple[str, str, str]:
@@ -136,13 +152,22 @@ def _filled_segment(segment: str, arguments: Mapping[str, Any]) -> str:
     return _PLACE.sub(lambda place: _encoded(_argument(place, arguments)), segment)
 
 
-def _filled_texts(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, str]:
+def _filled_texts(
+    values: Mapping[str, Any], arguments: Mapping[str, Any], key_of: Callable[[str], str] | None = None
+) -> dict[str, str]:
+    def filled(place: re.Match[str]) -> str:
+        # In one go: what an argument says is no template.
+        name = _KEY.fullmatch(place[0])
+        if name is None:
+            return _text(_argument(place, arguments, 2))
+        return key_of(name[1]) if key_of is not None else place[0]
+
     texts = {}
     for name, value in values.items():
         if value is None:
             continue
         try:
-            texts[name] = _PLACE.sub(lambda place: _text(_argument(place, arguments)), _text(value))
+            texts[name] = _PLACE_OR_KEY.sub(filled, _text(value))
         except _NotGiven:
             continue
     return texts
@@ -171,11 +196,11 @@ def _filled_entries(entries: Iterable[tuple[Any, Any]], arguments: Mapping[str, 
             continue
 
 
-def _argument(place: re.Match[str], arguments: Mapping[str, Any]) -> Any:
+def _argument(place: re.Match[str], arguments: Mapping[str, Any], group: int = 1) -> Any:
     """The argument for a place within a text, where null is nothing."""
-    value = arguments.get(place[1])
+    value = arguments.get(place[group])
     if value is None:
-        raise _NotGiven(repr(place[1]))
+        raise _NotGiven(repr(place[group]))
     return value
 
 

@@ -1,11 +1,13 @@
 """Attachments of turns as files."""
 
+import threading
+
 import pytest
 
 from stack.agentic_system import files
 from stack.agentic_system.files import files_of, is_image, is_text
 from stack.api.messages import Attachment
-from stack.errors import BadInput, TooLarge
+from stack.errors import BadInput, TooLarge, Unavailable
 from stack.fetcher import Fetcher
 
 
@@ -26,6 +28,15 @@ def of(content: str | list[str], mime_type: str = "text/plain") -> Attachment:
 )
 def test_kinds(mime_type: str, text: bool, image: bool) -> None:
     assert (is_text(of("x", mime_type)), is_image(of("x", mime_type))) == (text, image)
+
+
+async def test_files_that_do_not_come_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_over = threading.Event()
+    monkeypatch.setattr(files, "SECONDS", 0.05)
+    monkeypatch.setattr(files, "_content", lambda *_: is_over.wait(10) and b"")
+    with pytest.raises(Unavailable, match="not there within"):
+        await files_of([of("a note")])
+    is_over.set()
 
 
 async def test_files_have_contents_and_names_of_their_own() -> None:

@@ -49,7 +49,7 @@ async def test_what_waits_is_written_together_and_then_told(store: Store) -> Non
     await journal.commit()
     assert told == ["ended", "begun"]
     assert store.turns.steps_of([journal.turn.id]) == journal.steps
-    assert journal.steps[0].about == {"final": False, "tokens": 3}
+    assert journal.steps[0].about == {"final": False, "tokens": 3, "epoch": 1}
     assert {run.call_id for run in store.turns.runs_of(journal.turn.id)} == {"c1", "c2"}
 
 

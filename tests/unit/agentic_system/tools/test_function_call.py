@@ -3,6 +3,7 @@
 import asyncio
 import http.server
 import threading
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from stack.agentic_system.tools import asking
 from stack.agentic_system.tools.function_call import remote_builtin, remote_function
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, ToolFailed
+from stack.agents_config import RemoteKey
 from stack.api.agent_tools import FunctionCallToolDefinition
 from stack.api.safety import RestAPIExecutionConfig
 from stack.errors import BadInput
@@ -209,3 +211,56 @@ async def test_a_built_in_tool_can_be_asked_elsewhere_and_takes_no_key_with_it(e
     (one,) = asked
     assert one.path == "/?q=cats+%26+dogs"
     assert "hunter2" not in str(one)
+
+
+# Secrets
+
+
+def with_key(url: str, operators: Mapping[str, RemoteKey] | None = None) -> Any:
+    """A function whose header names a key, and an argument beside it."""
+    headers = {"Authorization": "Bearer {{key:weather.token}}", "X-City": "{{city}}"}
+    definition = FunctionCallToolDefinition.model_validate(
+        {
+            "type": "function_call",
+            "function_name": "weather",
+            "description": "",
+            "parameters": {"city": {"param_type": "string"}},
+            "remote_execution": {"url": url, "method": "GET", "headers": headers},
+        }
+    )
+    assert definition.remote_execution is not None
+    return remote_function(definition, definition.remote_execution, operators or {})
+
+
+async def test_a_header_can_name_a_key_of_the_request(elsewhere: Elsewhere) -> None:
+    url, asked = elsewhere(says(ok=True))
+    tool = with_key(url)
+    await tool.run(call({"weather.token": "hunter2", "other": "hush"}, city="{{key:other}}"))
+    (one,) = asked
+    assert one.headers["Authorization"] == "Bearer hunter2"
+    assert one.headers["X-City"] == "{{key:other}}", "an argument is no template"
+    with pytest.raises(ToolFailed, match="there is no key"):
+        await tool.run(call({"other": "hush"}, city="Bonn"))
+    assert len(asked) == 1
+
+
+async def test_the_operators_keys_go_to_the_hosts_that_they_are_for(
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEATHER_TOKEN", "operators")
+    url, asked = elsewhere(says(ok=True))
+    host = url.removeprefix("https://").partition(":")[0]
+    ours = RemoteKey(variable="WEATHER_TOKEN", hosts=[host])
+    await with_key(url, {"weather.token": ours}).run(call(city="Bonn"))
+    await with_key(url, {"weather.token": ours}).run(call({"weather.token": "own"}, city="Bonn"))
+    assert [one.headers["Authorization"] for one in asked] == ["Bearer operators", "Bearer own"]
+    theirs = RemoteKey(variable="WEATHER_TOKEN", hosts=["elsewhere.example"])
+    with pytest.raises(ToolFailed, match="no key"):
+        await with_key(url, {"weather.token": theirs}).run(call(city="Bonn"))
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("more", [{"params": {"key": "{{key:a}}"}}, {"body": {"a": ["{{key:a}}"]}}])
+def test_a_key_stands_in_headers_alone(more: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match="allowed: in the values of headers"):
+        weather("https://example.org/", **more)

@@ -9,7 +9,7 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +53,19 @@ def config(request: pytest.FixtureRequest, http_server: McpServer) -> McpServer:
 
 
 @contextlib.asynccontextmanager
-async def opened(config: McpServer, *names: str) -> AsyncIterator[dict[str, McpTool]]:
+async def opened(config: McpServer, *names: str, idempotent: Sequence[str] = ()) -> AsyncIterator[dict[str, McpTool]]:
     server = Server("tests", config)
     try:
-        definition = McpToolDefinition(type="mcp", server="tests", allowed_tools=list(names))
+        definition = McpToolDefinition(
+            type="mcp", server="tests", allowed_tools=list(names), idempotent_tools=list(idempotent)
+        )
         yield {tool.name: tool for tool in await tools_of(server, definition)}
     finally:
         await server.close()
 
 
 async def test_allowed_tools_are_there_with_their_schemas_and_are_called(config: McpServer) -> None:
-    async with opened(config, "add", "weather", "hang") as tools:
+    async with opened(config, "add", "weather", "hang", idempotent=["weather"]) as tools:
         assert list(tools) == ["add", "weather", "hang"]
         described = tools["add"].definition()
         assert (described.name, described.description) == ("add", "Adds two numbers.")
@@ -73,7 +75,7 @@ async def test_allowed_tools_are_there_with_their_schemas_and_are_called(config:
             "b": "integer",
         }
         assert described.parameters["required"] == ["a", "b"]
-        assert [tools[name].is_idempotent for name in ("add", "weather")] == [True, False]
+        assert [tools[name].is_idempotent for name in ("add", "weather")] == [False, True], "not by what it hints"
         outputs = await asyncio.gather(*(tools["add"].run(call(a=one, b=1)) for one in range(10)))
         assert [output.content for output in outputs] == [str(one + 1) for one in range(10)]
         assert json.loads((await tools["weather"].run(call(city="Köln"))).content) == {"city": "Köln", "celsius": 21}

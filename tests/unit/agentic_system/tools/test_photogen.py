@@ -127,6 +127,13 @@ async def test_a_remote_execution_is_asked_by_the_guarded_fetcher_and_takes_no_k
     assert "hunter2" not in str(one)
 
 
+@pytest.mark.parametrize(("method", "expected"), [("GET", True), ("POST", False), ("PUT", False)])
+def test_only_what_reads_is_asked_again_after_a_crash(method: str, expected: bool) -> None:
+    execution = RestAPIExecutionConfig.model_validate({"url": "https://example.org/", "method": method})
+    assert RemotePhotogen(execution).is_idempotent is expected
+    assert not Photogen("http://images.test/v1").is_idempotent
+
+
 async def test_a_remote_execution_cannot_be_inside() -> None:
     execution = RestAPIExecutionConfig(url="https://127.0.0.1/", method="POST")
     with pytest.raises(ToolFailed, match="may not be asked"):
