@@ -69,10 +69,15 @@ async def delete(context: Context, sessions: Sessions, agent_id: str) -> None:
     deleted = await asyncio.to_thread(context.store.agents.delete, context.tenant, agent_id)
     if deleted is None:
         raise _no_agent(agent_id)
-    ends = [sessions.end(context, session.id) for session in deleted]
-    for failed in await asyncio.gather(*ends, return_exceptions=True):  # one that fails keeps no other from its end
-        if isinstance(failed, BaseException):
-            raise failed
+    slots = asyncio.Semaphore(ENDS_AT_ONCE)
+
+    async def end(session_id: str) -> None:
+        async with slots:
+            await sessions.end(context, session_id)
+
+    ended = await asyncio.gather(*map(end, deleted), return_exceptions=True)
+    if failed := [one for one in ended if isinstance(one, BaseException)]:
+        raise failed[0]
 
 
 def create_session(context: Context, request: CreateAgenticSystemSessionRequest) -> str:

@@ -14,11 +14,12 @@ from stack.agentic_system.described import fitting_arguments
 from stack.agentic_system.events import Progress
 from stack.agentic_system.journal import Journal, length
 from stack.agentic_system.plan import Call, RunCalls
+from stack.agentic_system.prompt import UNKNOWN
 from stack.agentic_system.shielding import refusal
 from stack.agentic_system.tools import tool as tools
 from stack.agentic_system.tools.answers import plain
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, Output, Tool, ToolFailed, cut
-from stack.api.messages import MAX_ATTACHMENT_CHARACTERS, CompletionMessage, ToolCall, ToolResponseMessage
+from stack.api.messages import CompletionMessage, ToolCall, ToolResponseMessage
 from stack.api.safety import ShieldDefinition
 from stack.context import Context
 from stack.prompt_formats import Tool as Definition

@@ -104,16 +104,15 @@ class Agents:
             found = connection.execute(query).mappings().first()
         return Agent(**found) if found else None
 
-    def delete(self, tenant: str, id: str) -> list[AgentSession] | None:
-        """Deletes an agent with its sessions. Returns those that had a turn to be run; None if it is not there."""
+    def delete(self, tenant: str, id: str) -> list[str] | None:
+        """Deletes an agent with its sessions; None if it is not there.
+
+        Returns the ids of the sessions with a turn that had not ended.
+        """
         with writing(self._engine) as connection:
             if _taken_agent(connection, tenant, id) is None:
                 return None
-            mine = agent_sessions.c.agent_id == id
-            # One that is accepted meanwhile is told by its journal.
-            unfinished = select(turns.c.session_id).where(turns.c.agent_id == id, turns.c.state.in_(UNFINISHED))
-            busy = set(connection.execute(unfinished).scalars())
-            deleted = [session for session in _delete_sessions(connection, mine) if session.id in busy]
+            _, busy = _delete_sessions(connection, agent_sessions.c.agent_id == id)
             connection.execute(delete(agent_versions).where(agent_versions.c.agent_id == id))
             connection.execute(delete(agents).where(agents.c.id == id))
             return busy

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Connection, Engine, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, exists, func, insert, select, update
 
 from stack.api.agentic_system import TurnState
 from stack.errors import Conflict
@@ -22,7 +22,7 @@ from stack.store.schema import agent_sessions, steps, tool_runs, turns
 UNFINISHED = (TurnState.queued, TurnState.running, TurnState.awaiting_approval)
 # What the approval of a call is.
 ASKED, APPROVED, DENIED = "asked", "approved", "denied"
-_GLIMPSE = (turns.c.id, turns.c.number, turns.c.state, turns.c.output_message)
+_GLIMPSE = (turns.c.id, turns.c.number, turns.c.state, turns.c.owner, turns.c.output_message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +103,7 @@ class Glimpse:
     id: str
     number: int
     state: str
+    owner: str | None
     output_message: dict[str, Any] | None
 
     @property
