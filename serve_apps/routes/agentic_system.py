@@ -8,7 +8,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from pydantic import TypeAdapter
 
-from serve_apps.routes.common import ContextOf, answer_to, event_stream, needs, streams
+from serve_apps.routes.common import ContextOf, answer_to, event_stream, kept_alive, needs, streams
 from stack.agentic_system import accepting, agents
 from stack.agentic_system.sessions import Event, Sessions
 from stack.api.agentic_system import (
@@ -144,7 +144,7 @@ async def create_turn(
     """Has an agent answer in a session; with `stream`, as server-sent events. A client that leaves does not end it."""
     turn = await accepting.create_turn(context, sessions, body, keys)
     if body.stream:
-        return event_stream(request, _as_events(sessions.events(context, turn.id)))
+        return event_stream(request, kept_alive(_as_events(sessions.events(context, turn.id))))
     return await answer_to(request, accepting.whole_turn(context, sessions, turn))
 
 
@@ -170,7 +170,7 @@ async def turn_events(
 ) -> Response:
     """The events of a turn, from its start or behind one of them: those that have been, and those that come."""
     events = await accepting.turn_events(context, sessions, agent_id, turn_id, after or last_event_id)
-    return event_stream(request, _as_events(events))
+    return event_stream(request, kept_alive(_as_events(events)))
 
 
 @router.post("/turn/cancel")

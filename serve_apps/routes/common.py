@@ -48,6 +48,8 @@ T = TypeVar("T")
 
 
 LEFT = 499  # a status that nobody reads
+# How often a stream says that it goes on.
+ALIVE_S = 15.0
 
 
 async def answer_to(request: Request, work: Coroutine[Any, Any, BaseModel | bytes]) -> Response:
@@ -111,6 +113,30 @@ async def _guarded(request: Request, events: AsyncGenerator[bytes]) -> AsyncGene
         except Exception:  # the status is sent already, so no handler of the application can answer it
             logger.exception("request %s failed in its stream", request.scope["state"]["request_id"])
             yield sse(envelope(request.scope, StackError("the request failed for a reason of the server's own")))
+
+
+async def kept_alive(events: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+    """Events as they come, and while none does, now and then a comment, which clients pass over.
+
+    What is between us and a client may end a connection on which nothing is said for long.
+    """
+    async with aclosing(events):
+        while True:
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                while not coming.done():
+                    await asyncio.wait([coming], timeout=ALIVE_S)
+                    if not coming.done():
+                        yield b": it goes on\n\n"
+            finally:
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.wait([coming])
+                if not coming.cancelled():
+                    coming.exception()  # where we are left, nobody needs it
+            if (event := coming.result()) is None:
+                return
+            yield event
 
 
 def streams(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

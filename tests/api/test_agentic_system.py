@@ -18,6 +18,7 @@ from stack.context import Context
 from stack.errors import BadInput, Conflict, Unavailable
 from stack.store import MemoryBank, now
 from stack.store.schema import steps, tool_runs, turns
+from stack.store.turns import NewTurn, Turn
 from tests import threads
 from tests.api.conftest import HERE
 from tests.api.envelope import checked, error_of
@@ -156,14 +157,36 @@ def test_agents_and_sessions_are_listed_newest_first_a_page_at_a_time(client: Te
     assert error_of(client.get("/agentic_system/session/list", params=foreign), 404)["param"] == "after"
 
 
+def accept_turn(context: Context, agent: Agent, session_id: str) -> None:
+    request = {"messages": SAID, "attachments": []}
+    turn = context.store.turns.accept(NewTurn("default", agent.id, session_id, 1, request, CONFIG), 1)
+    assert isinstance(turn, Turn)
+
+
+def test_a_session_that_cannot_be_ended_keeps_no_other_from_its_end(
+    agent: Agent, sessions: ScriptedSessions, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    async def away(_: Context, session_id: str) -> None:
+        told.append(session_id)
+        raise Unavailable("the pool is away")
+
+    monkeypatch.setattr(sessions, "end", away)
+    busy = [agent.session, agent.new_session()]
+    for session_id in busy:
+        accept_turn(context, agent, session_id)
+    error_of(agent.post("delete"), 503)
+    assert sorted(told) == sorted(busy)
+
+
 def test_a_deleted_agent_is_gone_with_its_sessions(agent: Agent, sessions: ScriptedSessions, context: Context) -> None:
     turn_id = agent.turn().json()["turn_id"]
     busy = agent.new_session()
-    request = dict(agent_id=agent.id, session_id=busy, messages=SAID)
-    accept(context, AgenticSystemTurnCreateRequest.model_validate(request))
+    accept_turn(context, agent, busy)
     reply = agent.post("delete")
     assert (reply.status_code, reply.json()) == (200, None)
-    assert sessions.ended == [busy], "in the other nothing runs"
+    assert sessions.ended == [busy], "where nothing runs, there is nothing to end"
     error_of(agent.get("get"), 404)
     error_of(agent.get_session({}), 404)
     error_of(agent.get("turn/get", turn_id=turn_id), 404)

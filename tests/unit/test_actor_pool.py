@@ -4,12 +4,14 @@ import asyncio
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import ActorDiedError
 
 from serve_apps import actor_pool, pool_members
@@ -22,6 +24,10 @@ from stack.errors import TooManyRequests
 from stack.store import Store
 from stack.store.connection import past
 from stack.store.turns import NewTurn, Step, Turn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # of Ray Serve's own use of pydantic
+    from serve_apps.session_pool import RayActors
 
 MODEL = {"id": "small", "path": "models/small", "context": 256}
 CONFIG = Config.parse({"models": [MODEL], "agents": {"warm": 1, "idle_s": 0}}, "the tests' config")
@@ -432,6 +438,18 @@ async def test_approval_that_does_not_come_is_not_waited_for_for_ever(
     ended = rows.turns.get("default", taken.id)
     assert ended is not None
     assert ended.state == "cancelled"
+
+
+async def test_an_actor_that_does_not_get_ready_is_not_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    actor = Actor()
+    actor.die()
+    killed: list[Actor] = []
+    actors = RayActors(CONFIG)
+    monkeypatch.setattr(actors, "_started", lambda _: actor)
+    monkeypatch.setattr(ray, "kill", killed.append)
+    with pytest.raises(ActorDiedError):
+        await actors.launch("session:1")
+    assert killed == [actor]
 
 
 def test_what_an_actor_imports_is_little() -> None:
