@@ -121,10 +121,10 @@ class Pool:
         await self._has_looked.wait()
         while self._unheard and session_id not in self._claims:
             try:
-                turn = await asyncio.to_thread(self._store.turns.next_of, session_id)
+                owner = await asyncio.to_thread(self._store.turns.owner_of, session_id)
             except SQLAlchemyError as error:
                 raise Unavailable(f"whether the session is run cannot be looked up: {faults.reason(error)}") from error
-            heard = self._unheard.get(turn.owner) if turn is not None and turn.owner is not None else None
+            heard = self._unheard.get(owner) if owner is not None else None
             if heard is None:
                 return
             await heard.wait()

@@ -341,6 +341,12 @@ class Turns:
             found = connection.execute(query.order_by(turns.c.number).limit(1)).first()
         return Glimpse(*found) if found else None
 
+    def owner_of(self, session_id: str) -> str | None:
+        """Who has taken the first turn of a session that has not ended, if anybody has."""
+        query = select(turns.c.owner).where(turns.c.state.in_(UNFINISHED), turns.c.session_id == session_id)
+        with self._engine.connect() as connection:
+            return connection.execute(query.order_by(turns.c.number).limit(1)).scalar()
+
     def take(self, id: str, owner: str) -> Turn | None:
         """queued or running -> running, by a new owner; None if the turn has ended, awaits approval, or is gone."""
         with writing(self._engine) as connection:
