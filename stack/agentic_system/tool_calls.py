@@ -6,6 +6,7 @@ message has, and nothing else.
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from stack.store.turns import DENIED
 logger = logging.getLogger("ray.serve")
 
 AT_ONCE = 16
+# What a call has of a turn whose time is over.
+LEAST_SECONDS = 1.0
 # How long a call that was cut off has to end what it does.
 GRACE_S = 5.0
 DENIED_BY_USER = "The call was denied by the user, and was not run."
@@ -40,7 +43,10 @@ Response = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """What a turn's calls are run with: the tools that are run here, and all that the model was told of, by name."""
+    """What a turn's calls are run with: the tools that are run here, and all that the model was told of, by name.
+
+    A call has `timeout_s`, and no more than there is until `ends_at`, by the event loop's clock: calls wait for others.
+    """
 
     context: Context
     journal: Journal
@@ -49,6 +55,13 @@ class Bench:
     shields: Mapping[str, tuple[Sequence[ShieldDefinition], Sequence[ShieldDefinition]]]
     keys: Mapping[str, str]
     timeout_s: float
+    ends_at: float = math.inf
+
+    @property
+    def seconds(self) -> float:
+        """What a call has that begins now."""
+        left = self.ends_at - asyncio.get_running_loop().time()
+        return min(self.timeout_s, max(left, LEAST_SECONDS))
 
 
 def decided(bench: Bench, todo: RunCalls) -> dict[str, Response]:
@@ -123,7 +136,7 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
     """What a call has given; None for one that is the client's to run."""
     before, after = _shields(bench, call)
     message = CompletionMessage(content="", tool_calls=[ToolCall.model_validate(call)])
-    if refusal := await _refusal(bench.context, before, message, "the arguments"):
+    if refusal := await _refusal(bench, before, message, "the arguments"):
         progress.tool_text(call["call_id"], refusal)
         return _said(refusal)
     tool = bench.tools.get(call["tool_name"])
@@ -136,7 +149,7 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
     output = await _output(bench, tool, call, told)
     content = cut(plain(output.content), MAX_CHARACTERS)
     said = ToolResponseMessage(call_id=call["call_id"], tool_name=call["tool_name"], content=content)
-    if refusal := await _refusal(bench.context, after, said, "the output"):
+    if refusal := await _refusal(bench, after, said, "the output"):
         progress.tool_text(call["call_id"], refusal)
         return _said(refusal)
     told.finish(content)
@@ -149,9 +162,10 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
 async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
     """What a tool gives, or what is said in its place where it fails, within the time that a call has."""
     arguments = fitting_arguments(bench.told, call["tool_name"], call["arguments"])
+    seconds = bench.seconds
     task = asyncio.ensure_future(tool.run(tools.Call(call["call_id"], arguments, bench.keys, told)))
     try:
-        done, _ = await asyncio.wait([task], timeout=bench.timeout_s)
+        done, _ = await asyncio.wait([task], timeout=seconds)
     except asyncio.CancelledError:
         await _end(task, call)
         raise
@@ -159,7 +173,7 @@ async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output
         told.end()
     if not done:
         await _end(task, call)
-        return Output(f"The call failed: it had not ended after {bench.timeout_s:g} s, and was cut off.")
+        return Output(f"The call failed: it had not ended after {seconds:.3g} s, and was cut off.")
     try:
         return task.result()
     except ToolFailed as error:
@@ -181,17 +195,20 @@ async def _end(task: "asyncio.Future[Output]", call: Call) -> None:
         task.exception()  # which nobody needs any more
 
 
-async def _refusal(context: Context, shields: Sequence[ShieldDefinition], message: Message, what: str) -> str | None:
+async def _refusal(bench: Bench, shields: Sequence[ShieldDefinition], message: Message, what: str) -> str | None:
     """Why a call is not run, or its output not told; None where all shields let it pass. They run side by side."""
-    verdicts = await asyncio.gather(*(_verdict(context, shield, message, what) for shield in shields))
+    verdicts = await asyncio.gather(*(_verdict(bench, shield, message, what) for shield in shields))
     return next((one for one in verdicts if one is not None), None)
 
 
-async def _verdict(context: Context, shield: ShieldDefinition, message: Message, what: str) -> str | None:
+async def _verdict(bench: Bench, shield: ShieldDefinition, message: Message, what: str) -> str | None:
+    seconds = bench.seconds
     try:
-        response = await safety.judge(context, shield, [message])
-    except StackError as error:
-        return f"The shield {str(shield.shield_type)!r} could not judge {what} of the call: {error.message}"
+        async with asyncio.timeout(seconds):
+            response = await safety.judge(bench.context, shield, [message])
+    except (StackError, TimeoutError) as error:
+        why = error.message if isinstance(error, StackError) else f"it has not answered within {seconds:.3g} s"
+        return f"The shield {str(shield.shield_type)!r} could not judge {what} of the call: {why}"
     if not response.is_violation or shield.on_violation_action != OnViolationAction.raise_:
         return None
     why = response.violation_return_message or response.violation_type or "a violation"

@@ -20,11 +20,11 @@ from stack.agentic_system.events import Stream
 from stack.agentic_system.journal import Journal, JournalLost, ToEnd
 from stack.agentic_system.loop import Loop, Place, retrieves
 from stack.agentic_system.past import Past
-from stack.agentic_system.plan import Plan, is_clients, plan_of
+from stack.agentic_system.plan import Plan, plan_of
 from stack.agentic_system.replay import retell, tell_end
 from stack.agentic_system.tool_calls import Bench
 from stack.agentic_system.withheld import Withheld
-from stack.api.agent_tools import CodeInterpreterToolDefinition, names_of
+from stack.api.agent_tools import names_of
 from stack.api.agentic_system import AgentConfig, InputMessage, TurnState
 from stack.api.messages import Attachment
 from stack.errors import StackError, Unavailable
@@ -147,7 +147,7 @@ class TurnRun:
 
     async def _to_its_end(self, made: "_Made") -> None:
         turn, config = self._journal.turn, made.config
-        had = await files.files_of(made.attachments) if made.attachments and _reads_files(config) else []
+        had = await files.files_of(made.attachments) if made.attachments and files.are_read(config.tools) else []
         shields = {name: (tool.input_shields, tool.output_shields) for tool in config.tools for name in names_of(tool)}
         past = await self._past.before(self._context, turn, config.model)
         names = [file.name for file in had]
@@ -186,8 +186,3 @@ class _Made:
     session_bank: str | None
     plan: Plan
     withheld: Withheld
-
-
-def _reads_files(config: AgentConfig) -> bool:
-    """Whether a tool that is run here reads files."""
-    return any(isinstance(tool, CodeInterpreterToolDefinition) and not is_clients(tool) for tool in config.tools)
