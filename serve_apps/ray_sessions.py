@@ -10,7 +10,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from serve_apps.actor_calls import Call, answer_of
-from serve_apps.session_pool import Member
+from serve_apps.actor_pool import Member
 from stack.agentic_system import replay
 from stack.agentic_system.events import Stream, event, started
 from stack.agentic_system.sessions import Event

@@ -71,11 +71,11 @@ class Stack:
     def start(self) -> None:
         """Starts it and waits until it answers."""
         # What is due in memory banks is done at once, where tests would wait for it, and beside all that they write;
-        # and actors of sessions that have nothing to do end soon.
+        # actors of sessions that have nothing to do end soon, and so do the calls of a model that knows no end.
         changes = {
             "otlp_address": self.traces,
             "memory_banks": {"maintenance_s": 1},
-            "agents": {"idle_s": 1},
+            "agents": {"idle_s": 1, "max_tool_calls": 4},
         }
         file = with_scripted_models(write_config(self.home / "serve.yaml", **changes))
         with self.log.open("wb") as output:

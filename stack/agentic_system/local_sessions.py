@@ -41,7 +41,8 @@ class LocalSessions:
 
     def has_stream(self, tenant: str, turn_id: str) -> bool:
         """Whether there is the stream of a turn that is run here, or was just now."""
-        return (tenant, turn_id) in self._streams
+        stream = self._streams.get((tenant, turn_id))
+        return stream is not None and not stream.is_left
 
     def wake(self, tenant: str, session_id: str) -> None:
         """Has all turns run of a session that can be. Raises Unavailable."""

@@ -11,6 +11,8 @@ import pytest
 
 from tests.running_stack import Stack, ended
 
+# All examples run before the first test.
+pytestmark = pytest.mark.timeout(1_800)
 ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
@@ -21,6 +23,7 @@ PAGES = [
     ROOT / "docs" / "synthetic-data.md",
     ROOT / "docs" / "evaluations.md",
     ROOT / "docs" / "memory-banks.md",
+    ROOT / "docs" / "agents.md",
 ]
 EXAMPLES = [
     example
@@ -53,7 +56,7 @@ def outputs(stack: Stack) -> list[str]:
 
 
 def test_both_doors_answer_by_curl_and_by_client(outputs: list[str]) -> None:
-    assert len(outputs) == 32
+    assert len(outputs) == 36
     for output in outputs[:4]:
         assert "Paris" in output
 
@@ -212,3 +215,41 @@ def test_the_rows_of_a_data_set_are_written_into_a_bank(client: httpx.Client, ou
     body = {"bank_id": bank_id, "query": "Which river flows through Vienna?", "params": {"max_chunks": 1}}
     (chunk,) = client.post("/memory_bank/query", json=body).json()["chunks"]
     assert (chunk["document_id"], chunk["metadata"]) == ("danube", {"country": "Austria"})
+
+
+def events_in(output: str) -> dict[str, Any]:
+    """The payloads of server-sent events, by their ids."""
+    events = (dict(line.split(": ", 1) for line in event.splitlines()) for event in output.strip().split("\n\n"))
+    return {event["id"]: json.loads(event["data"])["event"]["payload"] for event in events}
+
+
+def test_a_turn_is_streamed_and_followed_once_more_from_an_event(outputs: list[str]) -> None:
+    first, start, again = outputs[32].partition("id: 1.1.1\n")
+    assert list(events_in(first)) == ["start", "1.1.0"]
+    *_, last = events_in(start + again).values()
+    assert "Paris" in last["turn"]["output_message"]["content"]
+    # Both the stream and what follows the event later end with the turn.
+    assert outputs[32].count('"turn_complete"') == 2
+
+
+def test_a_function_of_the_client_is_called_and_its_answer_told(outputs: list[str]) -> None:
+    call, _, said = outputs[33].partition("\n")
+    assert call.startswith("get_weather {'city': ")
+    assert said.strip()
+
+
+def test_code_is_run_in_the_sandbox(outputs: list[str]) -> None:
+    turn = json.loads(outputs[34])
+    assert [step["step_type"] for step in turn["steps"]] == ["inference", "tool_execution", "inference"]
+    assert turn["steps"][1]["tool_responses"][0]["content"]
+
+
+def test_what_memory_and_an_attachment_say_is_cited(outputs: list[str]) -> None:
+    turn = json.loads(outputs[35])
+    memory = turn["steps"][0]
+    assert {"Marie Curie was born in Warsaw.", "Irene Curie was born in Paris."} == {
+        line for line in memory["inserted_context"].splitlines() if "Curie" in line
+    }
+    assert len(memory["citations"]) == 2
+    assert "curie" in [citation["document_id"] for citation in memory["citations"]]
+    assert turn["output_message"]["content"]

@@ -1,0 +1,290 @@
+"""Which actor a session has: they are started, given to sessions, and ended.
+
+A session has an actor while there is something to be run in it. Which one that is only the pool says, so that there is
+one. A few actors wait for sessions, as starting one takes seconds; one that has got free is given to the next session,
+or ends after a while. An actor that dies is replaced by another, which goes on by the journal; and once a second the
+pool looks for turns that nobody runs, as whoever was to tell of them has died. The actors outlive the pool: a new
+replica finds them by their names.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ray.exceptions import RayError
+from sqlalchemy.exc import SQLAlchemyError
+
+from serve_apps.actor_calls import ABANDONED_S, Call
+from serve_apps.session_actor import Seat
+from serve_apps.shared_engine import fingerprint
+from stack.config import Config
+from stack.errors import StackError, TooManyRequests
+from stack.store import Store, faults
+from stack.store.turns import Due
+
+logger = logging.getLogger("ray.serve")
+
+INTERVAL_S = 1.0
+MAX_WAITING = 1_000
+PREFIX = "session:"
+# How long an actor that has started may take to say which session it has, and a waiting one to take a session.
+ANSWER_S = 10.0
+TAKEN_S = 0.2
+
+Keys = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Member:
+    """An actor that has started. One of another config than the pool's is not given to any other session."""
+
+    name: str
+    handle: Any
+    is_current: bool = True
+
+
+@dataclass
+class Claim:
+    """A session that has an actor, or waits for one. `keys` are those of its turns, for the next one if it dies.
+
+    `is_over` is set when the session does not have the actor any more.
+    """
+
+    tenant: str
+    session_id: str
+    keys: dict[str, Keys] = field(repr=False)
+    member: "asyncio.Future[Member]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Actors(Protocol):
+    """What actors are started by, and found."""
+
+    async def most_at_once(self) -> int:
+        """How many may be started at the same time."""
+        ...
+
+    async def launch(self, name: str) -> Any:
+        """Starts one, and returns its handle once a turn can be run at once. Raises RayError and StackError."""
+        ...
+
+    async def running(self) -> list[tuple[str, Any]]:
+        """The names and handles of those that there are already."""
+        ...
+
+
+class Pool:
+    """Actors, free ones and those of sessions. It looks after them while `watch` runs."""
+
+    def __init__(self, config: Config, store: Store, actors: Actors) -> None:
+        self._config = config
+        self._fingerprint = fingerprint(config)
+        self._store = store
+        self._actors = actors
+        self._free: dict[Member, float] = {}  # since when, in the order of that
+        self._claims: dict[str, Claim] = {}
+        self._waiting: list[Claim] = []
+        self._starting = 0
+        self._most_starting = 1
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._has_looked = asyncio.Event()
+
+    async def start(self, tenant: str, session_id: str, turn_id: str, keys: Keys) -> Member | None:
+        """Has a turn run whose row is there. Returns the session's actor, or None where it waits for one.
+
+        Raises TooManyRequests where too many sessions wait.
+        """
+        await self._has_looked.wait()
+        while (claim := self._claims.get(session_id)) is not None:
+            claim.keys[turn_id] = keys
+            if not claim.member.done():
+                return None
+            member = claim.member.result()
+            if await self._told(member, session_id, turn_id, keys):
+                return member
+            await claim.is_over.wait()
+        claim = self._claim(tenant, session_id, {turn_id: keys})
+        await asyncio.wait([claim.member], timeout=TAKEN_S)
+        return claim.member.result() if claim.member.done() else None
+
+    async def find(self, tenant: str, session_id: str, lost: str | None) -> Member:
+        """The actor of a session that has something to be run, once it has one: another one than that named `lost`.
+
+        Raises TooManyRequests where too many sessions wait.
+        """
+        await self._has_looked.wait()
+        while True:
+            claim = self._claims.get(session_id) or self._claim(tenant, session_id, {})
+            member = await asyncio.shield(claim.member)
+            if member.name != lost:
+                return member
+            await claim.is_over.wait()
+
+    async def known(self, session_id: str) -> Member | None:
+        """The actor of a session, if it has one."""
+        await self._has_looked.wait()
+        claim = self._claims.get(session_id)
+        return claim.member.result() if claim is not None and claim.member.done() else None
+
+    # Claims and members
+
+    def _claim(self, tenant: str, session_id: str, keys: dict[str, Keys]) -> Claim:
+        if len(self._waiting) >= MAX_WAITING:
+            raise TooManyRequests(f"{MAX_WAITING} sessions wait for an actor", retry_after=5)
+        claim = self._claims[session_id] = Claim(tenant, session_id, keys)
+        self._waiting.append(claim)
+        self._fill()
+        return claim
+
+    def _fill(self) -> None:
+        """Gives free actors to those that wait, and starts as many as are missing."""
+        while self._waiting and self._free:
+            member, _ = self._free.popitem()  # the one that got free last: the others may end
+            self._do(self._attend(self._waiting.pop(0), member))
+        missing = len(self._waiting) + self._config.agents.warm - len(self._free)
+        while self._starting < min(missing, self._most_starting):
+            self._starting += 1
+            self._do(self._start_one())
+
+    async def _attend(self, claim: Claim, member: Member, *, is_taken: bool = False) -> None:
+        """Gives an actor to a session, for as long as there is something to be run in it."""
+        try:
+            if is_taken or await self._taken(claim, member):
+                if not claim.member.done():
+                    claim.member.set_result(member)
+                await Call(member.handle.lasts.remote())
+            else:  # it has another session, which another pool has given it
+                self._waiting.insert(0, claim)
+                return
+        except RayError as error:
+            logger.warning("the actor %s of the session %s has died: %s", member.name, claim.session_id, error)
+            self._give_up(claim)
+        else:
+            self._end(claim)
+            self._release(member)
+        finally:
+            self._fill()
+
+    async def _taken(self, claim: Claim, member: Member) -> bool:
+        given = dict(claim.keys)
+        taken: bool = await Call(member.handle.take.remote(claim.tenant, claim.session_id, given))
+        if taken:
+            for turn_id in claim.keys.keys() - given.keys():  # they have come meanwhile
+                await self._told(member, claim.session_id, turn_id, claim.keys[turn_id])
+        return taken
+
+    async def _told(self, member: Member, session_id: str, turn_id: str, keys: Keys) -> bool:
+        """Whether an actor has the session, and runs a turn of it."""
+        try:
+            told: bool = await Call(member.handle.start.remote(session_id, turn_id, keys))
+        except RayError:  # it has died, which `_attend` is told, too
+            return False
+        return told
+
+    def _give_up(self, claim: Claim) -> None:
+        """The session gets another actor."""
+        if not claim.member.done():
+            self._waiting.insert(0, claim)
+            return
+        self._end(claim)
+        again = self._claims[claim.session_id] = Claim(claim.tenant, claim.session_id, claim.keys)
+        self._waiting.insert(0, again)
+
+    def _end(self, claim: Claim) -> None:
+        if self._claims.get(claim.session_id) is claim:
+            del self._claims[claim.session_id]
+        claim.is_over.set()
+
+    def _release(self, member: Member) -> None:
+        if member.is_current:
+            self._free[member] = asyncio.get_running_loop().time()
+        else:
+            member.handle.leave.remote()
+
+    async def _start_one(self) -> None:
+        try:
+            name = f"{PREFIX}{uuid.uuid4().hex}"
+            handle = await self._actors.launch(name)
+        except (RayError, StackError) as error:  # the watcher has it tried again
+            logger.warning("an actor for sessions cannot be started: %s", error)
+            self._starting -= 1
+        else:
+            self._starting -= 1
+            self._release(Member(name, handle))
+            self._fill()
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # What is looked after
+
+    async def watch(self) -> None:
+        """Looks after the actors, and for turns that nobody runs, again and again."""
+        await self._adopt()
+        self._has_looked.set()
+        self._most_starting = await self._actors.most_at_once()
+        before: set[Due] = set()
+        pinged = asyncio.get_running_loop().time()
+        while True:
+            try:
+                due = set(await asyncio.to_thread(self._store.turns.due))
+                # Of one that was accepted just now, the gateway is about to tell.
+                self._take_up(due & before)
+                before = due
+            except SQLAlchemyError as error:  # the database is away
+                logger.warning("turns that nobody runs cannot be looked for: %s", faults.reason(error))
+            now = asyncio.get_running_loop().time()
+            self._end_superfluous(now)
+            if now - pinged > ABANDONED_S / 10:
+                pinged = now
+                self._most_starting = await self._actors.most_at_once()
+                for member in self._free:
+                    self._do(self._ping(member))
+            self._fill()
+            await asyncio.sleep(INTERVAL_S)
+
+    async def _adopt(self) -> None:
+        """Finds the actors that another pool has started."""
+        async with asyncio.TaskGroup() as group:
+            for name, handle in await self._actors.running():
+                group.create_task(self._adopt_one(name, handle))
+
+    async def _adopt_one(self, name: str, handle: Any) -> None:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                seat: Seat = await Call(handle.ready.remote())
+        except (RayError, StackError, TimeoutError) as error:
+            logger.warning("the actor %s does not say which session it has: %s", name, error)
+            return
+        member = Member(name, handle, seat.fingerprint == self._fingerprint)
+        if seat.session_id is None or seat.tenant is None:
+            self._release(member)
+            return
+        claim = self._claims[seat.session_id] = Claim(seat.tenant, seat.session_id, {})
+        claim.member.set_result(member)
+        self._do(self._attend(claim, member, is_taken=True))
+
+    def _take_up(self, due: set[Due]) -> None:
+        for one in sorted(due, key=lambda one: one.turn_id):
+            if one.session_id not in self._claims and len(self._waiting) < MAX_WAITING:
+                self._claim(one.tenant, one.session_id, {})
+
+    def _end_superfluous(self, now: float) -> None:
+        """Ends actors that have had nothing to do for long, beyond those that shall wait."""
+        for member, since in list(self._free.items())[: max(0, len(self._free) - self._config.agents.warm)]:
+            if now - since >= self._config.agents.idle_s:
+                del self._free[member]
+                member.handle.leave.remote()
+
+    async def _ping(self, member: Member) -> None:
+        """Tells an actor that it is still needed."""
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await Call(member.handle.ready.remote())
+        except (RayError, StackError, TimeoutError):
+            self._free.pop(member, None)

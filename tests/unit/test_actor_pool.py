@@ -1,0 +1,263 @@
+"""Which actor a session has: free ones, waiting sessions, deaths, and what another pool has left. No Ray is started."""
+
+import asyncio
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+
+from serve_apps import actor_pool
+from serve_apps.actor_pool import Keys, Pool
+from serve_apps.session_actor import Seat
+from serve_apps.shared_engine import fingerprint
+from stack.config import Config
+from stack.errors import TooManyRequests
+from stack.store import Store
+from stack.store.turns import NewTurn
+
+MODEL = {"id": "small", "path": "models/small", "context": 256}
+CONFIG = Config.parse({"models": [MODEL], "agents": {"warm": 1, "idle_s": 0}}, "the tests' config")
+WITHOUT_WARM = Config.parse({"models": [MODEL], "agents": {"warm": 0}}, "the tests' config")
+KEYS = {"BRAVE_SEARCH_KEY": "hush"}
+
+
+class Method:
+    """A method of an actor's handle."""
+
+    def __init__(self, called: Callable[..., Awaitable[Any]]) -> None:
+        self.remote = lambda *arguments: asyncio.ensure_future(called(*arguments))
+
+
+class Actor:
+    """Does what an actor of a session does, but for running turns: a session lasts until it is told to be over."""
+
+    def __init__(self, of: str = fingerprint(CONFIG)) -> None:
+        self.of = of
+        self.session_id: str | None = None
+        self.told: list[tuple[str, Keys]] = []
+        self.taken, self.left = asyncio.Event(), asyncio.Event()
+        self._over = asyncio.Event()
+        self._dead = asyncio.Event()
+        for name in ("ready", "take", "lasts", "start", "leave"):
+            setattr(self, name, Method(getattr(self, f"_{name}")))
+
+    def end_session(self) -> None:
+        self.session_id = None
+        self._over.set()
+
+    def die(self) -> None:
+        self._dead.set()
+        self._over.set()
+
+    def _live(self) -> None:
+        if self._dead.is_set():
+            raise ActorDiedError
+
+    async def _ready(self) -> Seat:
+        self._live()
+        return Seat("default", self.session_id, self.of)
+
+    async def _take(self, _: str, session_id: str, keys: dict[str, Keys]) -> bool:
+        self._live()
+        if self.session_id is not None:
+            return False
+        self.session_id = session_id
+        self._over.clear()
+        self.taken.set()
+        self.told += keys.items()
+        return True
+
+    async def _lasts(self) -> None:
+        await self._over.wait()
+        self._live()
+
+    async def _start(self, session_id: str, turn_id: str, keys: Keys) -> bool:
+        self._live()
+        if self.session_id != session_id:
+            return False
+        self.told.append((turn_id, keys))
+        return True
+
+    async def _leave(self) -> None:
+        self.left.set()
+
+
+class Actors:
+    """Implements Actors: each starts when it is let."""
+
+    def __init__(self, *there: Actor) -> None:
+        self.there = there
+        self.made: list[Actor] = []
+        self.permits = asyncio.Semaphore(0)
+
+    async def most_at_once(self) -> int:
+        return 2
+
+    async def launch(self, _: str) -> Actor:
+        await self.permits.acquire()
+        self.made.append(Actor())
+        return self.made[-1]
+
+    async def running(self) -> list[tuple[str, Actor]]:
+        return [(f"session:{number}", actor) for number, actor in enumerate(self.there)]
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor_pool, "INTERVAL_S", 0.001)
+
+
+@pytest.fixture
+def rows(new_sqlite_file: Path, tmp_path: Path) -> Iterator[Store]:
+    shutil.copy(new_sqlite_file, tmp_path / "stack.db")
+    store = Store(f"sqlite:///{tmp_path}/stack.db")
+    yield store
+    store.close()
+
+
+@asynccontextmanager
+async def running(rows: Store, actors: Actors, config: Config = CONFIG) -> AsyncIterator[Pool]:
+    pool = Pool(config, rows, actors)
+    mine = asyncio.all_tasks()
+    watching = asyncio.ensure_future(pool.watch())
+    try:
+        async with asyncio.timeout(20):
+            yield pool
+    finally:
+        others = {watching, *asyncio.all_tasks()} - mine
+        for task in others:
+            task.cancel()
+        await asyncio.wait(others)
+
+
+async def test_a_session_has_one_actor_as_long_as_it_lasts(rows: Store) -> None:
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        actors.permits.release()
+        first = await pool.find("default", "one", None)
+        assert await pool.start("default", "one", "turn-1", KEYS) == first
+        assert await pool.find("default", "one", None) == first
+        assert await pool.known("one") == first
+        (actor,) = actors.made
+        assert actor.told == [("turn-1", KEYS)]
+        actor.end_session()
+        again = await pool.start("default", "two", "turn-2", {})
+        assert again == first, "one that has got free is given to the next session"
+        assert actor.session_id == "two"
+        assert await pool.known("one") is None
+
+
+async def test_sessions_wait_for_actors_in_their_order(rows: Store) -> None:
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        assert await pool.start("default", "one", "turn-1", KEYS) is None
+        assert await pool.start("default", "one", "turn-2", {}) is None
+        assert await pool.start("default", "two", "turn-3", {}) is None
+        assert await pool.known("one") is None
+        actors.permits.release()
+        await pool.find("default", "one", None)
+        (actor,) = actors.made
+        assert actor.told == [("turn-1", KEYS), ("turn-2", {})]
+        actor.end_session()
+        await pool.find("default", "two", None)
+        assert actor.session_id == "two"
+
+
+async def test_too_many_do_not_wait(rows: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actor_pool, "MAX_WAITING", 1)
+    async with running(rows, Actors()) as pool:
+        assert await pool.start("default", "one", "turn-1", {}) is None
+        with pytest.raises(TooManyRequests, match="1 sessions wait"):
+            await pool.start("default", "two", "turn-2", {})
+
+
+async def test_who_has_lost_an_actor_gets_another_with_the_same_keys(rows: Store) -> None:
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        actors.permits.release()
+        await pool.start("default", "one", "turn-1", KEYS)
+        lost = await pool.find("default", "one", None)
+        actors.made[0].die()
+        actors.permits.release()
+        found = await pool.find("default", "one", lost.name)
+        assert found != lost
+        assert actors.made[1].told == [("turn-1", KEYS)]
+
+
+async def test_an_actor_that_dies_free_is_not_given_to_a_session_twice(rows: Store) -> None:
+    actors = Actors()
+    async with running(rows, actors) as pool:
+        actors.permits.release()
+        await pool.find("default", "one", None)
+        actors.made[0].end_session()
+        await asyncio.sleep(0)
+        actors.made[0].die()
+        actors.permits.release()
+        await pool.find("default", "two", None)
+        assert actors.made[1].session_id == "two"
+
+
+async def test_one_that_another_pool_has_given_away_is_left_to_it(rows: Store) -> None:
+    actors = Actors(Actor())
+    async with running(rows, actors) as pool:
+        actors.there[0].session_id = "another pool's"
+        actors.permits.release()
+        await pool.find("default", "one", None)
+        assert actors.made[0].session_id == "one"
+
+
+async def test_a_pool_finds_what_another_has_left(rows: Store) -> None:
+    free, busy, of_another_config, silent = Actor(), Actor(), Actor("another"), Actor()
+    busy.session_id = "one"
+    silent.die()
+    actors = Actors(free, busy, of_another_config, silent)
+    async with running(rows, actors) as pool:
+        kept = await pool.find("default", "one", None)
+        assert kept.handle is busy
+        assert (await pool.find("default", "two", None)).handle is free
+        assert of_another_config.left.is_set()
+        assert not busy.left.is_set()
+
+
+async def test_an_actor_of_another_config_ends_when_its_session_does(rows: Store) -> None:
+    old = Actor("another")
+    old.session_id = "one"
+    async with running(rows, Actors(old)) as pool:
+        member = await pool.find("default", "one", None)
+        old.end_session()
+        waiting = asyncio.ensure_future(pool.find("default", "one", member.name))
+        await old.left.wait()
+        waiting.cancel()
+
+
+async def test_those_that_are_superfluous_end(rows: Store) -> None:
+    there = [Actor() for _ in range(3)]
+    async with running(rows, Actors(*there)) as pool:
+        await there[0].left.wait()
+        await there[1].left.wait()
+        assert (await pool.find("default", "one", None)).handle is there[2]
+
+
+async def test_turns_that_nobody_runs_are_found(rows: Store) -> None:
+    agent = rows.agents.add("default", {})
+    session = rows.agents.add_session("default", agent.id, "talk")
+    assert session is not None
+    rows.turns.accept(NewTurn("default", agent.id, session.id, 1, {}, {}), 1)
+    actor = Actor(fingerprint(WITHOUT_WARM))
+    async with running(rows, Actors(actor), WITHOUT_WARM):
+        await actor.taken.wait()
+        assert actor.session_id == session.id
+
+
+def test_what_an_actor_imports_is_little() -> None:
+    """There may be very many."""
+    large = ["torch", "transformers", "ray.serve", "vllm", "lancedb", "pyarrow", "pandas", "fastapi", "mcp", "alembic"]
+    code = f"import sys, serve_apps.session_actor; print([one for one in {large} if one in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
