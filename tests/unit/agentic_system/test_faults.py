@@ -12,6 +12,7 @@ from stack.agentic_system import accepting, tool_calls
 from stack.agentic_system import agents as agents_api
 from stack.agentic_system import journal as journal_module
 from stack.agentic_system import session as session_module
+from stack.agentic_system.journal import NOT_BEGUN
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.prompt import BROKEN_OFF, UNKNOWN
 from stack.agentic_system.tools.tool import Call, Output
@@ -199,6 +200,39 @@ async def test_a_cancel_that_reaches_only_the_row_ends_the_turn_at_the_next_step
     assert len(tool.called) == len(model.asked) == 1
     model.say = lambda _: "Paris"
     assert said(await agents.turn(session, "And now?")) == "Paris"
+
+
+async def test_a_call_that_a_cancel_comes_before_is_not_run(agents_of: MakeAgents, model: Model) -> None:
+    is_there, is_free = threading.Event(), threading.Event()
+
+    def say(body: Body) -> str:
+        if body["messages"][-1]["content"] != "Pay!":
+            return "It was not."
+        is_there.set()
+        is_free.wait(10)
+        return call("pay")
+
+    model.say = say
+    tool = Tool("pay")
+    agents = agents_of(tool)
+    session = await agents.session()
+    turns = agents.context.store.turns
+
+    def cancel_meanwhile() -> None:
+        is_there.wait(10)
+        (due,) = turns.due()
+        turns.cancel("default", due.turn_id)
+        is_free.set()
+
+    cancelling = asyncio.ensure_future(asyncio.to_thread(cancel_meanwhile))
+    turn = await agents.begin(session, "Pay!")
+    with pytest.raises(Conflict, match="cancelled"):
+        await agents.events(turn)
+    await cancelling
+    assert not tool.called
+    await agents.turn(session, "Was it paid?")
+    assert NOT_BEGUN in str(model.bodies[-1]["messages"])
+    assert UNKNOWN not in str(model.bodies[-1]["messages"])
 
 
 # What a broken turn has done
