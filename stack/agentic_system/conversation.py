@@ -6,9 +6,8 @@ from typing import Any
 
 from stack import attachments
 from stack.agentic_system import files, prompt
-from stack.agentic_system.plan import is_clients
 from stack.agentic_system.prompt import Message
-from stack.api.agent_tools import CodeInterpreterToolDefinition, CustomQueryGenerator, MemoryToolDefinition
+from stack.api.agent_tools import CustomQueryGenerator, MemoryToolDefinition
 from stack.api.agentic_system import AgentConfig, StepType
 from stack.api.messages import Attachment
 from stack.attachments import MAX_ATTACHMENTS
@@ -77,12 +76,12 @@ class Conversation:
         """
         model = await self._context.models.find(self._config.model)
         seen = [one for one in self._given if files.is_image(one) and model.base.images]
-        if not can_have_files(self._config):
+        if not files.are_read(self._config.tools):
             for at, one in enumerate(self._given):
                 if one not in seen and not files.is_text(one):
                     raise BadInput(
                         f"an attachment of the type {one.mime_type[:200]!r} cannot be used; allowed: texts, images for "
-                        "a model that takes them, and any file where the agent has the tool code_interpreter, run here",
+                        "a model that takes them, and any file where the agent has a code_interpreter that is run here",
                         param=f"attachments.{at}.mime_type",
                     )
         return [one.model_dump(mode="json") for one in seen]
@@ -102,11 +101,3 @@ class Conversation:
                 except StackError:
                     pass  # what is gone by now, or what this turn's model does not take, is no fault of this turn
             self.past[at] = prompt.with_data(prompt.without_attachments(messages))
-
-
-def can_have_files(config: AgentConfig) -> bool:
-    """Whether a tool of the agent reads files: an interpreter that is run here."""
-    return any(
-        isinstance(tool, CodeInterpreterToolDefinition) and tool.remote_execution is None and not is_clients(tool)
-        for tool in config.tools
-    )

@@ -9,7 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import unquote, urlsplit
 
 from stack.addresses import address_in, decoded
+from stack.agentic_system.plan import is_clients
 from stack.agentic_system.tools.tool import File
+from stack.api.agent_tools import AgentTool, CodeInterpreterToolDefinition
 from stack.api.messages import Attachment
 from stack.attachments import FETCHER
 from stack.errors import BadInput, StackError, Unavailable
@@ -40,6 +42,11 @@ def is_text(attachment: Attachment) -> bool:
 
 def is_image(attachment: Attachment) -> bool:
     return _kind(attachment).startswith("image/")
+
+
+def are_read(tools: Sequence[AgentTool]) -> bool:
+    """Whether a tool that is run here reads files. What the client runs has those that the client has."""
+    return any(isinstance(tool, CodeInterpreterToolDefinition) and not is_clients(tool) for tool in tools)
 
 
 async def files_of(attachments: Sequence[Attachment]) -> list[File]:

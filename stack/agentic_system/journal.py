@@ -24,6 +24,8 @@ from stack.store.turns import Journal as Transaction
 MAX_FILES = MAX_ATTACHMENTS
 MAX_FILES_CHARACTERS = MAX_ATTACHMENT_CHARACTERS
 
+NOT_BEGUN = "The call was not run: the turn was cancelled."
+
 Entry = Callable[[Transaction], None]
 
 
@@ -48,6 +50,7 @@ class Journal:
         self._committing = asyncio.Lock()
         self._failed_by: Exception | None = None
         self._files = self._files_characters = 0
+        self._beginning: list[str] = []  # calls whose beginning waits to be written
         self.is_to_end = turn.cancelled_at is not None
 
     def load(self) -> None:
@@ -105,6 +108,7 @@ class Journal:
         """Calls of the last step begin."""
         step, time = self.steps[-1], now()
         self._entries.append(lambda rows: rows.begin_runs(step, call_ids))
+        self._beginning += call_ids
         for call_id in call_ids:
             known = self.runs.get(call_id) or ToolRun(step.id, call_id, None, None, None, None)
             self.runs[call_id] = replace(known, began_at=time)
@@ -163,12 +167,15 @@ class Journal:
                 raise self._failed_by
             entries, self._entries = self._entries, []
             then, self._then = self._then, []
+            beginning, self._beginning = self._beginning, []
             cancelled = bool(entries) and await self._written(entries)
             for tell in then:
                 tell()
             if cancelled:
                 raise asyncio.CancelledError
-            if self.is_to_end and entries and self.turn.state == TurnState.running:
+            if self.is_to_end and self.turn.state == TurnState.running:
+                for call_id in beginning:
+                    self.end_run(call_id, {"content": NOT_BEGUN, "attachments": []})
                 raise ToEnd
 
     async def _written(self, entries: Sequence[Entry]) -> bool:

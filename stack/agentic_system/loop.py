@@ -42,8 +42,6 @@ from stack.store.turns import Step
 MAX_ATTEMPTS = 5
 # The code of the Unavailable that does not end a turn: what has asked for a step has died, which is begun again.
 LOST = "lost"
-# What a call has of a turn whose time is over.
-LEAST_SECONDS = 1.0
 
 
 class Hands(Protocol):
@@ -176,7 +174,7 @@ class Loop:
             self.journal.begin_runs(begun)
         await self.journal.commit()
         left = self.plan.bounds.max_seconds - seconds_of(self.journal.steps)
-        bench = replace(self.bench, timeout_s=min(self.bench.timeout_s, max(left, LEAST_SECONDS)))
+        bench = replace(self.bench, ends_at=asyncio.get_running_loop().time() + left)
         responses = await tool_calls.run_calls(bench, todo, known, progress)
         handled = [call for call in todo.calls if call["call_id"] in responses]
         told = [

@@ -6,6 +6,7 @@ message has, and nothing else.
 
 import asyncio
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from stack.store.turns import DENIED
 logger = logging.getLogger("ray.serve")
 
 AT_ONCE = 16
+# What a call has of a turn whose time is over.
+LEAST_SECONDS = 1.0
 # How long a call that was cut off has to end what it does.
 GRACE_S = 5.0
 DENIED_BY_USER = "The call was denied by the user, and was not run."
@@ -39,7 +42,10 @@ Response = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """What a turn's calls are run with: the tools that are run here, and all that the model was told of, by name."""
+    """What a turn's calls are run with: the tools that are run here, and all that the model was told of, by name.
+
+    A call has `timeout_s`, and no more than there is until `ends_at`, by the event loop's clock: calls wait for others.
+    """
 
     context: Context
     journal: Journal
@@ -48,6 +54,13 @@ class Bench:
     shields: Mapping[str, tuple[Sequence[ShieldDefinition], Sequence[ShieldDefinition]]]
     keys: Mapping[str, str]
     timeout_s: float
+    ends_at: float = math.inf
+
+    @property
+    def seconds(self) -> float:
+        """What a call has that begins now."""
+        left = self.ends_at - asyncio.get_running_loop().time()
+        return min(self.timeout_s, max(left, LEAST_SECONDS))
 
 
 def decided(bench: Bench, todo: RunCalls) -> dict[str, Response]:
@@ -122,7 +135,7 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
     """What a call has given; None for one that is the client's to run."""
     before, after = _shields(bench, call)
     message = CompletionMessage(content="", tool_calls=[ToolCall.model_validate(call)])
-    if refused := await refusal(bench.context, before, message, "the arguments of the call"):
+    if refused := await refusal(bench.context, before, message, "the arguments of the call", bench.seconds):
         progress.tool_text(call["call_id"], refused)
         return _said(refused)
     tool = bench.tools.get(call["tool_name"])
@@ -135,7 +148,7 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
     output = await _output(bench, tool, call, told)
     content = cut(plain(output.content), MAX_CHARACTERS)
     said = ToolResponseMessage(call_id=call["call_id"], tool_name=call["tool_name"], content=content)
-    if refused := await refusal(bench.context, after, said, "the output of the call"):
+    if refused := await refusal(bench.context, after, said, "the output of the call", bench.seconds):
         progress.tool_text(call["call_id"], refused)
         return _said(refused)
     told.finish(content)
@@ -148,9 +161,10 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
 async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
     """What a tool gives, or what is said in its place where it fails, within the time that a call has."""
     arguments = fitting_arguments(bench.told, call["tool_name"], call["arguments"])
+    seconds = bench.seconds
     task = asyncio.ensure_future(tool.run(tools.Call(call["call_id"], arguments, bench.keys, told)))
     try:
-        done, _ = await asyncio.wait([task], timeout=bench.timeout_s)
+        done, _ = await asyncio.wait([task], timeout=seconds)
     except asyncio.CancelledError:
         await _end(task, call)
         raise
@@ -158,7 +172,7 @@ async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output
         told.end()
     if not done:
         await _end(task, call)
-        return Output(f"The call failed: it had not ended after {bench.timeout_s:g} s, and was cut off.")
+        return Output(f"The call failed: it had not ended after {seconds:.3g} s, and was cut off.")
     try:
         return task.result()
     except ToolFailed as error:

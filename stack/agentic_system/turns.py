@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from sqlalchemy.exc import SQLAlchemyError
 
 from stack.agentic_system import files
-from stack.agentic_system.conversation import Conversation, can_have_files
+from stack.agentic_system.conversation import Conversation
 from stack.agentic_system.described import definitions
 from stack.agentic_system.events import Stream
 from stack.agentic_system.journal import Journal, JournalLost, ToEnd
@@ -147,7 +147,7 @@ class TurnRun:
 
     async def _to_its_end(self, made: "_Made") -> None:
         turn, config = self._journal.turn, made.config
-        had = await files.files_of(made.attachments) if made.attachments and can_have_files(config) else []
+        had = await files.files_of(made.attachments) if made.attachments and files.are_read(config.tools) else []
         shields = {name: (tool.input_shields, tool.output_shields) for tool in config.tools for name in names_of(tool)}
         past = await self._past.before(self._context, turn, config.model)
         names = [file.name for file in had]

@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 
-from stack.agentic_system import accepting
+from stack.agentic_system import accepting, tool_calls
 from stack.agentic_system import agents as agents_api
 from stack.agentic_system import journal as journal_module
 from stack.agentic_system import session as session_module
+from stack.agentic_system.journal import NOT_BEGUN
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.prompt import BROKEN_OFF, UNKNOWN
 from stack.agentic_system.tools.tool import Call, Output
@@ -201,6 +202,39 @@ async def test_a_cancel_that_reaches_only_the_row_ends_the_turn_at_the_next_step
     assert said(await agents.turn(session, "And now?")) == "Paris"
 
 
+async def test_a_call_that_a_cancel_comes_before_is_not_run(agents_of: MakeAgents, model: Model) -> None:
+    is_there, is_free = threading.Event(), threading.Event()
+
+    def say(body: Body) -> str:
+        if body["messages"][-1]["content"] != "Pay!":
+            return "It was not."
+        is_there.set()
+        is_free.wait(10)
+        return call("pay")
+
+    model.say = say
+    tool = Tool("pay")
+    agents = agents_of(tool)
+    session = await agents.session()
+    turns = agents.context.store.turns
+
+    def cancel_meanwhile() -> None:
+        is_there.wait(10)
+        (due,) = turns.due()
+        turns.cancel("default", due.turn_id)
+        is_free.set()
+
+    cancelling = asyncio.ensure_future(asyncio.to_thread(cancel_meanwhile))
+    turn = await agents.begin(session, "Pay!")
+    with pytest.raises(Conflict, match="cancelled"):
+        await agents.events(turn)
+    await cancelling
+    assert not tool.called
+    await agents.turn(session, "Was it paid?")
+    assert NOT_BEGUN in str(model.bodies[-1]["messages"])
+    assert UNKNOWN not in str(model.bodies[-1]["messages"])
+
+
 # What a broken turn has done
 
 
@@ -301,6 +335,34 @@ async def test_a_turn_that_ends_whatever_takes_it_is_given_up(agents_of: MakeAge
         await agents.events(turn)
     assert not model.asked
     assert said(await agents.turn(session, "And there?")) == "Paris"
+
+
+async def test_calls_that_wait_for_others_have_no_more_than_the_turn(
+    agents_of: MakeAgents, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool_calls, "AT_ONCE", 1)
+    monkeypatch.setattr(tool_calls, "LEAST_SECONDS", 0.125)
+
+    async def hang(_: Call) -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    model.say = lambda body: "\n".join([call("hang")] * 3) if "tools" in body else "That is all."
+    agents = agents_of(Tool("hang", hang), agents={"tool_timeout_s": 0.9, "max_seconds": 1})
+    turn = await agents.turn(await agents.session(), "Go!")
+    assert "not ended after 0.9 s" in contents(turn)[0]
+    assert "not ended after 0.125 s" in contents(turn)[2]
+    assert said(turn) == "That is all."
+
+
+async def test_a_file_that_nothing_here_reads_is_refused(agents_of: MakeAgents, model: Model) -> None:
+    agents = agents_of()
+    session = await agents.session([{"type": "code_interpreter", "enable_inline_code_execution": False}])
+    file = {"content": "data:application/zip;base64,AAAA", "mime_type": "application/zip"}
+    turn = await agents.begin(session, "Unpack!", attachments=[file])
+    with pytest.raises(BadInput, match="run here"):
+        await agents.events(turn)
+    assert not model.asked
 
 
 # What an attacker writes
