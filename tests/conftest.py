@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -18,6 +19,10 @@ from tests.running_stack import stack as stack  # for all folders: one stack a s
 from tests.s3 import s3 as s3
 from tests.s3 import s3_server as s3_server
 from tests.scripted_engine import ScriptedEngine
+
+# An example that takes long on a busy machine is no fault of what is tested.
+hypothesis.settings.register_profile("stack", deadline=None)
+hypothesis.settings.load_profile("stack")
 
 CONFIG: dict[str, Any] = {
     "max_body_bytes": 64 * 1024,
