@@ -2,9 +2,9 @@
 
 usage: python -m scripts.prepare_for_tests NAME ...
 
-    tool-model   a model that calls tools: tests/ray/test_agents_real.py, scripts/bfcl.py   (500 MB to download)
+    tool-model   a model that calls tools: tests/own_stack/test_tool_model.py, scripts/bfcl.py   (500 MB to download)
     bfcl         cases of the Berkeley Function-Calling Leaderboard: scripts/bfcl.py
-    toolchain    the oldest client of the agentic system: tests/api/test_agent_clients.py
+    toolchain    the oldest client of the agentic system: tests/api/test_toolchain_client.py
 """
 
 import shutil
