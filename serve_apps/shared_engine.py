@@ -18,16 +18,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from serve_apps.actor_calls import NAMESPACE, Call, Calls, answer_of
 from stack.agentic_system.look_ups import LookUp
-from stack.agentic_system.loop import LOST
 from stack.channel import Receiver, Target
 from stack.config import Config, EmbeddingModel, SequenceClassifier
 from stack.context import Context
-from stack.errors import Unavailable
+from stack.errors import Away
 from stack.models import Classifiable, Embeddable, Embeddings, Ended, Endpoint, Model, Scores
 from stack.serve_engine import ServeEngine, while_it_lasts
 
-# How often something is asked where the actor that asks dies meanwhile.
-TRIES = 3
+# For how long what is away is asked again, and how long after each time.
+AWAY_S = 300.0
+AGAIN_S = 1.0
 CALLS = 10_000  # at once
 
 
@@ -100,7 +100,9 @@ class ActorEngine:
         if not body.get("stream"):
             yield await self._ask("answer", model, endpoint, body)
             return
-        for tries_left in reversed(range(TRIES)):
+        patience = _Patience()
+        has_ended = False
+        while not has_ended:
             has_begun = False
             shared = await self._find()
             stream = await self._receiver.open()
@@ -110,11 +112,11 @@ class ActorEngine:
                     async for item in items:
                         has_begun = True
                         yield item
-                return
-            except ConnectionError as error:
-                raise Unavailable(f"the answer of the model {model.id!r} broke off: {error}") from error
-            except RayActorError as error:
-                self._forget(shared, error, tries_left if not has_begun else 0)
+                has_ended = True
+            except (Away, ConnectionError, RayActorError) as error:
+                if has_begun:
+                    raise Away(f"the answer of the model {model.id!r} broke off") from error
+                await self._wait(patience, shared, error)
             finally:
                 self._receiver.close(stream)
 
@@ -131,13 +133,13 @@ class ActorEngine:
         return details
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
-        for tries_left in reversed(range(TRIES)):
+        patience = _Patience()
+        while True:
             shared = await self._find()
             try:
                 return await answer_of(getattr(shared, method).remote(*arguments))
-            except RayActorError as error:
-                self._forget(shared, error, tries_left)
-        raise AssertionError("the last try raises")
+            except (Away, RayActorError) as error:
+                await self._wait(patience, shared, error)
 
     async def _find(self) -> Any:
         async with self._finding:
@@ -145,12 +147,23 @@ class ActorEngine:
                 self._shared = await asyncio.to_thread(_found_or_started, self._config)
             return self._shared
 
-    def _forget(self, shared: Any, error: RayActorError, tries_left: int) -> None:
-        """Another one is asked the next time. Raises Unavailable where there is none."""
-        if self._shared is shared:
+    async def _wait(self, patience: "_Patience", shared: Any, error: Exception) -> None:
+        """Until it is asked again. Another SharedEngine is asked where this one has died. Raises Away at last."""
+        if isinstance(error, RayActorError) and self._shared is shared:
             self._shared = None
-        if not tries_left:
-            raise Unavailable("what asks the models has died; ask again", code=LOST) from error
+        await patience.wait(error)
+
+
+class _Patience:
+    """With what is away: a stack that has just started deploys its models for minutes, and its turns go on at once."""
+
+    def __init__(self) -> None:
+        self._deadline = asyncio.get_running_loop().time() + AWAY_S
+
+    async def wait(self, error: Exception) -> None:
+        if asyncio.get_running_loop().time() > self._deadline:
+            raise error if isinstance(error, Away) else Away("what asks the models does not answer") from error
+        await asyncio.sleep(AGAIN_S)
 
 
 def fingerprint(config: Config) -> str:

@@ -13,6 +13,7 @@ StackError
 ├── EngineFailed   500  a model that failed while it answered
 ├── Diverged       500  a training whose loss is no number any more
 ├── Unavailable    503  something that will work again; says after how many seconds to retry
+│   └── Away            what would answer is not there now, and another is on its way: to wait is worth while
 └── StorageFull    507  no room left on the disk
 """
 
@@ -107,6 +108,10 @@ class Unavailable(StackError):
     type = "server_error"
     code = "unavailable"
     retry_after = 5
+
+
+class Away(Unavailable):
+    """Nothing of what was asked has failed for a reason of its own."""
 
 
 class StorageFull(StackError):

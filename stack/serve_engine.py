@@ -7,7 +7,7 @@ from typing import Any
 
 from stack.channel import Receiver, Stream, Target
 from stack.config import EmbeddingModel, SequenceClassifier, ServedModel
-from stack.errors import EngineFailed, StackError, TooManyRequests, Unavailable
+from stack.errors import Away, EngineFailed, StackError, TooManyRequests, Unavailable
 from stack.models import Classifiable, Embeddable, Embeddings, Ended, Endpoint, Failure, Model, Scores
 
 # vLLM's error of a request to an engine whose process is gone; the gateway does not import vLLM.
@@ -92,12 +92,12 @@ class ServeEngine:
             RayTaskError
         ) as error:  # before TimeoutError and others, which it may be too, where the replica raised it
             if type(error.cause).__name__ == _DEAD:
-                raise Unavailable(f"the engine of the model {id!r} has died and is replaced", retry_after=30) from error
+                raise Away(f"the engine of the model {id!r} has died and is replaced", retry_after=30) from error
             raise EngineFailed(f"the model {id!r} failed: {_first_line(error.cause)}") from error
         except TimeoutError as error:
             raise await self._too_late(id, served) from error
         except (RayError, RayServeException, ConnectionError) as error:
-            raise Unavailable(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
+            raise Away(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
 
     async def _too_late(self, id: str, served: ServedModel) -> Unavailable:
         """Why a model has not answered in time: it has no replica, or it takes too long."""
@@ -105,13 +105,13 @@ class ServeEngine:
 
         application = (await asyncio.to_thread(serve.status)).applications.get(served.id)
         if application is None:
-            return Unavailable(f"the model {id!r} is not deployed", retry_after=30)
+            return Away(f"the model {id!r} is not deployed", retry_after=30)
         deployments = application.deployments.values()
         if any(state == "RUNNING" for one in deployments for state in one.replica_states):
             return Unavailable(f"the model {id!r} has not answered within {served.request_timeout_s:g} s")
         if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
             return Unavailable(f"the model {id!r} cannot start: {_last_line(application.message)}", retry_after=30)
-        return Unavailable(f"the model {id!r} has no running replica yet; it is being started", retry_after=30)
+        return Away(f"the model {id!r} has no running replica yet; it is being started", retry_after=30)
 
     async def _of(self, model: Model) -> Any:
         handle = await self._handle(model.base.id)

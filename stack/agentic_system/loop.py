@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -35,13 +35,11 @@ from stack.api.agent_tools import AgentTool, MemoryToolDefinition
 from stack.api.agentic_system import AgentConfig, InputMessage, StepType
 from stack.api.messages import Attachment, CompletionMessage, Message
 from stack.context import Context
-from stack.errors import Unavailable
+from stack.errors import Away, Unavailable
 from stack.store.turns import Step
 
 # How often a step is begun: one that ends whatever runs it would be begun for ever.
 MAX_ATTEMPTS = 5
-# The code of the Unavailable that does not end a turn: what has asked for a step has died, which is begun again.
-LOST = "lost"
 
 
 class Hands(Protocol):
@@ -91,11 +89,8 @@ class Loop:
                 case AskApproval():
                     return await self._ask_approval(todo)
             self._require_attempts()
-            try:
+            with suppress(Away):  # the step is begun again
                 await self._do(todo)
-            except Unavailable as error:
-                if error.code != LOST:
-                    raise
 
     async def _do(self, todo: Todo) -> None:
         match todo:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stack.config import GATEWAY
-from stack.errors import StackError, Unavailable
+from stack.errors import Away, StackError, Unavailable
 from stack.memory_banks.rows import Document
 from stack.store import MemoryBank
 
@@ -42,7 +42,7 @@ async def find() -> ServeWriter:
     try:
         return ServeWriter(await asyncio.to_thread(serve.get_deployment_handle, NAME, GATEWAY))
     except (RayError, RayServeException) as error:
-        raise Unavailable("the writer of the memory banks is not deployed", retry_after=30) from error
+        raise Away("the writer of the memory banks is not deployed", retry_after=30) from error
 
 
 async def _answer(call: Any) -> Any:
@@ -64,4 +64,4 @@ async def _answer(call: Any) -> Any:
         call.cancel()
         raise Unavailable(f"the writer of the memory banks has not answered within {SECONDS} s; repeat it") from error
     except (RayError, RayServeException, ConnectionError) as error:
-        raise Unavailable("the writer of the memory banks does not answer now; repeat it") from error
+        raise Away("the writer of the memory banks does not answer now; repeat it") from error

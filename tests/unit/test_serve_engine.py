@@ -168,7 +168,9 @@ async def test_a_fault_of_the_call_ends_the_stream(
 
 
 async def test_a_dead_engine_is_away_until_another_one_has_followed(engine: ServeEngine) -> None:
-    from vllm.v1.engine.exceptions import EngineDeadError
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what vLLM warns of as it is imported
+        from vllm.v1.engine.exceptions import EngineDeadError
 
     async def die(*_: object) -> None:
         raise RayTaskError("answer", "Traceback", EngineDeadError())

@@ -13,7 +13,7 @@ from stack.agentic_system.tool_calls import ONE_TOO_MANY
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, Call, Output, ToolFailed
 from stack.api.agentic_system import TurnState
 from stack.api.messages import Attachment
-from stack.errors import BadInput, Unavailable
+from stack.errors import Away, BadInput, Unavailable
 from tests.scripted_agents import Body, Model, Tool, call, contents, payload_of, said, seen
 from tests.unit.agentic_system.conftest import MakeAgents
 
@@ -93,6 +93,15 @@ async def test_a_prompt_that_the_model_takes_for_too_long_is_made_shorter(agents
     refused = await agents.begin(session, "And then?")
     with pytest.raises(BadInput, match="never"):
         await agents.events(refused)
+
+
+async def test_a_step_whose_model_is_away_is_begun_again(agents_of: MakeAgents, model: Model) -> None:
+    model.fail_for = lambda _: Away("another one is started") if len(model.bodies) < 3 else None
+    agents = agents_of()
+    turn = await agents.begin(await agents.session(), "Where?")
+    events = await agents.events(turn)
+    assert [one.id for one in events if one.id.endswith(".0")] == ["1.1.0", "1.2.0", "1.3.0"]
+    assert payload_of(events[-1])["turn"]["output_message"]["content"] == "Paris"
 
 
 async def test_what_a_turn_waits_for_may_be_given_up_elsewhere(agents_of: MakeAgents, model: Model) -> None:
