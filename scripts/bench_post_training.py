@@ -331,7 +331,9 @@ def _peak_mb(process: psutil.Process) -> float:
     """The most memory that a process has had, as the kernel keeps it, but its share of what it shares with others."""
     now = process.memory_full_info()
     status = Path(f"/proc/{process.pid}/status").read_text()
-    peak_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    peak_kb = next((int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    if peak_kb is None:  # it has ended, and only waits to be asked how
+        raise psutil.NoSuchProcess(process.pid)
     return (peak_kb * 1_024 - (now.rss - now.pss)) / 2**20
 
 

@@ -45,8 +45,11 @@ def is_image(attachment: Attachment) -> bool:
 
 
 def are_read(tools: Sequence[AgentTool]) -> bool:
-    """Whether a tool that is run here reads files. What the client runs has those that the client has."""
-    return any(isinstance(tool, CodeInterpreterToolDefinition) and not is_clients(tool) for tool in tools)
+    """Whether a tool that is run here reads files. What the client or an address runs has those that are there."""
+    return any(
+        isinstance(tool, CodeInterpreterToolDefinition) and tool.remote_execution is None and not is_clients(tool)
+        for tool in tools
+    )
 
 
 async def files_of(attachments: Sequence[Attachment]) -> list[File]:

@@ -466,7 +466,7 @@ async def test_a_flood_of_small_pieces_leaves_the_event_loop_its_time(running: S
 
 # Finds the socket by which cells come: the last of the files that are open.
 FIND = (
-    "import os, socket\nopen_files = []\nfor n in range(256):\n    try: os.fstat(n)\n    except OSError: continue\n"
+    "import os, socket\nopen_files = []\nfor n in range(65_536):\n    try: os.fstat(n)\n    except OSError: continue\n"
     "    open_files.append(n)\ncontrol = socket.socket(fileno=open_files[3])\n"
 )
 
@@ -507,8 +507,8 @@ async def test_a_code_that_reads_the_next_cell_gets_that_alone(running: Sandbox)
     [
         "control.shutdown(socket.SHUT_RDWR)",
         "control.close(); import time; time.sleep(100)",
-        "os.closerange(0, 256)",
-        "os.closerange(3, 256)",
+        "os.closerange(0, 65_536)",
+        "os.closerange(3, 65_536)",
         "os.dup2(0, open_files[3])",
     ],
 )

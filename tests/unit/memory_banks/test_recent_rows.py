@@ -13,6 +13,7 @@ BANK = MemoryBank(
 
 def test_a_row_counts_for_a_moment_after_it_was_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     store.memory_banks.add(BANK)
+    monkeypatch.setattr(memory_banks, "RECENT_S", 3_600)
     assert store.memory_banks.recent("acme", BANK.id) is None
     assert store.memory_banks.get("acme", BANK.id) == store.memory_banks.recent("acme", BANK.id) == BANK
     assert store.memory_banks.recent("other", BANK.id) is None
@@ -30,6 +31,7 @@ def test_a_drop_is_seen_at_once_by_who_does_it(store: Store) -> None:
 
 def test_few_rows_are_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_banks, "MAX_RECENT", 1)
+    monkeypatch.setattr(memory_banks, "RECENT_S", 3_600)
     store.memory_banks.add(BANK)
     other = replace(BANK, id="bank-2")
     store.memory_banks.add(other)
