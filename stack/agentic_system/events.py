@@ -126,17 +126,20 @@ class Stream:
         at = 0 if after is None else self._behind(after)
         while True:
             changed = self._changed
-            end = len(self._events) if self._held_from is None else self._held_from
-            while at < end:
+            while at < self._readable:  # which may grow while the reader is at an event
                 at += 1
                 if (one := self._events[at - 1]) is not None:
                     yield one
-            if self._is_over and at >= end:
+            if self._is_over:
                 if self._error is not None:
                     raise copy(self._error)  # of each reader its own, as it keeps the reader's frames
                 return
             if changed is self._changed:
                 await changed.wait()
+
+    @property
+    def _readable(self) -> int:
+        return len(self._events) if self._held_from is None else self._held_from
 
     def _behind(self, after: str) -> int:
         if after in self._places:

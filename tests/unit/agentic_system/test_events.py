@@ -225,3 +225,16 @@ async def test_each_reader_gets_an_error_of_its_own() -> None:
         caught.append(error.value)
     assert caught[0] is not caught[1]
     assert [(error.message, error.code) for error in caught] == [("it was cancelled", "cancelled")] * 2
+
+
+async def test_who_is_at_an_event_while_the_turn_ends_misses_nothing() -> None:
+    stream = begun("t")
+    progress = step(stream, 1)
+    progress.begin()
+    reader = stream.read()
+    assert (await anext(reader)).id == "start"
+    progress.model_text("a")
+    end(progress)
+    stream.finish()
+    seen = [event.id async for event in reader]
+    assert (seen[0], seen[-1]) == ("1.1.0", "1.end")
