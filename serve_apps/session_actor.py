@@ -27,7 +27,7 @@ from stack.models import Ended, Failure
 # An event that is larger goes as its id alone: all of it is in the rows of the turn, where whoever reads has it from.
 MAX_EVENT_BYTES = 2**20
 NOT_HERE = "not_here"
-MAX_RECENT = 8
+MAX_RECENT = 2
 
 
 @dataclass(frozen=True)

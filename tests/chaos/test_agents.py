@@ -15,6 +15,7 @@ ENGINE = "ray::SharedEngine"
 ACTOR = "ray::SessionActor"
 # The tool is run once, whatever happens behind it; the model's answer to what it says is one token a second.
 SLOWLY = calls("code_interpreter", code="print('fault:slow')")
+TOKENS = 6
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def answers(stack: Stack) -> bool:
 
 def until_the_last_step(agent: Agent) -> str:
     """Begins a turn, and leaves it while its last step is under way. Returns its id."""
-    events = agent.events(SLOWLY)
+    events = agent.events(SLOWLY, sampling_params={"strategy": "greedy", "max_tokens": TOKENS})
     _, start = next(events)
     assert any(event_id == "3.1.1" for event_id, _ in events)
     events.close()
@@ -60,7 +61,7 @@ def ended(stack: Stack, agent: Agent, turn_id: str) -> dict[str, Any]:
 
 def assert_whole(turn: dict[str, Any]) -> None:
     assert [step["step_type"] for step in turn["steps"]] == ["inference", "tool_execution", "inference"]
-    assert turn["output_message"]["content"] == "Paris is big."
+    assert turn["output_message"]["content"] == "Paris is big." * 2
 
 
 @pytest.mark.parametrize("part", [ACTOR, POOL, ENGINE, GATEWAY])
