@@ -30,11 +30,12 @@ FOLDER, TEMPORARY, LIBRARIES = "/mnt/data", "/mnt/tmp", "/libraries"
 # Of a value that is shown, and of a traceback the last frames beside those of cells.
 MAX_SHOWN = 100_000
 MAX_FILES = 1_000_000  # the highest number of one that bubblewrap may have left open
+CONTROL = 3  # the socket's number from then on, however many files who starts a sandbox has open
 LAST_FRAMES = 2
 
 
 class Settings(TypedDict):
-    """`control` is the socket's number. `user` is whom to become, where the program begins as another.
+    """`control` is the socket's number at the start. `user` is whom to become, where the program begins as another.
 
     Bounds: `memory` of all its addresses and `file` of each file in bytes; `cpu` in seconds, of all cells together;
     how many `tasks`, which are threads; how many open `files`.
@@ -52,9 +53,8 @@ class Settings(TypedDict):
 def main() -> None:
     """Runs the cells that come."""
     settings: Settings = json.loads(sys.argv[1])
-    control = socket.socket(fileno=settings["control"])
-    os.closerange(3, control.fileno())
-    os.closerange(control.fileno() + 1, MAX_FILES)
+    control = socket.socket(fileno=os.dup2(settings["control"], CONTROL))
+    os.closerange(CONTROL + 1, MAX_FILES)
     _become(settings["user"])
     _bound(settings)
     os.mkdir(FOLDER)

@@ -155,7 +155,7 @@ def test_a_task_of_lm_eval_has_the_same_score_as_with_its_own_backend(stack: Sta
     from lm_eval.tasks import TaskManager
 
     folder = stack.home / "tasks"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)  # those of others may be there
     rows = [
         {"question": f"What is {a} plus {b}?", "choices": [str(a + b), str(a + b + 1)], "label": 0}
         for a in range(10)
