@@ -476,7 +476,7 @@ async def test_it_has_no_files_of_others_open() -> None:
     kinds = "import stat\n[(n, stat.filemode(os.fstat(n).st_mode)[0]) for n in open_files]"
     with contextlib.ExitStack() as held:
         for _ in range(2 * Limits().open_files):  # its own have no higher numbers for these
-            held.enter_context(open(os.devnull))
+            held.enter_context(os.fdopen(os.open(os.devnull, os.O_RDONLY)))
         async with sandbox() as running:
             assert (await run(running, FIND + kinds)).text == "[(0, 'c'), (1, 's'), (2, 's'), (3, 's')]\n"
             assert (await run(running, "os.path.samestat(os.fstat(0), os.stat('/dev/null'))")).text == "True\n"
