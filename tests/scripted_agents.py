@@ -90,6 +90,7 @@ class Tool:
         self.parameters = parameters or {}
         self.called: list[Call] = []
         self.closed = 0
+        self.turn: asyncio.Lock | None = None
 
     def definition(self) -> Definition:
         config = FunctionCallToolDefinition.model_validate(self.config)

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +160,15 @@ async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) 
 
 
 async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
-    """What a tool gives, or what is said in its place where it fails, within the time that a call has."""
+    """What a tool gives, or what is said in its place where it fails, within the time that a call has.
+
+    That time begins with the call's turn, where a tool runs one at a time.
+    """
+    async with tool.turn or nullcontext():
+        return await _timed_output(bench, tool, call, told)
+
+
+async def _timed_output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
     arguments = fitting_arguments(bench.told, call["tool_name"], call["arguments"])
     seconds = bench.seconds
     task = asyncio.ensure_future(tool.run(tools.Call(call["call_id"], arguments, bench.keys, told)))

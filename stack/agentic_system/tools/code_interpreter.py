@@ -83,35 +83,34 @@ class CodeInterpreter:
         self._sandbox: Sandbox | None = None
         self._slot = ExitStack()  # held as long as the sandbox is there
         # One cell at a time: they share their state.
-        self._turn = asyncio.Lock()
+        self.turn = asyncio.Lock()
 
     def definition(self) -> Definition:
         return builtin_tool(self.name)
 
     async def run(self, call: Call) -> Output:
         """Runs a cell. What went wrong in it is told to the model like what it prints."""
-        async with self._turn:
-            notes = [LOST] if self._is_lost and self._sandbox is None else []
-            running = self._sandbox or await self._start()
-            before = await _in_thread(sandbox_files.marks, running.folder)
-            try:
-                text = (await running.run(call.arguments["code"], self._seconds, call.tell)).text
-            except Ended as error:
-                text = error.text
-                notes.append(f"The interpreter was ended, as {error}. {GONE}")
-            except BaseException:
-                await self._end()
-                raise
-            told, attachments = await _in_thread(_produced, running.folder, before)
-            if not running.is_running:
-                await self._end()
+        notes = [LOST] if self._is_lost and self._sandbox is None else []
+        running = self._sandbox or await self._start()
+        before = await _in_thread(sandbox_files.marks, running.folder)
+        try:
+            text = (await running.run(call.arguments["code"], self._seconds, call.tell)).text
+        except Ended as error:
+            text = error.text
+            notes.append(f"The interpreter was ended, as {error}. {GONE}")
+        except BaseException:
+            await self._end()
+            raise
+        told, attachments = await _in_thread(_produced, running.folder, before)
+        if not running.is_running:
+            await self._end()
         return Output("\n".join((text.rstrip("\n") or "It printed nothing.", *notes, *told)), attachments)
 
     async def close(self) -> None:
         """Ends the sandbox. A cell that runs is ended, too."""
         if self._sandbox is not None:
             await self._sandbox.end()
-        async with self._turn:
+        async with self.turn:
             await self._end()
 
     async def _start(self) -> Sandbox:

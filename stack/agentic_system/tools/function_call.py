@@ -11,7 +11,7 @@ from types import MappingProxyType
 from stack.agentic_system.tools import asking, keys
 from stack.agentic_system.tools.answers import text_of
 from stack.agentic_system.tools.templates import fill, require_fillable
-from stack.agentic_system.tools.tool import Call, Output, ToolFailed, cut
+from stack.agentic_system.tools.tool import Call, Output, Stateless, ToolFailed, cut
 from stack.agents_config import RemoteKey
 from stack.api.agent_tools import FunctionCallToolDefinition
 from stack.api.safety import RestAPIExecutionConfig, RestAPIMethod
@@ -24,7 +24,7 @@ NO_KEYS: Mapping[str, RemoteKey] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class RemoteFunction:
+class RemoteFunction(Stateless):
     """Implements stack.agentic_system.tools.tool.Tool, for functions and for built-in tools that are run elsewhere."""
 
     described: Definition
@@ -45,9 +45,6 @@ class RemoteFunction:
         text = text_of(answer)
         require_ok(answer, text)
         return Output(cut(text) or f"It is done: status {answer.status}, without an answer.")
-
-    async def close(self) -> None:
-        """It keeps nothing."""
 
 
 def remote_function(

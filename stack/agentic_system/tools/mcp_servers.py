@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from stack.agentic_system.tools.answers import plain
 from stack.agentic_system.tools.photogen import image_attachment
-from stack.agentic_system.tools.tool import Call, Output, ToolFailed, cut
+from stack.agentic_system.tools.tool import Call, Output, Stateless, ToolFailed, cut
 from stack.agents_config import McpServer
 from stack.api.agent_tools import McpToolDefinition
 from stack.api.messages import Attachment
@@ -87,7 +87,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class McpTool:
+class McpTool(Stateless):
     """Implements stack.agentic_system.tools.tool.Tool. Its server is closed by whoever has opened it."""
 
     server: Server
@@ -104,9 +104,6 @@ class McpTool:
     async def run(self, call: Call) -> Output:
         result = await self.server.call(self.name, call.arguments)
         return await asyncio.to_thread(output_of, result)  # which may be many megabytes of images
-
-    async def close(self) -> None:
-        """It keeps nothing of its own."""
 
 
 async def tools_of(server: Server, definition: McpToolDefinition) -> list[McpTool]:

@@ -20,7 +20,7 @@ from typing import Any
 from stack.agentic_system.tools import asking, keys
 from stack.agentic_system.tools.answers import read_json
 from stack.agentic_system.tools.templates import Filled, fill
-from stack.agentic_system.tools.tool import Call, Output, ToolFailed
+from stack.agentic_system.tools.tool import Call, Output, Stateless, ToolFailed
 from stack.agents_config import RemoteKey
 from stack.api.messages import Attachment
 from stack.api.safety import RestAPIExecutionConfig, RestAPIMethod
@@ -37,7 +37,7 @@ MAX_ANSWER_BYTES = MAX_IMAGE_BYTES * 4 // 3 + 64 * 1024
 
 
 @dataclass(frozen=True)
-class Photogen:
+class Photogen(Stateless):
     """Implements stack.agentic_system.tools.tool.Tool. `model` is an address or an application's id."""
 
     model: str
@@ -53,12 +53,9 @@ class Photogen:
             return await _output(await _asked(f"{self.model.rstrip('/')}/images/generations", body, call))
         return await _output(await _served(self.model, body))
 
-    async def close(self) -> None:
-        """It keeps nothing."""
-
 
 @dataclass(frozen=True)
-class RemotePhotogen:
+class RemotePhotogen(Stateless):
     """The same, asked at the address of a `remote_execution`, which answers as OpenAI's API does."""
 
     execution: RestAPIExecutionConfig
@@ -75,9 +72,6 @@ class RemotePhotogen:
     async def run(self, call: Call) -> Output:
         asked = fill(self.execution, {"query": _prompt(call)}, keys.remote(call, self.execution, self.operators))
         return await _output(read_json(await asking.ask(asking.FETCHER, asked, MAX_ANSWER_BYTES), OF))
-
-    async def close(self) -> None:
-        """It keeps nothing."""
 
 
 def _prompt(call: Call) -> str:

@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 from stack.agentic_system.tools import asking, keys
 from stack.agentic_system.tools.answers import fitting, plain, read_json
 from stack.agentic_system.tools.templates import Filled
-from stack.agentic_system.tools.tool import Call, Output, ToolFailed
+from stack.agentic_system.tools.tool import Call, Output, Stateless, ToolFailed
 from stack.prompt_formats import Tool as Definition
 from stack.prompt_formats import builtin_tool
 
@@ -39,7 +39,7 @@ MAX_DESCRIPTION_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True)
-class Search:
+class Search(Stateless):
     """Implements stack.agentic_system.tools.tool.Tool."""
 
     engine: Engine
@@ -55,9 +55,6 @@ class Search:
             raise ToolFailed("the query is empty")
         answer = await asking.ask(asking.FETCHER, _request(self.engine, query, call))
         return Output(fitting({"query": query}, "top_k", _results(self.engine, read_json(answer, self.engine))))
-
-    async def close(self) -> None:
-        """It keeps nothing."""
 
 
 def _request(engine: Engine, query: str, call: Call) -> Filled:

@@ -5,6 +5,7 @@ arguments that fit its definition's schema, may be called several times side by 
 by the time limit of calls, by the turn's end, or because the turn is cancelled.
 """
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -70,6 +71,11 @@ class Tool(Protocol):
         """Whether a call that may have happened already can be run again."""
         ...
 
+    @property
+    def turn(self) -> asyncio.Lock | None:
+        """Held by each of its calls, where only one can be run at a time: waiting for it is none of a call's time."""
+        ...
+
     def definition(self) -> Definition:
         """What the model is told of it: for built-in ones stack.prompt_formats.builtin_tool(name)."""
         ...
@@ -81,6 +87,15 @@ class Tool(Protocol):
     async def close(self) -> None:
         """Ends what it keeps between calls, at the end of the turn. It is not called again."""
         ...
+
+
+class Stateless:
+    """What a tool is that keeps nothing between calls: they run side by side, and nothing is left at the end."""
+
+    turn = None
+
+    async def close(self) -> None:
+        """There is nothing to end."""
 
 
 def cut(text: str, limit: int = MAX_CHARACTERS) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from stack.agentic_system.tools import asking, keys
 from stack.agentic_system.tools.answers import fitting, plain, read_json
 from stack.agentic_system.tools.templates import Filled
-from stack.agentic_system.tools.tool import Call, Output, ToolFailed, cut
+from stack.agentic_system.tools.tool import Call, Output, Stateless, ToolFailed, cut
 from stack.prompt_formats import Tool as Definition
 from stack.prompt_formats import builtin_tool
 
@@ -26,7 +26,7 @@ OF = "Wolfram|Alpha"
 
 
 @dataclass(frozen=True)
-class WolframAlpha:
+class WolframAlpha(Stateless):
     """Implements stack.agentic_system.tools.tool.Tool."""
 
     name: str = NAME
@@ -54,9 +54,6 @@ class WolframAlpha:
         if not isinstance(result, dict):
             raise ToolFailed(f"{OF} does not answer as documented")
         return Output(fitting({"input": question}, "pods", _pods(result)))
-
-    async def close(self) -> None:
-        """It keeps nothing."""
 
 
 def _pods(result: dict[str, Any]) -> list[dict[str, str]]:

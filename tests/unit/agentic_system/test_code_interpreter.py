@@ -36,7 +36,13 @@ async def interpreter(*files: File, seconds: float = 30, is_resumed: bool = Fals
 
 
 async def call(tool: CodeInterpreter, code: str, told: list[str] | None = None) -> Output:
-    return await tool.run(Call("1", {"code": code}, {}, (told if told is not None else []).append))
+    return await run(tool, Call("1", {"code": code}, {}, (told if told is not None else []).append))
+
+
+async def run(tool: CodeInterpreter, one: Call) -> Output:
+    """As the loop does."""
+    async with tool.turn:
+        return await tool.run(one)
 
 
 async def test_code_runs_and_its_state_is_kept() -> None:
@@ -122,17 +128,11 @@ async def test_a_turn_that_goes_on_elsewhere_is_told_what_it_has_lost() -> None:
         assert (await call(tool, "1")).content == "1"
 
 
-async def test_calls_side_by_side_run_one_after_another() -> None:
-    async with interpreter() as tool:
-        outputs = await asyncio.gather(*(call(tool, f"x = {n}; import time; time.sleep(0.01); x") for n in range(5)))
-        assert [one.content for one in outputs] == list("01234")
-
-
 async def test_a_call_that_is_cancelled_ends_the_sandbox() -> None:
     async with interpreter() as tool:
         begun = asyncio.Event()
         code = "print(1)\nwhile True: pass"
-        running = asyncio.create_task(tool.run(Call("1", {"code": code}, {}, lambda _: begun.set())))
+        running = asyncio.create_task(run(tool, Call("1", {"code": code}, {}, lambda _: begun.set())))
         await begun.wait()
         running.cancel()
         with all_end(), pytest.raises(asyncio.CancelledError):
@@ -144,7 +144,7 @@ async def test_closing_ends_a_cell_that_runs() -> None:
     async with interpreter() as tool:
         begun = asyncio.Event()
         code = "print(1)\nwhile True: pass"
-        running = asyncio.create_task(tool.run(Call("1", {"code": code}, {}, lambda _: begun.set())))
+        running = asyncio.create_task(run(tool, Call("1", {"code": code}, {}, lambda _: begun.set())))
         await begun.wait()
         with all_end():
             await tool.close()

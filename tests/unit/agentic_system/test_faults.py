@@ -355,6 +355,24 @@ async def test_calls_that_wait_for_others_have_no_more_than_the_turn(
     assert said(turn) == "That is all."
 
 
+async def test_a_call_that_waits_for_its_turn_has_all_of_its_time(agents_of: MakeAgents, model: Model) -> None:
+    at_once: list[int] = [0]
+
+    async def take_its_time(_: Call) -> str:
+        at_once.append(at_once[-1] + 1)
+        await asyncio.sleep(0.4)
+        at_once.append(at_once[-1] - 1)
+        return "done"
+
+    one_at_a_time = Tool("slow", take_its_time)
+    one_at_a_time.turn = asyncio.Lock()
+    model.say = lambda body: "\n".join([call("slow")] * 3) if body["messages"][-1]["role"] == "user" else "That is all."
+    agents = agents_of(one_at_a_time, agents={"tool_timeout_s": 1})
+    turn = await agents.turn(await agents.session(), "Go!")
+    assert contents(turn) == ["done"] * 3
+    assert max(at_once) == 1
+
+
 async def test_a_file_that_nothing_here_reads_is_refused(agents_of: MakeAgents, model: Model) -> None:
     agents = agents_of()
     session = await agents.session([{"type": "code_interpreter", "enable_inline_code_execution": False}])
