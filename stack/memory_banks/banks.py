@@ -195,7 +195,9 @@ async def query(context: Context, memory: Memory, request: QueryDocumentsRequest
     async with _reading(context, bank):
         if (opened := await memory.tables.get(bank)) is not None:
             hits = await _hits(context, bank, opened, request)
-    return QueryDocumentsResponse(chunks=[_chunk(hit) for hit in hits], scores=[hit.score for hit in hits])
+    return QueryDocumentsResponse.model_construct(
+        chunks=[_chunk(hit) for hit in hits], scores=[hit.score for hit in hits]
+    )
 
 
 async def _begin(
@@ -360,8 +362,9 @@ async def _hits(context: Context, bank: MemoryBank, opened: OpenBank, request: Q
 
 
 def _chunk(hit: Hit) -> QueriedChunk:
+    """As it is answered; not validated, as it is our own, and there are many in a query."""
     chunk = hit.chunk
-    return QueriedChunk(
+    return QueriedChunk.model_construct(
         content=chunk.text,
         token_count=chunk.tokens,
         document_id=hit.document_id,

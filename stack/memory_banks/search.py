@@ -37,6 +37,8 @@ PROBES = 20
 CANDIDATES = 64
 # How deep the lists are that a hybrid search fuses, at least.
 FUSED = 50
+# LanceDB's column of the cosine distance, which is 1 less the similarity.
+DISTANCE = "_distance"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,8 +121,7 @@ async def _by_vector(table: BankTable, vector: NDArray[np.float32], limit: int, 
         query = table.rows.query().nearest_to(vector).distance_type("cosine")
         return query.minimum_nprobes(PROBES).maximum_nprobes(0).ef(max(CANDIDATES, 3 * limit // 2))
 
-    found = await _unexpired(nearest, "_distance", limit, condition)
-    return [replace(one, score=1.0 - one.score) for one in found]
+    return await _unexpired(nearest, DISTANCE, limit, condition)
 
 
 async def _by_words(table: BankTable, text: str, limit: int, condition: Expr | None) -> list[Found]:
@@ -149,7 +150,8 @@ async def _unexpired(
 async def _read(query: AsyncVectorQuery | AsyncFTSQuery, score: str, limit: int, condition: Expr | None) -> list[Found]:
     query = query.select([*CHUNK_COLUMNS, score]).limit(limit)
     table = await (query if condition is None else query.where(condition)).to_arrow()
-    return arrow.found(table, table[score].to_pylist())
+    scores = table[score].to_pylist()
+    return arrow.found(table, [1.0 - one for one in scores] if score == DISTANCE else scores)
 
 
 async def _with_neighbours(table: BankTable, hits: Sequence[Found], count: int) -> list[Found]:
