@@ -47,10 +47,10 @@ from serve_apps.session_pool import SessionPool
 from stack import tracing
 from stack.added_models import Deployer
 from stack.agentic_system import look_ups
-from stack.agentic_system.hands import open_hands
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.loop import Place
 from stack.agentic_system.sessions import Sessions
+from stack.agentic_system.toolbox import open_tools
 from stack.config import GATEWAY, Config
 from stack.context import Context
 from stack.keys import Keyring, is_loopback, require_keys
@@ -166,7 +166,7 @@ def create_app(
     """
     memory = memory or Memory.open(context.config, BankWriter(context.config, context.store))
     local_sessions = (
-        LocalSessions(Place(context, look_ups.here(lambda: memory), open_hands)) if sessions is None else None
+        LocalSessions(Place(context, look_ups.here(lambda: memory), open_tools)) if sessions is None else None
     )
     app = FastAPI(
         title="Llama Stack on Ray",

@@ -15,9 +15,9 @@ from ray.actor import exit_actor
 from serve_apps.actor_calls import Calls
 from serve_apps.shared_engine import ActorEngine, fingerprint
 from stack.agentic_system.events import Stream
-from stack.agentic_system.hands import open_hands
 from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.loop import Place
+from stack.agentic_system.toolbox import open_tools
 from stack.channel import Sender, Target
 from stack.config import Config
 from stack.context import Context
@@ -44,7 +44,7 @@ class SessionActor:
         self._engine = ActorEngine(config)
         self._context = Context.open(config, self._engine)
         self._fingerprint = fingerprint(config)
-        place = Place(self._context, self._engine.retrieve, open_hands)
+        place = Place(self._context, self._engine.retrieve, open_tools)
         # Its turns are those of an owner of its name, by which the pool knows whose they are.
         self._sessions = LocalSessions(place, ray.get_runtime_context().get_actor_name())
         self._sender = Sender()

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
-from stack.agentic_system.hands import require_hands
 from stack.agentic_system.masked import require_unmasked
+from stack.agentic_system.toolbox import require_openable
 from stack.agents_config import AgentsConfig
 from stack.api.agent_tools import (
     AgentTool,
@@ -63,7 +63,7 @@ async def require_runnable(config: AgentsConfig, tools: Sequence[AgentTool], pla
     """Raises BadInput for a tool that cannot be run here, whatever it is called with."""
     for at, tool in enumerate(tools):
         try:
-            await require_hands(config, [tool])
+            await require_openable(config, [tool])
         except BadInput as error:
             error.param = f"{place}.{at}"
             raise

@@ -27,7 +27,7 @@ from stack.agentic_system.plan import (
     seconds_of,
 )
 from stack.agentic_system.replay import details_of, tell_awaiting, tell_end
-from stack.agentic_system.tool_calls import Bench
+from stack.agentic_system.tool_calls import CallContext
 from stack.agentic_system.tools.tool import File, Tool
 from stack.agentic_system.withheld import Withheld
 from stack.agents_config import AgentsConfig
@@ -42,8 +42,8 @@ from stack.store.turns import Step
 MAX_ATTEMPTS = 5
 
 
-class Hands(Protocol):
-    """Opens the tools of a turn, as stack.agentic_system.hands.open_hands does."""
+class OpenTools(Protocol):
+    """Opens the tools of a turn, as stack.agentic_system.toolbox.open_tools does."""
 
     def __call__(
         self, config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File], /, *, is_resumed: bool
@@ -56,7 +56,7 @@ class Place:
 
     context: Context
     ask_memory: AskMemory
-    hands: Hands
+    open_tools: OpenTools
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Loop:
     stream: Stream
     withheld: Withheld
     conversation: Conversation
-    bench: Bench
+    calling: CallContext
 
     async def run(self) -> None:
         """Returns when the turn is complete or awaits approval, which is written and told by then.
@@ -150,7 +150,7 @@ class Loop:
         question = Question(
             context=self.context,
             config=self.config,
-            told=dict(self.bench.told),
+            told=dict(self.calling.told),
             past=self.conversation.past,
             current=await self.conversation.current(steps),
             looks_up=self.plan.retrieves,
@@ -162,15 +162,15 @@ class Loop:
         self._end(progress, details, about)
 
     async def _run_calls(self, todo: RunCalls) -> None:
-        known = tool_calls.decided(self.bench, todo)
+        known = tool_calls.decided(self.calling, todo)
         self.withheld.end()
         progress = self._begin(StepType.tool_execution, {})
-        if begun := tool_calls.at_once(self.bench, todo, known):
+        if begun := tool_calls.at_once(self.calling, todo, known):
             self.journal.begin_runs(begun)
         await self.journal.commit()
         left = self.plan.bounds.max_seconds - seconds_of(self.journal.steps)
-        bench = replace(self.bench, ends_at=asyncio.get_running_loop().time() + left)
-        responses = await tool_calls.run_calls(bench, todo, known, progress)
+        calling = replace(self.calling, ends_at=asyncio.get_running_loop().time() + left)
+        responses = await tool_calls.run_calls(calling, todo, known, progress)
         handled = [call for call in todo.calls if call["call_id"] in responses]
         told = [
             {

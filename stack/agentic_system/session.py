@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from sqlalchemy.exc import SQLAlchemyError
 
 from stack.agentic_system.events import Stream
+from stack.agentic_system.history import History
 from stack.agentic_system.journal import JournalLost
 from stack.agentic_system.loop import Place
-from stack.agentic_system.past import Past
 from stack.agentic_system.replay import begun, error_of
 from stack.agentic_system.turns import TurnRun
 from stack.api.agentic_system import TurnState
@@ -46,7 +46,7 @@ class Session:
         self._current: str | None = None  # the turn that is run, or is about to be
         self._run: TurnRun | None = None
         self._is_to_cancel = False
-        self._past = Past()
+        self._past = History()
 
     def start(self, turn_id: str, keys: Mapping[str, str]) -> Stream:
         """Has a turn run when its time comes. The turn is in its row."""

@@ -42,7 +42,7 @@ Response = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Bench:
+class CallContext:
     """What a turn's calls are run with: the tools that are run here, and all that the model was told of, by name.
 
     A call has `timeout_s`, and no more than there is until `ends_at`, by the event loop's clock: calls wait for others.
@@ -64,12 +64,12 @@ class Bench:
         return min(self.timeout_s, max(left, LEAST_SECONDS))
 
 
-def decided(bench: Bench, todo: RunCalls) -> dict[str, Response]:
+def decided(calling: CallContext, todo: RunCalls) -> dict[str, Response]:
     """What is known of calls before any of them is run: those that have ended, and those that are not to be run."""
     known: dict[str, Response] = {}
     for call in todo.calls:
-        run = bench.journal.runs.get(call["call_id"])
-        tool = bench.tools.get(call["tool_name"])
+        run = calling.journal.runs.get(call["call_id"])
+        tool = calling.tools.get(call["tool_name"])
         if run is not None and run.response is not None:
             known[call["call_id"]] = run.response
         elif run is not None and run.approval == DENIED:
@@ -80,23 +80,23 @@ def decided(bench: Bench, todo: RunCalls) -> dict[str, Response]:
             known[call["call_id"]] = _said(ONE_TOO_MANY)
         else:
             try:
-                fitting_arguments(bench.told, call["tool_name"], call["arguments"])
+                fitting_arguments(calling.told, call["tool_name"], call["arguments"])
             except Misfit as error:
                 known[call["call_id"]] = _said(f"The call was not run: {error}.")
     return known
 
 
-def at_once(bench: Bench, todo: RunCalls, known: Mapping[str, Response]) -> list[str]:
+def at_once(calling: CallContext, todo: RunCalls, known: Mapping[str, Response]) -> list[str]:
     """The calls whose running begins with the step: no shield is asked about them before."""
     return [
         call["call_id"]
         for call in todo.calls
-        if call["call_id"] not in known and call["tool_name"] in bench.tools and not _shields(bench, call)[0]
+        if call["call_id"] not in known and call["tool_name"] in calling.tools and not _shields(calling, call)[0]
     ]
 
 
 async def run_calls(
-    bench: Bench, todo: RunCalls, known: Mapping[str, Response], progress: Progress
+    calling: CallContext, todo: RunCalls, known: Mapping[str, Response], progress: Progress
 ) -> dict[str, Response]:
     """What each call has given, by its id; nothing of those that are left to the client.
 
@@ -104,7 +104,7 @@ async def run_calls(
     as it comes, but for the last one's, which is left to the next commit. Raises as Journal.commit does.
     """
     slots = asyncio.Semaphore(AT_ONCE)
-    begun = set(at_once(bench, todo, known))
+    begun = set(at_once(calling, todo, known))
     left = {call["call_id"] for call in todo.calls} - known.keys()
     responses = dict(known)
     for call_id, response in known.items():
@@ -112,15 +112,15 @@ async def run_calls(
 
     async def run(call: Call) -> None:
         async with slots:
-            response = await _run(bench, call, progress, is_begun=call["call_id"] in begun)
+            response = await _run(calling, call, progress, is_begun=call["call_id"] in begun)
         left.discard(call["call_id"])
         if response is None:
             return
         responses[call["call_id"]] = response
-        if call["call_id"] in bench.journal.runs:
-            bench.journal.end_run(call["call_id"], response)
+        if call["call_id"] in calling.journal.runs:
+            calling.journal.end_run(call["call_id"], response)
             if left:
-                await bench.journal.commit()
+                await calling.journal.commit()
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -132,46 +132,46 @@ async def run_calls(
     return responses
 
 
-async def _run(bench: Bench, call: Call, progress: Progress, *, is_begun: bool) -> Response | None:
+async def _run(calling: CallContext, call: Call, progress: Progress, *, is_begun: bool) -> Response | None:
     """What a call has given; None for one that is the client's to run."""
-    before, after = _shields(bench, call)
+    before, after = _shields(calling, call)
     message = CompletionMessage(content="", tool_calls=[ToolCall.model_validate(call)])
-    if refused := await refusal(bench.context, before, message, "the arguments of the call", bench.seconds):
+    if refused := await refusal(calling.context, before, message, "the arguments of the call", calling.seconds):
         progress.tool_text(call["call_id"], refused)
         return _said(refused)
-    tool = bench.tools.get(call["tool_name"])
+    tool = calling.tools.get(call["tool_name"])
     if tool is None:
         return None
     if not is_begun:
-        bench.journal.begin_runs([call["call_id"]])
-        await bench.journal.commit()
+        calling.journal.begin_runs([call["call_id"]])
+        await calling.journal.commit()
     told = _Told(progress, call["call_id"], is_silent=bool(after))
-    output = await _output(bench, tool, call, told)
+    output = await _output(calling, tool, call, told)
     content = cut(plain(output.content), MAX_CHARACTERS)
     said = ToolResponseMessage(call_id=call["call_id"], tool_name=call["tool_name"], content=content)
-    if refused := await refusal(bench.context, after, said, "the output of the call", bench.seconds):
+    if refused := await refusal(calling.context, after, said, "the output of the call", calling.seconds):
         progress.tool_text(call["call_id"], refused)
         return _said(refused)
     told.finish(content)
-    kept = [one for one in output.attachments if bench.journal.has_room(length(one.content))]
+    kept = [one for one in output.attachments if calling.journal.has_room(length(one.content))]
     if len(kept) < len(output.attachments):
         content += f"\n[{len(output.attachments) - len(kept)} files are left out: too many, or too large]"
     return {"content": content, "attachments": [one.model_dump(mode="json") for one in kept]}
 
 
-async def _output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
+async def _output(calling: CallContext, tool: Tool, call: Call, told: "_Told") -> Output:
     """What a tool gives, or what is said in its place where it fails, within the time that a call has.
 
     That time begins with the call's turn, where a tool runs one at a time.
     """
     async with tool.turn or nullcontext():
-        return await _timed_output(bench, tool, call, told)
+        return await _timed_output(calling, tool, call, told)
 
 
-async def _timed_output(bench: Bench, tool: Tool, call: Call, told: "_Told") -> Output:
-    arguments = fitting_arguments(bench.told, call["tool_name"], call["arguments"])
-    seconds = bench.seconds
-    task = asyncio.ensure_future(tool.run(tools.Call(call["call_id"], arguments, bench.keys, told)))
+async def _timed_output(calling: CallContext, tool: Tool, call: Call, told: "_Told") -> Output:
+    arguments = fitting_arguments(calling.told, call["tool_name"], call["arguments"])
+    seconds = calling.seconds
+    task = asyncio.ensure_future(tool.run(tools.Call(call["call_id"], arguments, calling.keys, told)))
     try:
         done, _ = await asyncio.wait([task], timeout=seconds)
     except asyncio.CancelledError:
@@ -232,8 +232,8 @@ class _Told:
             self._progress.tool_text(self._call_id, content)
 
 
-def _shields(bench: Bench, call: Call) -> tuple[Sequence[ShieldDefinition], Sequence[ShieldDefinition]]:
-    return bench.shields.get(call["tool_name"], ((), ()))
+def _shields(calling: CallContext, call: Call) -> tuple[Sequence[ShieldDefinition], Sequence[ShieldDefinition]]:
+    return calling.shields.get(call["tool_name"], ((), ()))
 
 
 def _said(text: str) -> Response:

@@ -17,12 +17,12 @@ from stack.agentic_system import files
 from stack.agentic_system.conversation import Conversation
 from stack.agentic_system.described import definitions
 from stack.agentic_system.events import Stream
+from stack.agentic_system.history import History
 from stack.agentic_system.journal import Journal, JournalLost, ToEnd
 from stack.agentic_system.loop import Loop, Place, retrieves
-from stack.agentic_system.past import Past
 from stack.agentic_system.plan import Plan, plan_of
 from stack.agentic_system.replay import retell, tell_end
-from stack.agentic_system.tool_calls import Bench
+from stack.agentic_system.tool_calls import CallContext
 from stack.agentic_system.withheld import Withheld
 from stack.api.agent_tools import names_of
 from stack.api.agentic_system import AgentConfig, InputMessage, TurnState
@@ -45,7 +45,7 @@ class TurnRun:
     `past` are the turns before it in its session, to which it is added at its end.
     """
 
-    def __init__(self, place: Place, turn: Turn, stream: Stream, past: Past, keys: Mapping[str, str]) -> None:
+    def __init__(self, place: Place, turn: Turn, stream: Stream, past: History, keys: Mapping[str, str]) -> None:
         self._place = place
         self._context = place.context.of_tenant(turn.tenant)
         self._bounds = place.context.config.agents
@@ -152,7 +152,7 @@ class TurnRun:
         past = await self._past.before(self._context, turn, config.model)
         names = [file.name for file in had]
         has_run = any(run.began_at is not None for run in self._journal.runs.values())
-        async with self._place.hands(self._bounds, config.tools, had, is_resumed=has_run) as tools:
+        async with self._place.open_tools(self._bounds, config.tools, had, is_resumed=has_run) as tools:
             told = definitions(config, tools)
             timeout_s = self._bounds.tool_timeout_s
             loop = Loop(
@@ -169,7 +169,7 @@ class TurnRun:
                 conversation=Conversation(
                     self._context, config, past, turn.request["messages"], made.attachments, names
                 ),
-                bench=Bench(self._context, self._journal, tools, told, shields, self._keys, timeout_s),
+                calling=CallContext(self._context, self._journal, tools, told, shields, self._keys, timeout_s),
             )
             await loop.run()
         if self._journal.turn.has_ended:

@@ -11,9 +11,9 @@ import pytest
 
 from stack.addresses import decoded
 from stack.agentic_system import sandbox_slots
-from stack.agentic_system.hands import open_hands, require_hands
 from stack.agentic_system.sandbox import Limits
 from stack.agentic_system.sandbox_slots import NoneFree
+from stack.agentic_system.toolbox import open_tools, require_openable
 from stack.agentic_system.tools import code_interpreter
 from stack.agentic_system.tools.code_interpreter import MAX_FILE_BYTES, CodeInterpreter
 from stack.agentic_system.tools.tool import MAX_CHARACTERS, Call, File, Output, ToolFailed
@@ -240,14 +240,14 @@ async def test_an_agent_with_it_is_refused_where_it_cannot_run(monkeypatch: pyte
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("PATH", path)
         with pytest.raises(BadInput, match="code_interpreter cannot be used here: bubblewrap is not installed"):
-            await require_hands(AgentsConfig(), [INLINE])
-    await require_hands(AgentsConfig(), [INLINE])
+            await require_openable(AgentsConfig(), [INLINE])
+    await require_openable(AgentsConfig(), [INLINE])
     monkeypatch.setenv("PATH", path)
-    await require_hands(AgentsConfig(), [INLINE])  # it could run already
+    await require_openable(AgentsConfig(), [INLINE])  # it could run already
 
 
 async def test_an_agent_has_it_by_its_definition() -> None:
-    async with open_hands(AgentsConfig(tool_timeout_s=10), [INLINE], [File("f", b"1")]) as tools:
+    async with open_tools(AgentsConfig(tool_timeout_s=10), [INLINE], [File("f", b"1")]) as tools:
         output = await tools["code_interpreter"].run(Call("1", {"code": "open('f').read()"}, {}, lambda _: None))
         assert output.content == "'1'"
     assert inhabitants() == []

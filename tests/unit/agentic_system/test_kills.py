@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import SQLAlchemyError
 
 from stack.agentic_system.events import Stream
-from stack.agentic_system.past import Past
+from stack.agentic_system.history import History
 from stack.agentic_system.replay import begun, whole
 from stack.agentic_system.sessions import Event
 from stack.agentic_system.tool_calls import UNKNOWN
@@ -144,7 +144,7 @@ class Life:
         taken = self.turns.take(self.turn.id, "a process")
         assert taken is not None
         stream = begun(taken.id)
-        run = TurnRun(self.agents.place, taken, stream, Past(), {})
+        run = TurnRun(self.agents.place, taken, stream, History(), {})
         reading = asyncio.ensure_future(self.reader.read(stream, reads))
         try:
             if kill is None or kill[0] == "await":

@@ -324,5 +324,5 @@ for line in sys.stdin:
 
 
 def test_the_package_is_imported_only_where_it_is_needed() -> None:
-    program = "import sys; import stack.agentic_system.hands; assert 'mcp' not in sys.modules, 'mcp'"
+    program = "import sys; import stack.agentic_system.toolbox; assert 'mcp' not in sys.modules, 'mcp'"
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ})

@@ -12,7 +12,9 @@ from stack.store.turns import Before, Step, Turn
 MAX_TURNS = 50
 
 
-class Past:
+class History:
+    """The turns of one session, each as messages; `add` keeps it up to date without a look at the database."""
+
     def __init__(self) -> None:
         self._turns: list[list[Message]] = []
         self._last: int | None = None  # the number of the turn that they end with

@@ -32,7 +32,7 @@ from stack.errors import BadInput
 
 
 @asynccontextmanager
-async def open_hands(
+async def open_tools(
     config: AgentsConfig, definitions: Sequence[AgentTool], files: Sequence[File] = (), *, is_resumed: bool = False
 ) -> AsyncGenerator[Mapping[str, Tool]]:
     """The tools that are run here, by the names that the model calls them by, while the turn lasts.
@@ -58,7 +58,7 @@ async def open_hands(
         yield {tool.name: tool for tool in tools}
 
 
-async def require_hands(config: AgentsConfig, definitions: Sequence[AgentTool]) -> None:
+async def require_openable(config: AgentsConfig, definitions: Sequence[AgentTool]) -> None:
     """Raises BadInput for a definition of which can be told, before any turn, that it cannot be met here."""
     for definition in definitions:
         if isinstance(definition, McpToolDefinition):

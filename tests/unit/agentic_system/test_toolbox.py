@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from stack.agentic_system.hands import open_hands, require_hands
+from stack.agentic_system.toolbox import open_tools, require_openable
 from stack.agentic_system.tools import asking
 from stack.agentic_system.tools.code_interpreter import CodeInterpreter
 from stack.agentic_system.tools.function_call import RemoteFunction
@@ -49,16 +49,16 @@ async def test_each_definition_that_is_run_here_is_a_tool_under_the_name_that_th
         mcp("tests", "add", "picture"),
         mcp("tests", "files"),
     )
-    await require_hands(CONFIG, definitions)
-    async with open_hands(CONFIG, definitions) as hands:
-        assert list(hands) == [name for definition in definitions for name in names_of(definition)]
-        assert all(tool.name == tool.definition().name == name for name, tool in hands.items())
-        kinds = [type(hands[name]) for name in ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")]
+    await require_openable(CONFIG, definitions)
+    async with open_tools(CONFIG, definitions) as opened:
+        assert list(opened) == [name for definition in definitions for name in names_of(definition)]
+        assert all(tool.name == tool.definition().name == name for name, tool in opened.items())
+        kinds = [type(opened[name]) for name in ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")]
         assert kinds == [Search, WolframAlpha, Photogen, CodeInterpreter]
-        assert isinstance(hands["brave_search"], Search)
-        assert hands["brave_search"].engine == "bing"
-        assert isinstance(hands["weather"], RemoteFunction)
-        assert (await hands["add"].run(call(a=1, b=2))).content == "3"
+        assert isinstance(opened["brave_search"], Search)
+        assert opened["brave_search"].engine == "bing"
+        assert isinstance(opened["weather"], RemoteFunction)
+        assert (await opened["add"].run(call(a=1, b=2))).content == "3"
 
 
 async def test_what_the_client_runs_and_memory_are_none() -> None:
@@ -67,9 +67,9 @@ async def test_what_the_client_runs_and_memory_are_none() -> None:
         {"type": "code_interpreter", "enable_inline_code_execution": False},
         {"type": "memory", "memory_bank_configs": []},
     )
-    await require_hands(CONFIG, definitions)
-    async with open_hands(CONFIG, definitions) as hands:
-        assert hands == {}
+    await require_openable(CONFIG, definitions)
+    async with open_tools(CONFIG, definitions) as opened:
+        assert opened == {}
 
 
 async def test_built_in_tools_can_be_run_elsewhere_also_those_that_the_config_has_not() -> None:
@@ -79,15 +79,15 @@ async def test_built_in_tools_can_be_run_elsewhere_also_those_that_the_config_ha
         {"type": "photogen", "remote_execution": ELSEWHERE},
         {"type": "code_interpreter", "remote_execution": ELSEWHERE},
     )
-    await require_hands(AgentsConfig(), definitions)
-    async with open_hands(AgentsConfig(), definitions) as hands:
-        assert [type(tool) for tool in hands.values()] == [
+    await require_openable(AgentsConfig(), definitions)
+    async with open_tools(AgentsConfig(), definitions) as opened:
+        assert [type(tool) for tool in opened.values()] == [
             RemoteFunction,
             RemoteFunction,
             RemotePhotogen,
             RemoteFunction,
         ]
-        assert list(hands["code_interpreter"].definition().parameters["properties"]) == ["code"]
+        assert list(opened["code_interpreter"].definition().parameters["properties"]) == ["code"]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ async def test_built_in_tools_can_be_run_elsewhere_also_those_that_the_config_ha
 )
 async def test_what_cannot_be_met_is_refused_before_any_turn_and_in_one(definition: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
-        await require_hands(AgentsConfig(), tools(definition))
+        await require_openable(AgentsConfig(), tools(definition))
     with pytest.raises(BadInput, match=words):
-        async with open_hands(AgentsConfig(), tools(definition)):
+        async with open_tools(AgentsConfig(), tools(definition)):
             pass
 
 
@@ -120,7 +120,7 @@ async def test_a_server_that_is_not_as_it_should_ends_what_was_opened(
     definitions: list[dict[str, Any]], error: type[StackError]
 ) -> None:
     with pytest.raises(error, match=r"the MCP server '(broken|tests)'"):
-        async with open_hands(CONFIG, tools(*definitions)):
+        async with open_tools(CONFIG, tools(*definitions)):
             pass
 
 
