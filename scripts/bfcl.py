@@ -184,6 +184,7 @@ def measure(folder: Path, categories: Sequence[str] = (*CATEGORIES,), most: int 
             say(f"{name}: {len(some)} cases")
             with ThreadPoolExecutor(AT_ONCE) as threads:
                 answers[name] = [*threads.map(lambda case: ask(client, case), some)]
+            say(f"{name}: {sum(answer.is_right for answer in answers[name])} right")
     return answers
 
 
