@@ -8,6 +8,7 @@ What the jobs read is uploaded, as the stack may be on other machines. They are 
 import asyncio
 import inspect
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,8 +34,14 @@ FOUR_TOKENS: Any = {"strategy": "greedy", "max_tokens": 4}
 SHIELD: Any = {"shield_type": "injection_shield", "on_violation_action": 1}
 # What the model answers, and what it does not.
 DIALOGS = [{"dialog": [QUESTION, {"role": "assistant", "content": text}]} for text in (ANSWER, "Berlin")]
+# What the client names itself is named after the run: the stack may have seen this file before.
+RUN = uuid.uuid4().hex[:8]
+TUNED, PREFERRED, NOT_TUNED = (f"{name}-{RUN}" for name in ("tuned", "preferred", "not-tuned"))
+ANSWERS, SUMMARIES, TEXTS, NOT_ANSWERED = (
+    f"{name}-{RUN}" for name in ("answers", "summaries", "texts", "not-answered")
+)
 TRAINING: Any = {
-    "n_epochs": 1, "n_iters": 2, "batch_size": 2, "shuffle": False, "enable_activation_checkpointing": False,
+    "n_epochs": 1, "n_iters": 2, "batch_size": 1, "shuffle": False, "enable_activation_checkpointing": False,
     "fsdp_cpu_offload": False, "memory_efficient_fsdp_wrap": False,
 }  # fmt: skip
 OPTIMIZER: Any = {"optimizer_type": "adamw", "lr": 1e-3, "lr_min": 0.0, "weight_decay": 0.0}
@@ -103,14 +110,14 @@ def begun(rfc: LlamaStack, dialogs: Any, tuning: Any) -> None:
 
     evaluations = rfc.evaluations
     jobs = (
-        rfc.post_training.supervised_fine_tune(job_uuid="rfc-tune", **tuning),
-        rfc.evaluate.question_answering.create(metrics=["em", "f1"], extra_body=evaluation("rfc-answers")),
-        evaluations.summarization(metrics=["rouge", "bleu"], extra_body=evaluation("rfc-summaries")),
-        evaluations.text_generation(metrics=["perplexity", "rouge"], extra_body=evaluation("rfc-texts")),
-        rfc.evaluate.question_answering.create(metrics=["em"], extra_body=evaluation("rfc-not-answered")),
-        rfc.post_training.supervised_fine_tune(job_uuid="rfc-not-tuned", **tuning),
+        rfc.post_training.supervised_fine_tune(job_uuid=TUNED, **tuning),
+        rfc.evaluate.question_answering.create(metrics=["em", "f1"], extra_body=evaluation(ANSWERS)),
+        evaluations.summarization(metrics=["rouge", "bleu"], extra_body=evaluation(SUMMARIES)),
+        evaluations.text_generation(metrics=["perplexity", "rouge"], extra_body=evaluation(TEXTS)),
+        rfc.evaluate.question_answering.create(metrics=["em"], extra_body=evaluation(NOT_ANSWERED)),
+        rfc.post_training.supervised_fine_tune(job_uuid=NOT_TUNED, **tuning),
     )
-    ids = ["rfc-tune", "rfc-answers", "rfc-summaries", "rfc-texts", "rfc-not-answered", "rfc-not-tuned"]
+    ids = [TUNED, ANSWERS, SUMMARIES, TEXTS, NOT_ANSWERED, NOT_TUNED]
     assert [job.job_uuid for job in jobs] == ids
 
 
@@ -134,22 +141,23 @@ def ended(status: Callable[..., Any], job_uuid: str) -> Any:
 
 
 def test_jobs_are_cancelled(rfc: LlamaStack, lenient: Any) -> None:
-    rfc.post_training.jobs.cancel(job_uuid="rfc-not-tuned")
-    rfc.evaluate.jobs.cancel(job_uuid="rfc-not-answered")
-    assert ended(lenient.post_training.jobs.status, "rfc-not-tuned").status == "cancelled"
-    assert ended(lenient.evaluate.jobs.status.list, "rfc-not-answered").status == "cancelled"
+    rfc.post_training.jobs.cancel(job_uuid=NOT_TUNED)
+    rfc.evaluate.jobs.cancel(job_uuid=NOT_ANSWERED)
+    assert ended(lenient.post_training.jobs.status, NOT_TUNED).status == "cancelled"
+    assert ended(lenient.evaluate.jobs.status.list, NOT_ANSWERED).status == "cancelled"
 
 
 def test_datasets(rfc: LlamaStack, http: httpx.Client) -> None:
+    name = f"data-{RUN}"
     given: Any = {"columns": {"text": "text"}, "content_url": upload(http, [{"text": "a"}]), "metadata": {"of": "us"}}
-    rfc.datasets.create(uuid="rfc-data", dataset=given)
-    found = rfc.datasets.get(dataset_uuid="rfc-data")
+    rfc.datasets.create(uuid=name, dataset=given)
+    found = rfc.datasets.get(dataset_uuid=name)
     assert (found.columns, found.content_url) == (given["columns"], given["content_url"])
     assert found.metadata is not None
     assert found.metadata["of"] == "us"
-    rfc.datasets.delete(dataset_uuid="rfc-data")
-    with pytest.raises(llama_stack.NotFoundError, match="'rfc-data'"):
-        rfc.datasets.get(dataset_uuid="rfc-data")
+    rfc.datasets.delete(dataset_uuid=name)
+    with pytest.raises(llama_stack.NotFoundError, match=name):
+        rfc.datasets.get(dataset_uuid=name)
 
 
 def test_inference(rfc: LlamaStack, lenient: Any) -> None:
@@ -264,7 +272,7 @@ def lines_of(answer: Any) -> list[Any]:
     return [json.loads(line) for line in answer.splitlines()] if isinstance(answer, str) else [answer.model_dump()]
 
 
-def test_agents(rfc: LlamaStack, scripted: None) -> None:
+def test_agents(rfc: LlamaStack, lenient: Any, scripted: None) -> None:
     agents = rfc.agentic_system
     config: Any = {"model": SCRIPTED, "instructions": "Be brief.", "tools": [CODE], "input_shields": [SHIELD]}
     agent_id = agents.create(agent_config=config).agent_id
@@ -290,7 +298,8 @@ def test_agents(rfc: LlamaStack, scripted: None) -> None:
         told = agents.steps.retrieve(agent_id=agent_id, turn_id=turn.turn_id, step_id=step.step_id)
         assert told.step == step
     messages = [{"role": "user", "content": "And now?"}]
-    next_turn: Any = agents.turns.create(**asked, messages=messages)
+    # Of a whole turn, which the specification does not have, the client expects an event.
+    next_turn = lenient.agentic_system.turns.create(**asked, messages=messages)
     session = agents.sessions.retrieve(**asked)
     assert (session.session_name, [one.turn_id for one in session.turns]) == (
         "a talk", [turn.turn_id, next_turn.turn_id]
@@ -305,15 +314,65 @@ def test_agents(rfc: LlamaStack, scripted: None) -> None:
         agents.sessions.create(agent_id=agent_id, session_name="another one")
 
 
+def test_agents_that_remember_and_call_the_client(rfc: LlamaStack, scripted: None) -> None:
+    """A bank and an attachment on the way to the model, and a function that the client runs, over two turns."""
+    agents = rfc.agentic_system
+    bank: Any = rfc.memory_banks.create(body={"name": "lives", "config": {"type": "keyword"}})
+    curie = document("curie", "Marie Curie was born in Warsaw.")
+    rfc.memory_banks.insert(bank_id=bank["bank_id"], documents=[curie])
+    memory: Any = {
+        "type": "memory", "memory_bank_configs": [{"type": "keyword", "bank_id": bank["bank_id"]}],
+        "query_generator_config": {"type": "default", "sep": " "}, "max_chunks": 2, "max_tokens_in_context": 200,
+    }  # fmt: skip
+    config: Any = {"model": MODEL, "instructions": "Be brief.", "tools": [memory], "sampling_params": FOUR_TOKENS}
+    agent_id = agents.create(agent_config=config).agent_id
+    session_id = agents.sessions.create(agent_id=agent_id, session_name="of lives").session_id
+    chunks: Any = agents.turns.create(
+        agent_id=agent_id, session_id=session_id, stream=True,
+        messages=[{"role": "user", "content": "Where was Curie born?"}],
+        attachments=[{"content": "Irène Curie was born in Paris.", "mime_type": "text/plain"}],
+    )  # fmt: skip
+    *_, last = chunks
+    retrieval, answer = last.event.payload.turn.steps
+    assert bank["bank_id"] in retrieval.memory_bank_ids
+    assert all(name in retrieval.inserted_context for name in ("Marie", "Irène"))
+    told = agents.steps.retrieve(agent_id=agent_id, turn_id=retrieval.turn_id, step_id=retrieval.step_id)
+    assert told.step == retrieval
+    assert answer.inference_model_response.stop_reason == "out_of_tokens"
+    assert agents.sessions.retrieve(agent_id=agent_id, session_id=session_id).memory_bank is not None
+    agents.delete(agent_id=agent_id)
+    rfc.memory_banks.drop(bank_id=bank["bank_id"])
+
+    weather: Any = {
+        "type": "function_call", "function_name": "get_weather", "description": "The weather in a city",
+        "parameters": {"city": {"param_type": "string", "description": "The city", "required": True}},
+    }  # fmt: skip
+    config = {"model": SCRIPTED, "instructions": "Be brief.", "tools": [weather]}
+    agent_id = agents.create(agent_config=config).agent_id
+    session_id = agents.sessions.create(agent_id=agent_id, session_name="of weather").session_id
+
+    def said(message: Any) -> Any:
+        *_, last = agents.turns.create(agent_id=agent_id, session_id=session_id, messages=[message], stream=True)
+        payload: Any = last.event.payload
+        return payload.turn.output_message
+
+    (call,) = said({"role": "user", "content": calls("get_weather", city="Paris")}).tool_calls
+    assert (call.tool_name, call.arguments) == ("get_weather", {"city": "Paris"})
+    sunny = {"role": "ipython", "call_id": call.call_id, "tool_name": "get_weather", "content": "It is sunny."}
+    assert said(sunny).content == "Paris is big."
+    agents.delete(agent_id=agent_id)
+
+
 def test_telemetry(rfc: LlamaStack) -> None:
-    event: Any = {"trace_id": "rfc-trace", "span_id": "rfc-span", "timestamp": "2026-01-01T00:00:00Z"}
+    trace_id = f"trace-{RUN}"
+    event: Any = {"trace_id": trace_id, "span_id": "all", "timestamp": "2026-01-01T00:00:00Z"}
     log = rfc.telemetry.log
     log(event=event | {"type": "structured_log", "payload": {"type": "span_start", "name": "all"}})
     log(event=event | {"type": "unstructured_log", "message": "hello", "severity": "info"})
     log(event=event | {"type": "metric", "metric": "tokens", "value": 2.5, "unit": "t"})
     log(event=event | {"type": "structured_log", "payload": {"type": "span_end", "status": "ok"}})
-    trace: Any = rfc.telemetry.get_trace(trace_id="rfc-trace")
-    assert (trace.trace_id, trace.root_span_id) == ("rfc-trace", "rfc-span")
+    trace: Any = rfc.telemetry.get_trace(trace_id=trace_id)
+    assert (trace.trace_id, trace.root_span_id) == (trace_id, "all")
     assert trace.start_time == trace.end_time
     assert [(one["message"], one["level"]) for one in trace.logs] == [("hello", "info")]
     assert [(one["metric"], one["value"]) for one in trace.metrics] == [("tokens", 2.5)]
@@ -330,8 +389,8 @@ def test_errors_are_the_clients_own(rfc: LlamaStack, tuning: Any, scripted: None
     assert (told["error"]["code"], told["error"]["param"]) == ("model_not_found", "model")
     with pytest.raises(llama_stack.BadRequestError, match="max_tokens"):
         ask("a", sampling_params={"strategy": "greedy", "max_tokens": -1})
-    with pytest.raises(llama_stack.ConflictError, match="rfc-tune"):
-        rfc.post_training.supervised_fine_tune(job_uuid="rfc-tune", **tuning | {"algorithm": "dora"})
+    with pytest.raises(llama_stack.ConflictError, match=TUNED):
+        rfc.post_training.supervised_fine_tune(job_uuid=TUNED, **tuning | {"algorithm": "dora"})
     with pytest.raises(llama_stack.InternalServerError, match="error"):
         ask("fault:error")
     with pytest.raises(llama_stack.APIResponseValidationError) as broken:
@@ -360,37 +419,37 @@ def test_the_async_client(stack: Stack) -> None:
 
 def test_a_training_and_one_by_preferences_of_what_it_made(rfc: LlamaStack, lenient: Any, http: httpx.Client) -> None:
     jobs = rfc.post_training.jobs
-    tuned = ended(jobs.status, "rfc-tune")
+    tuned = ended(jobs.status, TUNED)
     assert tuned.status == "completed", tuned
     assert tuned.scheduled_at <= tuned.started_at <= tuned.completed_at
     assert tuned.resources_allocated["workers"] == 1
     pairs: Any = {"columns": samples.PREFERENCES, "content_url": upload(http, samples.preferences(2))}
     settings: Any = {"reward_scale": 1.0, "reward_clip": 0.0, "epsilon": 0.0, "gamma": 0.2}
     begun = rfc.post_training.preference_optimize(
-        job_uuid="rfc-prefer", finetuned_model="rfc-tune", algorithm="dpo", algorithm_config=settings, dataset=pairs,
+        job_uuid=PREFERRED, finetuned_model=TUNED, algorithm="dpo", algorithm_config=settings, dataset=pairs,
         validation_dataset=pairs, optimizer_config=OPTIMIZER, training_config=TRAINING, hyperparam_search_config={},
         logger_config={},
     )  # fmt: skip
-    assert begun.job_uuid == "rfc-prefer"
-    made: Any = jobs.artifacts(job_uuid="rfc-tune")
+    assert begun.job_uuid == PREFERRED
+    made: Any = jobs.artifacts(job_uuid=TUNED)
     assert made.checkpoints == tuned.checkpoints
     assert len([point for point in made.metrics if point["name"] == "loss"]) == 2
     (checkpoint,) = tuned.checkpoints
-    assert checkpoint["model"] == f"{MODEL}:rfc-tune"
-    assert jobs.logs(job_uuid="rfc-tune").log_lines
+    assert checkpoint["model"] == f"{MODEL}:{TUNED}"
+    assert jobs.logs(job_uuid=TUNED).log_lines
     answer: Any = rfc.inference.chat_completion(model=checkpoint["model"], messages=[QUESTION], sampling_params=GREEDY)
     assert answer.completion_message.content
-    preferred = ended(jobs.status, "rfc-prefer")
+    preferred = ended(jobs.status, PREFERRED)
     assert preferred.status == "completed", preferred
     assert {"loss", "validation_preference_accuracy"} <= set(preferred.metrics)
-    listed = {job["job_uuid"]: job["status"] for job in lenient.post_training.jobs.list()}
-    ends = {"rfc-tune": "completed", "rfc-prefer": "completed", "rfc-not-tuned": "cancelled"}
+    listed = {job.job_uuid: job.status for job in lenient.post_training.jobs.list()}
+    ends = {TUNED: "completed", PREFERRED: "completed", NOT_TUNED: "cancelled"}
     assert ends.items() <= listed.items()
 
 
 def test_evaluations(rfc: LlamaStack, lenient: Any) -> None:
     metrics = {}
-    for job_uuid in ("rfc-answers", "rfc-summaries", "rfc-texts"):
+    for job_uuid in (ANSWERS, SUMMARIES, TEXTS):
         status = ended(rfc.evaluate.jobs.status.list, job_uuid)
         assert status.status == "completed", status
         assert (status.metrics["examples"], status.metrics["failed"]) == (2, 0)
@@ -400,13 +459,13 @@ def test_evaluations(rfc: LlamaStack, lenient: Any) -> None:
         logs: Any = rfc.evaluate.jobs.logs.list(job_uuid=job_uuid)
         assert (logs.job_uuid, len(logs.log_lines) > 0) == (job_uuid, True)
     # Of the two references, the one is what the model says, and the other has no word of it.
-    assert (metrics["rfc-answers"]["em"], metrics["rfc-answers"]["f1"]) == (0.5, 0.5)
-    assert metrics["rfc-summaries"]["rouge1"] == metrics["rfc-texts"]["rouge1"] == pytest.approx(0.5)
-    assert 0 < metrics["rfc-summaries"]["bleu"] < 100
-    assert metrics["rfc-texts"]["perplexity"] > 1
-    listed = {job["job_uuid"]: job["status"] for job in lenient.evaluate.jobs.list()}
+    assert (metrics[ANSWERS]["em"], metrics[ANSWERS]["f1"]) == (0.5, 0.5)
+    assert metrics[SUMMARIES]["rouge1"] == metrics[TEXTS]["rouge1"] == pytest.approx(0.5)
+    assert 0 < metrics[SUMMARIES]["bleu"] < 100
+    assert metrics[TEXTS]["perplexity"] > 1
+    listed = {job.job_uuid: job.status for job in lenient.evaluate.jobs.list()}
     assert dict.fromkeys(metrics, "completed").items() <= listed.items()
-    assert listed["rfc-not-answered"] == "cancelled"
+    assert listed[NOT_ANSWERED] == "cancelled"
 
 
 def methods(resource: Any, path: str = "") -> Iterator[tuple[str, Callable[..., Any]]]:
