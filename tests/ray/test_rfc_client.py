@@ -1,7 +1,7 @@
 """Every method of the RFC's own client, llama-stack-client 0.0.1a0, as it is, on a real stack.
 
-The client checks each answer against its own types (`_strict_response_validation`), but for those that it declares
-otherwise than the specification does: lists of jobs, lines of JSON, and the status of what was cancelled.
+The client checks each answer against its own types (`_strict_response_validation`), but for those of which it declares
+something else than what is served: lists of jobs, lines of JSON, turns that are not streamed, what was cancelled.
 What the jobs read is uploaded, as the stack may be on other machines. They are asked for first, and looked at last.
 """
 
