@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.routing import BaseRoute
 
-from serve_apps.address import listening_host
+from serve_apps.address import dashboard_hosts, listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
@@ -119,7 +119,7 @@ class Gateway:
         if (host := listening_host()) is not None:
             require_keys(self._context.store, host)
         if len(nodes) > 1 or (host is not None and not is_loopback(host)):
-            require_locked(os.environ, nodes)
+            require_locked(os.environ, nodes, dashboard_hosts())
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)
