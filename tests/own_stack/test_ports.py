@@ -36,7 +36,7 @@ def test_others_reach_the_gateway_and_nothing_else(hosts: Network, tmp_path: Pat
     document["http_options"] = {"host": "0.0.0.0", "port": PORT}
     file.write_text(yaml.safe_dump(document))
     environment = {"STACK_HOME": str(home), "STACK_CONFIG": str(file)}
-    create = (sys.executable, "-m", "stack", "keys", "create", "--name", "a test")
+    create = (sys.executable, "-m", "stack", "keys", "create", "--name", "a test", "--scopes", "inference")
     made = host.run("env", "-C", str(local_stack.ROOT), *create, environment=environment)
     assert made.returncode == 0, made.stderr
     with serving(host, file, environment):
@@ -45,6 +45,7 @@ def test_others_reach_the_gateway_and_nothing_else(hosts: Network, tmp_path: Pat
         asked = httpx.post(f"http://{host.address}:{PORT}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert asked.status_code == 200, asked.text
         assert len(listening(host)) > 10, "Ray's ports are there"
+        print(listening(host)); print(host.run("ss","-ltnp").stdout)
         assert list(reached(other, host)) == [PORT], reached(other, host)
 
 
