@@ -1,7 +1,8 @@
 """Hosts of a network on this one machine: each with addresses, processes, mounts and a name of its own (namespaces).
 
 What runs on a host sees no process of others, listens at the host's addresses alone, and has a /tmp/ray and a /root of
-its own; all other files are the machine's. A host ends like one that loses its power, and with whoever started it.
+its own; all other files are the machine's, and so is the Python that runs this, where it lies in /root. A host ends
+like one that loses its power, and with whoever started it.
 All of it needs root, and iproute2.
 """
 
@@ -9,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,8 @@ INIT = """
 set -e
 mkdir -p /tmp/ray
 mount --bind "$1/ray" /tmp/ray
-mount --bind "$1/root" /root
+case "$3" in /root/*) mkdir -p "$1$3"; mount --bind "$3" "$1$3" ;; esac
+mount --rbind "$1/root" /root
 hostname "$2"
 ip link set lo up
 echo ready
@@ -102,7 +105,10 @@ class Network:
         for part in ("ray", "root"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         started = subprocess.Popen(
-            ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-c", INIT, name, folder, name],
+            [
+                *("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"),
+                *("bash", "-c", INIT, name, folder, name, sys.base_prefix),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
