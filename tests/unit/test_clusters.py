@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.label_utils import parse_node_labels_string
 from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
 
 from scripts.local_stack import read_serve_file
+from serve_apps.placement import NOT_HEAD
 from stack import engines
 from stack.config import ROOT, Config, LanguageModel
 
@@ -172,6 +174,19 @@ def test_the_head_does_no_gpu_work_and_takes_no_tasks(file: Path) -> None:
         assert (starts(cluster)["head"]["--num-cpus"], starts(cluster)["head"]["--num-gpus"]) == ("0", "0")
     else:
         assert cluster["available_node_types"][cluster["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
+
+
+@every_file
+def test_the_head_is_told_from_the_nodes_that_serve(file: Path) -> None:
+    cluster = read(file)
+    if file == LOCAL:
+        labels = {kind: parse_node_labels_string(one.get("--labels", "")) for kind, one in starts(cluster).items()}
+        head, others = labels["head"], [labels["worker"]]
+    else:
+        head = cluster["available_node_types"][cluster["head_node_type"]]["labels"]
+        others = [one["labels"] for one in node_types(cluster).values()]
+    assert {key: f"!{head[key]}" for key in NOT_HEAD} == NOT_HEAD
+    assert not any(NOT_HEAD.keys() & one.keys() for one in others)
 
 
 # How Ray is locked
