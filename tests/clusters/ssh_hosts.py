@@ -87,7 +87,7 @@ def prepare(host: Host, shared: Path, venv: Path, public_key: Path, held: ExitSt
     key_pair(host.folder / "host_key")
     settings = host.folder / "sshd_config"
     settings.write_text(SSHD.format(folder=host.folder))
-    script = MOUNTS + SYSTEM + ENVIRONMENT
+    script = MOUNTS + SYSTEM + ENVIRONMENT  # the host keeps the folder of the environment
     done = host.run("bash", "-c", script, "prepare", str(home), str(shared), str(venv), str(host.folder))
     assert done.returncode == 0, done.stderr
     log = held.enter_context((host.folder / "sshd.log").open("wb"))

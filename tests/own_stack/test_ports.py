@@ -15,7 +15,7 @@ from scripts import local_stack
 from stack import config
 from tests.hosts import Host, Network, network
 from tests.ports import listening, reached
-from tests.running_stack import MODEL, START_S, wait_for, write_config
+from tests.running_stack import MODEL, START_S, prepared_home, wait_for, write_config
 
 PORT = 8321
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -28,9 +28,8 @@ def hosts(tmp_path: Path) -> Iterator[Network]:
 
 
 def test_others_reach_the_gateway_and_nothing_else(hosts: Network, tmp_path: Path) -> None:
-    host, other = hosts.host("stack", 10), hosts.host("other", 11)
-    (tmp_path / "home").mkdir()
-    home = home_with_models(tmp_path / "home")
+    host, other = hosts.host("stack", 10, keeps=[config.home()]), hosts.host("other", 11)
+    home = prepared_home(tmp_path)
     file = write_config(tmp_path / "stack.yaml")
     document = yaml.safe_load(file.read_text())
     document["http_options"] = {"host": "0.0.0.0", "port": PORT}
@@ -45,7 +44,8 @@ def test_others_reach_the_gateway_and_nothing_else(hosts: Network, tmp_path: Pat
         asked = httpx.post(f"http://{host.address}:{PORT}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert asked.status_code == 200, asked.text
         assert len(listening(host)) > 10, "Ray's ports are there"
-        print(listening(host)); print(host.run("ss","-ltnp").stdout)
+        print(listening(host))
+        print(host.run("ss", "-ltnp").stdout)
         assert list(reached(other, host)) == [PORT], reached(other, host)
 
 
@@ -63,10 +63,3 @@ def serving(host: Host, file: Path, environment: dict[str, str]) -> Iterator[Non
     finally:
         host.lose_power()
         served.wait()
-
-
-def home_with_models(home: Path) -> Path:
-    """A home folder with copies of the models of serve_apps/local.yaml: hosts do not see this machine's own."""
-    for name in (MODEL, "all-MiniLM-L6-v2"):
-        subprocess.run(["cp", "--recursive", "--parents", f"models/{name}", str(home)], cwd=config.home(), check=True)
-    return home
