@@ -56,6 +56,7 @@ class Cluster:
         where = ["env", "-C", str(self.checkout), f"PATH={ROOT}/.venv/bin:/usr/bin:/bin:/usr/sbin"]
         done = self.laptop.run(*where, "ray", *arguments, seconds=seconds)
         said = done.stdout + done.stderr
+        print(said)  # for whoever reads why a test has failed
         assert done.returncode == 0, said
         return said
 
