@@ -167,6 +167,8 @@ class Cluster:
             "STACK_HOME": str(self.home),
             "STACK_CONFIG": str(self.file),
             "PYTHONPATH": str(ROOT),
+            # Ray's workers would give way to whatever else runs on this one machine, its own load generator too.
+            "RAY_worker_niceness": "0",
             "PATH": f"{Path(sys.executable).parent}:$PATH",
         }
         lines = [f". {ROOT}/clusters/environment.sh", "unset PGPASSFILE AWS_SHARED_CREDENTIALS_FILE"]
