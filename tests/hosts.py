@@ -142,7 +142,8 @@ def network(folder: Path, prefix: str = "10.77.0") -> Iterator[Network]:
 
     All addresses begin with the prefix; two networks at a time have two of them.
     """
-    subprocess.run(["ip", "link", "delete", bridge_of(prefix)], stderr=subprocess.DEVNULL, check=False)
+    for left in Path("/sys/class/net").glob(f"{bridge_of(prefix)}*"):  # with hosts that have not quite ended, too
+        subprocess.run(["ip", "link", "delete", left.name], stderr=subprocess.DEVNULL, check=False)
     with ExitStack() as held:
         yield Network(folder, prefix, held)
 

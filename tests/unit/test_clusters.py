@@ -263,6 +263,11 @@ def test_the_head_on_hosts_keeps_what_it_knows_in_its_own_redis_behind_a_passwor
     assert starts(read(LOCAL))["head"]["--redis-password"] == "SHELL"
 
 
+def test_the_hosts_outlast_their_head_for_as_long_as_somebody_takes_to_start_it_again() -> None:
+    """On clouds a lost head is not started again: there is no Redis that would know of the nodes."""
+    assert float(environment_of(read(LOCAL))["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 1_800
+
+
 @every_file
 def test_dead_nodes_are_noticed_within_a_minute(file: Path) -> None:
     environment = environment_of(read(file))
