@@ -123,8 +123,6 @@ class Network:
             raise RuntimeError(f"the host {name} does not start")
         (first,) = psutil.Process(started.pid).children()
         outside, inside = f"{self._bridge}-{self._count}", "eth0"
-        # Of a host that was killed a moment ago: the kernel takes that away later.
-        subprocess.run(["ip", "link", "delete", outside], stderr=subprocess.DEVNULL, check=False)
         _ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", str(first.pid))
         _ip("link", "set", outside, "master", self._bridge, "up")
         host = Host(name, f"{self._prefix}.{number}", folder, first)

@@ -35,6 +35,8 @@ DEPLOY = """cd ~/llama-stack-ray && . clusters/environment.sh &&
   python -m stack keys create --tenant me --name first --scopes inference,data,training,agents,admin &&
   serve deploy serve_apps/cluster.yaml"""
 
+STOP = "~/llama-stack-ray/clusters/stop.sh"
+
 
 @dataclass
 class Cluster:
@@ -111,9 +113,10 @@ def test_others_reach_the_gateways_alone(cluster: Cluster) -> None:
 
 
 def test_after_ray_down_nothing_of_ray_is_on_any_host(cluster: Cluster) -> None:
+    cluster.ray("exec", FILE, STOP)
     cluster.ray("down", "-y", FILE)
     for host in cluster.hosts:
-        wait_for(lambda host=host: not of_ray(host), 180, lambda host=host: of_ray(host))
+        assert of_ray(host) == []
 
 
 def of_ray(host: Host) -> list[str]:
