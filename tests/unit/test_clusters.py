@@ -234,6 +234,19 @@ def test_no_port_of_rays_is_open_to_more_than_the_nodes(file: Path) -> None:
         assert "accessConfigs" not in str(cluster["available_node_types"])
 
 
+def test_the_hosts_firewall_lets_the_same_hosts_in_and_others_to_the_gateway_alone() -> None:
+    rules, provider = (CLUSTERS / "firewall.nft").read_text(), read(LOCAL)["provider"]
+    (hosts,) = re.findall(r"^define hosts = \{ (.*) \}$", rules, re.M)
+    assert hosts.split(", ") == [provider["head_ip"], *provider["worker_ips"]]
+    assert "policy drop" in rules
+    assert re.findall(r"^ *tcp dport (.*?) accept", rules, re.M) == [str(read(SERVE_FILE)["http_options"]["port"])]
+
+
+def test_the_autoscaler_of_hosts_is_the_one_that_knows_their_head() -> None:
+    """Ray's second one, which `ray up` sets, has no worker started after it has lost sight of the head."""
+    assert "RAY_enable_autoscaler_v2=0" in read(LOCAL)["head_start_ray_commands"][-1]
+
+
 def test_on_aws_only_the_gateways_port_is_opened() -> None:
     (rule,) = read(CLUSTERS / "aws.yaml")["provider"]["security_group"]["IpPermissions"]
     port = read(SERVE_FILE)["http_options"]["port"]
