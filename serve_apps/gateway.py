@@ -24,6 +24,7 @@ from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.placement import WAITS, addresses
 from serve_apps.ray_sessions import RaySessions
+from serve_apps.replica_ports import listen_inside
 from serve_apps.routes import (
     agentic_system,
     batch_inference,
@@ -97,6 +98,9 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_timeout_s=max(model.request_timeout_s for model in config.all_models),
     )
     return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
+
+
+listen_inside()
 
 
 @serve.deployment(ray_actor_options={**WAITS})

@@ -14,6 +14,7 @@ from serve_apps.actor_calls import NAMESPACE, answer_of
 from serve_apps.actor_pool import PREFIX, Pool
 from serve_apps.placement import NOT_HEAD, WAITS
 from serve_apps.pool_members import Keys, Member
+from serve_apps.replica_ports import listen_inside
 from serve_apps.session_actor import SessionActor
 from stack import tracing
 from stack.config import Config
@@ -65,6 +66,9 @@ class RayActors:
                 with suppress(ValueError):  # it has ended meanwhile
                     found.append((one["name"], ray.get_actor(one["name"], NAMESPACE)))
         return found
+
+
+listen_inside()
 
 
 @serve.deployment(
