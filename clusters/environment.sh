@@ -20,4 +20,7 @@ export RAY_USAGE_STATS_ENABLED=0
 export RAY_health_check_period_ms=3000
 export RAY_health_check_timeout_ms=5000
 export RAY_health_check_failure_threshold=5
+# Without its head a node goes on for so many seconds, in which the head is started again. Ray's own 60 are too few for a
+# person, and its end would be that of all that serves.
+export RAY_gcs_rpc_server_reconnect_timeout_s=1800
 export PATH="$HOME/llama-stack-ray/.venv/bin:$PATH"

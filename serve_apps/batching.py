@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from serve_apps.placement import NOT_SPOT
+from serve_apps.replica_ports import listen_inside
 from stack.config import EmbeddingModel, SequenceClassifier
 
 # A text as a model takes it: the ids of its tokens, with the special ones.
@@ -23,6 +24,9 @@ T = TypeVar("T")
 MAX_PASS_TOKENS = 16_384
 # Texts of this length or less are padded to one length.
 SHORT_TOKENS = 16
+
+
+listen_inside()
 
 
 def deployment_options(model: EmbeddingModel | SequenceClassifier) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.routing import BaseRoute
 
-from serve_apps.address import listening_host
+from serve_apps.address import dashboard_hosts, listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
@@ -24,6 +24,7 @@ from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.placement import WAITS, addresses
 from serve_apps.ray_sessions import RaySessions
+from serve_apps.replica_ports import listen_inside
 from serve_apps.routes import (
     agentic_system,
     batch_inference,
@@ -99,6 +100,9 @@ def build(args: dict[str, Any]) -> serve.Application:
     return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
 
 
+listen_inside()
+
+
 @serve.deployment(ray_actor_options={**WAITS})
 @serve.ingress()
 class Gateway:
@@ -119,7 +123,7 @@ class Gateway:
         if (host := listening_host()) is not None:
             require_keys(self._context.store, host)
         if len(nodes) > 1 or (host is not None and not is_loopback(host)):
-            require_locked(os.environ, nodes)
+            require_locked(os.environ, nodes, dashboard_hosts())
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)

@@ -16,7 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.attempts import Attempts
 from serve_apps.deployer import ServeDeployer
-from serve_apps.placement import WAITS, alive_nodes
+from serve_apps.placement import ON_HEAD, alive_nodes
+from serve_apps.replica_ports import listen_inside
 from stack import experiments, jobs, made_datasets, tracing, uploads
 from stack.added_models import Reconciler
 from stack.config import Config
@@ -31,7 +32,10 @@ INTERVAL_S = 1.0
 SWEEP_S = 24 * 3600.0
 
 
-@serve.deployment(num_replicas=1, ray_actor_options={**WAITS})
+listen_inside()
+
+
+@serve.deployment(num_replicas=1, ray_actor_options={**ON_HEAD})
 class JobSupervisor:
     def __init__(self, config: Config) -> None:
         tracing.start("job-supervisor", config.otlp_address)

@@ -30,6 +30,7 @@ from vllm.exceptions import VLLMClientError
 from serve_apps import placement
 from serve_apps.grammar_guard import GrammarGuard
 from serve_apps.prefix_router import PrefixRouter
+from serve_apps.replica_ports import listen_inside
 from stack import engines
 from stack.api.wire import Wire, describe
 from stack.artifacts import Artifacts
@@ -38,6 +39,8 @@ from stack.config import LanguageModel, artifacts_url, home
 from stack.errors import BadInput, StackError
 from stack.models import Ended, Endpoint, Failure
 from stack.post_training import adapter_of_model, linear_modules
+
+listen_inside()
 
 
 def build(args: dict[str, Any]) -> Application:

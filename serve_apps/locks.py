@@ -1,21 +1,24 @@
 """Whether Ray is locked: it runs code for whoever reaches its ports and has its token, so both must be kept.
 
-Since Ray binds the ports of a node to the node's address, and the dashboard to loopback unless it is told otherwise,
-that address must be one of an inner network.
+Ray listens at all addresses of a node, but for a node on loopback, so that its address must be one of an inner network,
+whose firewall keeps others away. The dashboard, which a head has at loopback unless it is told otherwise, stays there.
 """
 
 import ipaddress
 from collections.abc import Mapping, Sequence
 
 from stack.errors import Unauthorized
+from stack.keys import is_loopback
 
 _HOW = "see docs/clusters.md, `Ray is locked`"
 
 
-def require_locked(environment: Mapping[str, str], addresses: Sequence[str]) -> None:
-    """Raises Unauthorized unless Ray asks for its token, and each of its nodes has an address of an inner network.
+def require_locked(environment: Mapping[str, str], addresses: Sequence[str], dashboard: Sequence[str]) -> None:
+    """Raises Unauthorized unless Ray asks for its token, each of its nodes has an address of an inner network, and its
+    dashboard listens at loopback alone: but for one on Kubernetes, which KubeRay's operator asks.
 
-    The environment is that of a process of Ray's, which has it from where its node was started.
+    The environment is that of a process of Ray's, which has it from where its node was started; `dashboard` are the
+    addresses at which that listens.
     """
     if environment.get("RAY_AUTH_MODE") != "token":
         raise Unauthorized(
@@ -27,6 +30,12 @@ def require_locked(environment: Mapping[str, str], addresses: Sequence[str]) -> 
         raise Unauthorized(
             f"Ray's ports are bound to addresses of the internet ({', '.join(public)}): start the nodes with "
             f"`ray start --node-ip-address` and an address of an inner network; {_HOW}"
+        )
+    outside = [address for address in dashboard if not is_loopback(address)]
+    if outside and "KUBERNETES_SERVICE_HOST" not in environment:
+        raise Unauthorized(
+            f"Ray's dashboard, by which jobs are run, listens beyond loopback ({', '.join(outside)}): start the head "
+            f"with `ray start --dashboard-host=127.0.0.1`; {_HOW}"
         )
 
 

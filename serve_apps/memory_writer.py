@@ -16,6 +16,7 @@ from ray import serve
 from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.placement import WAITS
+from serve_apps.replica_ports import listen_inside
 from stack import tracing
 from stack.config import Config
 from stack.errors import StackError
@@ -25,6 +26,9 @@ from stack.memory_banks.writer import BankWriter
 from stack.store import MemoryBank, Store, faults
 
 logger = logging.getLogger("ray.serve")
+
+
+listen_inside()
 
 
 @serve.deployment(

@@ -2,6 +2,11 @@
 
 A node says what it is by Ray's own label ray.io/market-type, which the files of clusters/ set; one without the label is
 no spot node. What jobs run goes anywhere: it goes on from its last checkpoint on another node.
+
+What answers requests is not on the head of several nodes either, so that the loss of the head takes nothing of it: while
+the head is away, nothing is started again. The files of clusters/ give the head the label llama-stack/head.
+
+What hands jobs to Ray runs on the head: there Ray takes them, at an address that is the head's alone.
 """
 
 from typing import Any
@@ -9,8 +14,11 @@ from typing import Any
 import ray
 
 NOT_SPOT = {"ray.io/market-type": "!spot"}
+NOT_HEAD = {"llama-stack/head": "!true"}
 # Of an actor that reserves nothing, as it mostly waits.
-WAITS = {"num_cpus": 0, "label_selector": NOT_SPOT}
+WAITS = {"num_cpus": 0, "label_selector": NOT_SPOT | NOT_HEAD}
+# The same on the head, by the resource that Ray gives to each head.
+ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 
 
 def alive_nodes() -> list[dict[str, float]]:

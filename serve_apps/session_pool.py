@@ -12,7 +12,9 @@ from ray import serve
 
 from serve_apps.actor_calls import NAMESPACE, answer_of
 from serve_apps.actor_pool import PREFIX, Pool
+from serve_apps.placement import NOT_HEAD, WAITS
 from serve_apps.pool_members import Keys, Member
+from serve_apps.replica_ports import listen_inside
 from serve_apps.session_actor import SessionActor
 from stack import tracing
 from stack.config import Config
@@ -53,7 +55,7 @@ class RayActors:
     def _started(self, name: str) -> Any:
         actor = ray.remote(SessionActor).options(
             name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, memory=MEMORY_BYTES,
-            max_concurrency=CALLS, enable_task_events=False,
+            max_concurrency=CALLS, enable_task_events=False, label_selector=NOT_HEAD,
         )  # fmt: skip
         return actor.remote(self._config)
 
@@ -66,11 +68,14 @@ class RayActors:
         return found
 
 
+listen_inside()
+
+
 @serve.deployment(
     name=NAME,
     num_replicas=1,
     max_ongoing_requests=10_000,  # most of them wait for an actor
-    ray_actor_options={"num_cpus": 0},
+    ray_actor_options={**WAITS},
     health_check_period_s=2,  # no session gets an actor until it is noticed that the pool has died
 )
 class SessionPool:

@@ -1,7 +1,8 @@
 """Hosts of a network on this one machine: each with addresses, processes, mounts and a name of its own (namespaces).
 
 What runs on a host sees no process of others, listens at the host's addresses alone, and has a /tmp/ray and a /root of
-its own; all other files are the machine's. A host ends like one that loses its power, and with whoever started it.
+its own; all other files are the machine's, and of those in /root the Python that runs this, and what a host is to keep.
+A host ends like one that loses its power, and with whoever started it.
 All of it needs root, and iproute2.
 """
 
@@ -9,6 +10,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +24,10 @@ INIT = """
 set -e
 mkdir -p /tmp/ray
 mount --bind "$1/ray" /tmp/ray
-mount --bind "$1/root" /root
+for kept in "${@:3}"; do
+  case "$kept" in /root/*) mkdir -p "$1$kept"; mount --bind "$kept" "$1$kept" ;; esac
+done
+mount --rbind "$1/root" /root
 hostname "$2"
 ip link set lo up
 echo ready
@@ -95,14 +100,20 @@ class Network:
         _ip("address", "add", f"{self.address}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
 
-    def host(self, name: str, number: int) -> Host:
-        """Starts a host whose address ends with a number. One that has lost its power has kept its files."""
+    def host(self, name: str, number: int, keeps: Sequence[Path] = ()) -> Host:
+        """Starts a host whose address ends with a number. One that has lost its power has kept its files.
+
+        `keeps` are folders that it finds where this machine has them, also where that is in /root.
+        """
         self._count += 1
         folder = self._folder / name
         for part in ("ray", "root"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         started = subprocess.Popen(
-            ["unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-c", INIT, name, folder, name],
+            [
+                *("unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc"),
+                *("bash", "-c", INIT, name, folder, name, sys.base_prefix, *keeps),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
         )
@@ -129,7 +140,8 @@ def network(folder: Path, prefix: str = "10.77.0") -> Iterator[Network]:
 
     All addresses begin with the prefix; two networks at a time have two of them.
     """
-    subprocess.run(["ip", "link", "delete", bridge_of(prefix)], stderr=subprocess.DEVNULL, check=False)
+    for left in Path("/sys/class/net").glob(f"{bridge_of(prefix)}*"):  # with hosts that have not quite ended, too
+        subprocess.run(["ip", "link", "delete", left.name], stderr=subprocess.DEVNULL, check=False)
     with ExitStack() as held:
         yield Network(folder, prefix, held)
 

@@ -100,11 +100,14 @@ def server() -> Iterator[Server]:
 
 
 @contextmanager
-def private() -> Iterator["Private"]:
-    """A running server for this block alone, which may stop and start it. Raises RuntimeError if there can be none."""
+def private(address: str = "") -> Iterator["Private"]:
+    """A running server for this block alone, which may stop and start it. Raises RuntimeError if there can be none.
+
+    With an address it listens there too, at PostgreSQL's own port, to whoever of that network knows a password.
+    """
     folder = Path(tempfile.mkdtemp(prefix="stack-test-postgres-"))
     try:
-        own = Private(folder)
+        own = Private(folder, address)
         own.start()
         try:
             yield own
@@ -117,9 +120,10 @@ def private() -> Iterator["Private"]:
 class Private:
     """A server that is reached by a socket in its folder, and told to stop when this process dies, however it does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, address: str = "") -> None:
         self.url = f"postgresql://postgres@/postgres?host={folder}"
         self._folder = folder
+        self._address = address
         self._programs = _programs()
         # PostgreSQL refuses to run as root.
         self._user = "postgres" if os.geteuid() == 0 else None
@@ -130,7 +134,7 @@ class Private:
     def start(self) -> None:
         ids = [f"--reuid={self._user}", f"--regid={self._user}", "--init-groups"] if self._user else []
         fast = ["-c", "fsync=off", "-c", "synchronous_commit=off", "-c", "full_page_writes=off", "-c", "autovacuum=off"]
-        where = ["-D", str(self._folder / "data"), "-k", str(self._folder), "-c", "listen_addresses="]
+        where = ["-D", str(self._folder / "data"), "-k", str(self._folder), "-c", f"listen_addresses={self._address}"]
         with (self._folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [
@@ -158,6 +162,9 @@ class Private:
         )  # fmt: skip
         if made.returncode != 0:
             raise RuntimeError(f"{MISSING}\n{made.stderr}")
+        if self._address:
+            with (self._folder / "data" / "pg_hba.conf").open("a") as rules:
+                rules.write("host all all samenet scram-sha-256\n")
 
     def _wait_until_it_answers(self) -> None:
         deadline, pause = time.monotonic() + START_S, threading.Event()

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.label_utils import parse_node_labels_string
 from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
 
 from scripts.local_stack import read_serve_file
+from serve_apps.placement import NOT_HEAD
 from stack import engines
 from stack.config import ROOT, Config, LanguageModel
 
@@ -174,6 +176,19 @@ def test_the_head_does_no_gpu_work_and_takes_no_tasks(file: Path) -> None:
         assert cluster["available_node_types"][cluster["head_node_type"]]["resources"] == {"CPU": 0, "GPU": 0}
 
 
+@every_file
+def test_the_head_is_told_from_the_nodes_that_serve(file: Path) -> None:
+    cluster = read(file)
+    if file == LOCAL:
+        labels = {kind: parse_node_labels_string(one.get("--labels", "")) for kind, one in starts(cluster).items()}
+        head, others = labels["head"], [labels["worker"]]
+    else:
+        head = cluster["available_node_types"][cluster["head_node_type"]]["labels"]
+        others = [one["labels"] for one in node_types(cluster).values()]
+    assert {key: f"!{head[key]}" for key in NOT_HEAD} == NOT_HEAD
+    assert not any(NOT_HEAD.keys() & one.keys() for one in others)
+
+
 # How Ray is locked
 
 
@@ -219,6 +234,19 @@ def test_no_port_of_rays_is_open_to_more_than_the_nodes(file: Path) -> None:
         assert "accessConfigs" not in str(cluster["available_node_types"])
 
 
+def test_the_hosts_firewall_lets_the_same_hosts_in_and_others_to_the_gateway_alone() -> None:
+    rules, provider = (CLUSTERS / "firewall.nft").read_text(), read(LOCAL)["provider"]
+    (hosts,) = re.findall(r"^define hosts = \{ (.*) \}$", rules, re.M)
+    assert hosts.split(", ") == [provider["head_ip"], *provider["worker_ips"]]
+    assert "policy drop" in rules
+    assert re.findall(r"^ *tcp dport (.*?) accept", rules, re.M) == [str(read(SERVE_FILE)["http_options"]["port"])]
+
+
+def test_the_autoscaler_of_hosts_is_the_one_that_knows_their_head() -> None:
+    """Ray's second one, which `ray up` sets, has no worker started after it has lost sight of the head."""
+    assert "RAY_enable_autoscaler_v2=0" in read(LOCAL)["head_start_ray_commands"][-1]
+
+
 def test_on_aws_only_the_gateways_port_is_opened() -> None:
     (rule,) = read(CLUSTERS / "aws.yaml")["provider"]["security_group"]["IpPermissions"]
     port = read(SERVE_FILE)["http_options"]["port"]
@@ -246,6 +274,11 @@ def test_the_head_on_hosts_keeps_what_it_knows_in_its_own_redis_behind_a_passwor
     assert "appendonly yes" in redis
     assert "RAY_REDIS_ADDRESS=127.0.0.1:6390" in ray
     assert starts(read(LOCAL))["head"]["--redis-password"] == "SHELL"
+
+
+def test_the_hosts_outlast_their_head_for_as_long_as_somebody_takes_to_start_it_again() -> None:
+    """On clouds a lost head is not started again: there is no Redis that would know of the nodes."""
+    assert float(environment_of(read(LOCAL))["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 1_800
 
 
 @every_file

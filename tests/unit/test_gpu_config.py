@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.label_utils import validate_label_selector
 from ray.util.accelerators import accelerators
 from safetensors.numpy import save_file
@@ -23,7 +24,8 @@ with warnings.catch_warnings():
     from serve_apps.gateway import Gateway
     from serve_apps.job_supervisor import JobSupervisor
     from serve_apps.memory_writer import MemoryWriter
-    from serve_apps.placement import NOT_SPOT
+    from serve_apps.placement import NOT_HEAD, NOT_SPOT
+    from serve_apps.session_pool import SessionPool
 
 FILES = sorted(DEFAULT_FILE.parent.glob("*.yaml"))
 GPU_FILE = DEFAULT_FILE.parent / "gpu.yaml"
@@ -94,10 +96,10 @@ def test_every_config_file_serves_each_of_its_models(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_nothing_that_serves_is_put_on_spot_nodes(file: Path) -> None:
-    assert validate_label_selector(NOT_SPOT) is None, "Ray takes it"
-    for deployment in (Gateway, JobSupervisor, MemoryWriter):
-        assert deployment.ray_actor_options["label_selector"] == NOT_SPOT  # type: ignore[attr-defined]
+def test_nothing_that_serves_is_put_on_spot_nodes_and_what_reserves_nothing_not_on_the_head(file: Path) -> None:
+    assert validate_label_selector(NOT_SPOT | NOT_HEAD) is None, "Ray takes it"
+    for deployment in (Gateway, MemoryWriter, SessionPool):
+        assert deployment.ray_actor_options["label_selector"] == NOT_SPOT | NOT_HEAD  # type: ignore[attr-defined]
     for one in yaml.safe_load(file.read_text())["applications"]:
         if one["name"] == GATEWAY:
             continue
@@ -107,6 +109,12 @@ def test_nothing_that_serves_is_put_on_spot_nodes(file: Path) -> None:
         else:
             selectors = deployment._replica_config.placement_group_bundle_label_selector
             assert selectors == [NOT_SPOT] * len(bundles_of(deployment))
+
+
+def test_jobs_are_handed_to_ray_on_its_head_where_alone_it_takes_them() -> None:
+    options = JobSupervisor.ray_actor_options  # type: ignore[attr-defined]
+    assert options["resources"] == {HEAD_NODE_RESOURCE_NAME: 0.001}
+    assert options["num_cpus"] == 0
 
 
 def test_the_models_of_the_gpu_file_fit_on_its_8_gpus_at_once() -> None:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from serve_apps.placement import NOT_HEAD
 from stack import engines
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.config import ROOT, Config, LanguageModel
@@ -130,6 +131,13 @@ def test_every_model_fits_a_kind_of_node_that_is_no_spot_node(one: dict[str, Any
         ), model.id
     gpus = sum(ray_resources(group)["GPU"] * group.maxReplicas for group in groups)
     assert sum(model.gpus * model.most_replicas for model in config.models) <= gpus
+
+
+@every_ray
+def test_the_head_is_told_from_the_nodes_that_serve(one: dict[str, Any]) -> None:
+    head = spec_of(one).headGroupSpec.labels
+    assert {key: f"!{head[key]}" for key in NOT_HEAD} == NOT_HEAD
+    assert not any(NOT_HEAD.keys() & group.labels.keys() for group in spec_of(one).workerGroupSpecs)
 
 
 @every_ray

@@ -10,19 +10,30 @@ LOCKED = {"RAY_AUTH_MODE": "token"}
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.10", "172.16.3.4", "192.168.1.9", "fd00::1", "::1", "node-1"])
 def test_a_locked_ray_inside_is_taken(address: str) -> None:
-    require_locked(LOCKED, [address, "10.0.0.11"])
+    require_locked(LOCKED, [address, "10.0.0.11"], ["127.0.0.1"])
 
 
 @pytest.mark.parametrize("environment", [{}, {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": ""}])
 def test_a_ray_without_a_token_is_refused(environment: dict[str, str]) -> None:
     with pytest.raises(Unauthorized, match="RAY_AUTH_MODE") as refused:
-        require_locked(environment, ["10.0.0.10"])
+        require_locked(environment, ["10.0.0.10"], ["127.0.0.1"])
     assert "set it to token" in refused.value.message
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "1.1.1.1"])
 def test_a_ray_in_the_internet_is_refused(address: str) -> None:
     with pytest.raises(Unauthorized, match="addresses of the internet") as refused:
-        require_locked(LOCKED, ["10.0.0.10", address])
+        require_locked(LOCKED, ["10.0.0.10", address], [])
     assert address in refused.value.message
     assert "10.0.0.10" not in refused.value.message
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "10.0.0.10", "8.8.8.8"])
+def test_a_dashboard_that_others_reach_is_refused(address: str) -> None:
+    with pytest.raises(Unauthorized, match="start the head with") as refused:
+        require_locked(LOCKED, ["10.0.0.10"], ["127.0.0.1", address])
+    assert f"({address})" in refused.value.message
+
+
+def test_on_kubernetes_the_operator_reaches_the_dashboard() -> None:
+    require_locked(LOCKED | {"KUBERNETES_SERVICE_HOST": "10.96.0.1"}, ["10.0.0.10"], ["10.0.0.10"])

@@ -1,0 +1,227 @@
+"""What a cluster's faults cost its clients: scripts/chaos [--only FAULT…] [--seed N] [--json FILE]
+
+A cluster of hosts on this machine serves clients of all kinds, first without a fault, then with each: it is measured
+how many requests fail and for how long, and looked whether all that was acknowledged is there exactly once.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from tests.chaos import clients
+from tests.chaos.cluster import EMBEDDING_MODEL, LANGUAGE_MODEL, Cluster, cluster
+from tests.chaos.faults import FAULTS, Fault
+from tests.chaos.load import Attempt, Balancer, Load
+from tests.running_stack import wait_for
+
+PREFIX = "10.80.0"
+BEFORE_S = 10.0  # of load before a fault
+CALM_S = 15.0  # without any failure: it has recovered
+MOST_S = 300.0
+TARGET_S = 60.0
+# An attempt that takes longer is as bad as one that fails.
+SLOW_S = 15.0
+# Kinds that take long as they are.
+LONG = ("long stream", "work")
+
+
+@dataclass
+class Result:
+    """What was found in one phase. Times are seconds; `recovery` is by the kind of request that took longest, `whole`
+    until all gateways are back, both from the fault. `under_way` are attempts that the fault has broken off."""
+
+    name: str
+    what: str
+    victim: str = ""
+    seconds: float = 0.0
+    answered: int = 0
+    refused: int = 0
+    broken: int = 0
+    lost: list[str] = field(default_factory=list)
+    recovery: dict[str, float] = field(default_factory=dict)
+    whole: float | None = None
+    p50: dict[str, float] = field(default_factory=dict)
+    p99: dict[str, float] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    reasons: dict[str, int] = field(default_factory=dict)
+    acknowledged: dict[str, int] = field(default_factory=dict)
+    planned: bool = False
+
+    @property
+    def recovered(self) -> float:
+        return max(self.recovery.values(), default=0.0)
+
+    @property
+    def met(self) -> bool:
+        wrong = self.missing or self.lost or (self.planned and (self.refused or self.broken))
+        return not wrong and self.recovered <= TARGET_S
+
+
+class Run:
+    """A cluster with its clients."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self.cluster = cluster
+        self.seed = seed
+        self.balancer = Balancer(cluster.urls)
+        self.load = Load(self.balancer, cluster.key, seed)
+        with self._http() as http:
+            self.kinds = clients.prepare(http, LANGUAGE_MODEL, EMBEDDING_MODEL)
+
+    def without(self, seconds: float) -> Result:
+        """The load without any fault, once all is warm."""
+        with self.balancer.looking():
+            with self._running():
+                threading.Event().wait(BEFORE_S)
+            start = time.monotonic()
+            with self._running():
+                threading.Event().wait(seconds)
+        return self._result(Result("none", "no fault"), start, None)
+
+    def with_fault(self, fault: Fault) -> Result:
+        result = Result(fault.name, fault.what, planned=fault.planned)
+        with self.balancer.looking(), self._running():
+            start = time.monotonic()
+            threading.Event().wait(BEFORE_S)
+            before = len(self.balancer.well)
+            struck = time.monotonic()
+            result.victim = fault.strike(self.cluster, random.Random(f"{self.seed}/{fault.name}"))
+            say(f"  {result.victim}")
+            if fault.repair is not None:
+                threading.Event().wait(max(0.0, struck + fault.away_s - time.monotonic()))
+                fault.repair(self.cluster, result.victim)
+            calm = 0.0
+            while calm < CALM_S and time.monotonic() - struck < MOST_S:
+                threading.Event().wait(0.5)
+                well = len(self.balancer.well) >= before
+                if well and result.whole is None:
+                    result.whole = time.monotonic() - struck
+                calm = time.monotonic() - max([struck, *(one.end for one in self.load.log.attempts if is_bad(one))])
+                calm = calm if well else 0.0
+        last: dict[str, Any] = {}
+        wait_for(lambda: self.cluster.is_whole(last), MOST_S, lambda: last)
+        return self._result(result, start, struck)
+
+    def _result(self, result: Result, start: float, struck: float | None) -> Result:
+        log = self.load.log
+        attempts = [one for one in log.attempts if one.end >= start]
+        answered = [one for one in log.answered if one.end >= start]
+        result.seconds = time.monotonic() - start
+        result.answered = len(answered)
+        result.refused = sum(one.outcome == "refused" for one in attempts)
+        result.broken = sum(one.outcome == "broken" for one in attempts)
+        result.reasons = dict(Counter(f"{one.kind}: {one.why[:160]}" for one in attempts if one.outcome != "ok"))
+        result.lost, log.lost = log.lost, []
+        for kind in sorted({one.kind for one in answered}):
+            took = [one.end - one.start for one in answered if one.kind == kind]
+            result.p50[kind] = statistics.median(took)
+            result.p99[kind] = statistics.quantiles(took, n=100)[98] if len(took) > 1 else took[0]
+            if struck is not None and kind not in LONG:
+                result.recovery[kind] = recovery_of([one for one in attempts if one.kind == kind], struck)
+        with self._http() as http:
+            result.missing = clients.missing(http, self.kinds, self.cluster.bucket)
+        memory = self.kinds.memory
+        result.acknowledged = {
+            "documents": len(memory.documents), "sessions": len(memory.sessions),
+            "turns": sum(map(len, memory.sessions.values())), "jobs": len(memory.jobs),
+            "data sets": len(memory.datasets),
+        }  # fmt: skip
+        return result
+
+    def _running(self) -> Any:
+        kinds = self.kinds
+        return self.load.running(
+            [
+                kinds.chat,
+                kinds.stream,
+                kinds.long_stream,
+                kinds.insert,
+                kinds.query,
+                kinds.turn,
+                kinds.job,
+                kinds.dataset,
+            ]
+        )
+
+    def _http(self) -> httpx.Client:
+        url = self.balancer.choose()
+        return httpx.Client(base_url=url, headers={"authorization": f"Bearer {self.cluster.key}"}, timeout=120)
+
+
+def is_bad(attempt: Attempt) -> bool:
+    return attempt.outcome != "ok" or (attempt.kind not in LONG and attempt.end - attempt.start > SLOW_S)
+
+
+def recovery_of(attempts: Sequence[Attempt], struck: float) -> float:
+    """How long after a fault requests of one kind were answered again: from when on all are. 0 where all were."""
+    bad = max((one.end for one in attempts if one.end > struck and is_bad(one)), default=None)
+    if bad is None:
+        return 0.0
+    return min((one.start for one in attempts if one.start >= bad and not is_bad(one)), default=float("inf")) - struck
+
+
+def table(results: Sequence[Result]) -> str:
+    """In Markdown."""
+    heads = ["", "answered", "/s", "refused", "broken off", "lost", "chat p50, p99", "insert p50, p99"]
+    heads += ["recovered", "whole", "missing of what was acknowledged"]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for one in results:
+        times = [
+            f"{one.p50.get(kind, 0) * 1000:.0f}, {one.p99.get(kind, 0) * 1000:,.0f} ms" for kind in ("chat", "insert")
+        ]
+        cells = [
+            one.what, f"{one.answered:,}", f"{one.answered / one.seconds:.1f}", str(one.refused), str(one.broken),
+            str(len(one.lost)), *times, f"{one.recovered:.1f} s" if one.recovery else "",
+            "" if one.whole is None else f"{one.whole:.0f} s",
+            f"{len(one.missing)} of {sum(one.acknowledged.values()):,}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/chaos", description=__doc__.partition("\n\n")[2])
+    parser.add_argument("--only", nargs="+", metavar="FAULT", choices=[one.name for one in FAULTS], help="%(choices)s")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of all that is drawn: whom a fault meets, what clients ask"
+    )
+    parser.add_argument("--seconds", type=float, default=60, help="how long the load without a fault is measured (60)")
+    parser.add_argument("--workers", type=int, default=3, choices=(2, 3))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    given = parser.parse_args(arguments)
+    chosen = [one for one in FAULTS if not given.only or one.name in given.only]
+    with (
+        tempfile.TemporaryDirectory(prefix="chaos-") as folder,
+        cluster(Path(folder), PREFIX, given.workers) as started,
+    ):
+        run = Run(started, given.seed)
+        say("no fault")
+        results = [run.without(given.seconds)]
+        for fault in chosen:
+            say(fault.what)
+            results.append(run.with_fault(fault))
+            say(f"  {json.dumps(asdict(results[-1]))}")
+    print(table(results))
+    if given.json:
+        given.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n")
+    return 0 if all(one.met for one in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
