@@ -42,12 +42,12 @@ def dashboard_hosts() -> list[str]:
     It makes known its head's address unless it listens at loopback alone. Of a Ray on loopback both are the same, so
     there this machine's own table is asked.
     """
-    known: bytes | None = _internal_kv_get("dashboard", namespace="dashboard")  # type: ignore[no-untyped-call]
+    known: bytes | None = _internal_kv_get("dashboard", namespace="dashboard")
     if not known:
         return []
     host, _, port = known.decode().rpartition(":")
     host = host.strip("[]")
-    if is_loopback(ray.util.get_node_ip_address()):
+    if is_loopback(ray.util.get_node_ip_address()):  # type: ignore[no-untyped-call]
         return [host, *_listening_here(int(port))]
     return [host]
 
@@ -57,5 +57,5 @@ def _listening_here(port: int) -> list[str]:
     return [
         one.laddr.ip
         for one in psutil.net_connections("tcp")
-        if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+        if one.status == psutil.CONN_LISTEN and one.laddr and one.laddr.port == port
     ]
