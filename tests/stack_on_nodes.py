@@ -34,6 +34,7 @@ from tests.running_stack import (
 # Of each node: places to schedule, not cores.
 CPUS = 2
 GATEWAYS = 2
+AGENTS_PORTS = ("metrics_agent", "metrics_export", "runtime_env_agent", "dashboard_agent_listen")
 BIN = Path(sys.executable).parent
 # Tests that are right on one node alone, by their ids, and why.
 ONE_NODE: dict[str, str] = {}
@@ -64,7 +65,6 @@ def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
         "STACK_HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_agent_register_timeout_ms": "120000",  # nodes start beside all that runs on the first ones
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_MODE": "offline",
@@ -77,15 +77,13 @@ def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
 
         ray = Cluster()
         dashboard = free_port()
+        head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
         try:
             for number in range(1, nodes + 1):
-                head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
-                ray.add_node(
-                    node_ip_address=f"127.0.0.{number}",
-                    num_cpus=CPUS,
-                    dashboard_agent_listen_port=free_port(),
-                    **(head if number == 1 else {}),
-                )
+                # Where it chooses these itself, a node has 15 s to tell: too few on a busy machine.
+                ports = {f"{name}_port": free_port() for name in AGENTS_PORTS}
+                address = f"127.0.0.{number}"
+                ray.add_node(node_ip_address=address, num_cpus=CPUS, **ports, **(head if number == 1 else {}))
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             ray.shutdown()
