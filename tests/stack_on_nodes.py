@@ -34,7 +34,6 @@ from tests.running_stack import (
 # Of each node: places to schedule, not cores.
 CPUS = 2
 GATEWAYS = 2
-AGENTS_PORTS = ("metrics_agent", "metrics_export", "runtime_env_agent", "dashboard_agent_listen")
 BIN = Path(sys.executable).parent
 # Tests that are right on one node alone, by their ids, and why.
 ONE_NODE: dict[str, str] = {}
@@ -61,7 +60,7 @@ def started(folder: Path, nodes: int) -> Iterator[Stack]:
 @contextmanager
 def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
     """A Ray of so many nodes whose processes have these variables. Gives the address of its dashboard."""
-    given = {
+    environment_of_nodes = {
         "STACK_HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,7 +70,7 @@ def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
         "WANDB_DIR": str(home),
         "PATH": f"{BIN}:{os.environ['PATH']}",
     }
-    with environment(given | variables):
+    with environment(environment_of_nodes | variables):
         subprocess.run([BIN / "ray", "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
         from ray.cluster_utils import Cluster
 
@@ -80,10 +79,10 @@ def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
         head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
         try:
             for number in range(1, nodes + 1):
-                # Where it chooses these itself, a node has 15 s to tell: too few on a busy machine.
-                ports = {f"{name}_port": free_port() for name in AGENTS_PORTS}
-                address = f"127.0.0.{number}"
-                ray.add_node(node_ip_address=address, num_cpus=CPUS, **ports, **(head if number == 1 else {}))
+                # Not 127.0.0.1: Ray takes that for the address of the node that reads it.
+                address, port = f"127.0.1.{number}", free_port()
+                given = {"node_ip_address": address, "num_cpus": CPUS, "dashboard_agent_listen_port": port}
+                ray.add_node(**given, **(head if number == 1 else {}))
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             ray.shutdown()
