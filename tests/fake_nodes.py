@@ -31,7 +31,8 @@ class Cluster(AutoscalingCluster):
         document: dict[str, Any] = yaml.safe_load(AWS.read_text())
         head = {"resources": dict(head_resources), "node_config": {}, "max_workers": 0}
         provider = {
-            "type": "fake_multinode",
+            "type": "external",  # as its own type has its defaults in that file
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
@@ -44,6 +45,9 @@ class Cluster(AutoscalingCluster):
             "idle_timeout_minutes": IDLE_MINUTES,
             "provider": provider,
             "auth": {},
+            "file_mounts": {},
+            **{f"{name}commands": [] for name in ("initialization_", "setup_", "head_setup_", "worker_setup_")},
+            **{f"{name}_start_ray_commands": [] for name in ("head", "worker")},
             "head_node_type": HEAD,
             "available_node_types": {HEAD: head, **worker_node_types},
         }
