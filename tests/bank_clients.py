@@ -119,8 +119,7 @@ class Clients:
         for kind, bank_id in self.banks.items():
             expected = [pair for pair in self.shared if pair.kind == kind]
             expected += [pair for pairs in self.own.values() for pair in pairs if pair.kind == kind and pair.version]
-            address = str(self._stack.home / "memory_banks" / "default" / bank_id)
-            rows = asyncio.run(_rows(address))
+            rows = asyncio.run(_rows(f"{self._stack.place('memory_banks')}/default/{bank_id}"))
             assert len(set(rows)) == len(rows), "a row is there twice"
             documents = sorted(document_id for document_id, position in rows if position == DOCUMENT)
             assert documents == sorted(one for pair in expected for one in pair.ids)

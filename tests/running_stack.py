@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import httpx
 import psutil
 import pytest
@@ -43,6 +44,9 @@ SCRIPTED_MODEL = {
 GUARDED = "guarded"
 GUARD = {"id": "guard", "type": "llama_guard", "model": MODEL}
 JUDGE = {"kind": "judge", "id": "judge", "model": MODEL, "rubric": "How well does the answer fit the question?"}
+# What is due in memory banks is done at once, where tests would wait for it, and beside all that they write; actors of
+# sessions that have nothing to do end soon, and so do the calls of a model that knows no end.
+CHANGES: dict[str, Any] = {"memory_banks": {"maintenance_s": 1}, "agents": {"idle_s": 1, "max_tool_calls": 4}}
 START_S = 400
 # The environment variable that describes a stack which is there already.
 SHARED = "STACK_UNDER_TEST"
@@ -52,12 +56,18 @@ GONE_S = 180
 
 @dataclass
 class Stack:
-    """A stack that runs, until it is killed, in its home folder, behind its port; its traces go to `traces`."""
+    """A stack that runs, until it is killed, in its home folder, behind its port; its traces go to `traces`.
+
+    One of several nodes (tests/stack_on_nodes.py) has its rows in the PostgreSQL `database`, and under `storage`, a
+    prefix of object storage, what one of one node has in its home.
+    """
 
     home: Path
     port: int
     traces: str
     ray_address: str = ""
+    storage: str = ""
+    database: str = ""
     process: subprocess.Popen[bytes] = field(init=False)
 
     @property
@@ -70,14 +80,7 @@ class Stack:
 
     def start(self) -> None:
         """Starts it and waits until it answers."""
-        # What is due in memory banks is done at once, where tests would wait for it, and beside all that they write;
-        # actors of sessions that have nothing to do end soon, and so do the calls of a model that knows no end.
-        changes = {
-            "otlp_address": self.traces,
-            "memory_banks": {"maintenance_s": 1},
-            "agents": {"idle_s": 1, "max_tool_calls": 4},
-        }
-        file = with_scripted_models(write_config(self.home / "serve.yaml", **changes))
+        file = with_scripted_models(write_config(self.home / "serve.yaml", otlp_address=self.traces, **CHANGES))
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 [
@@ -108,7 +111,34 @@ class Stack:
         return spans_at(self.traces)
 
     def described(self) -> str:
-        return json.dumps([str(self.home), self.port, self.traces, self.ray_address])
+        return json.dumps([str(self.home), self.port, self.traces, self.ray_address, self.storage, self.database])
+
+    @property
+    def store_url(self) -> str:
+        return self.database or f"sqlite:///{self.home}/stack.db"
+
+    def place(self, name: str) -> str:
+        """Where its `artifacts`, `data` or `memory_banks` are: a folder, or a prefix of object storage."""
+        return f"{self.storage}/{name}" if self.storage else str(self.home / name)
+
+    def data_at(self, file: Path) -> str:
+        """The address by which it reads a file of its home's folder `data`. Object storage gets a copy of it."""
+        if not self.storage:
+            return file.as_uri()
+        address = f"{self.storage}/{file.relative_to(self.home)}"
+        with fsspec.open(address, "wb") as copy:
+            copy.write(file.read_bytes())
+        return address
+
+    def files_at(self, address: str) -> Path:
+        """The folder of the files at an address of its own; those in object storage are fetched."""
+        if not self.storage:
+            return Path(address.removeprefix("file://"))
+        assert address.startswith(self.storage)
+        folder = self.home / "fetched" / address.removeprefix(f"{self.storage}/")
+        files, prefix = fsspec.url_to_fs(address, skip_instance_cache=True)  # which knows of no files that come later
+        files.get(prefix, str(folder), recursive=True)
+        return folder
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)

@@ -1,10 +1,11 @@
-"""A server that speaks S3, in this process and on loopback: tests talk to it as users do to theirs."""
+"""A server that speaks S3, in this process: tests talk to it as users do to theirs."""
 
 import logging
 import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import s3fs
@@ -21,7 +22,7 @@ class S3:
     def bucket(self) -> str:
         """The address of a prefix in a new bucket."""
         name = f"bucket-{uuid.uuid4().hex}"
-        s3fs.S3FileSystem().mkdir(name)
+        s3fs.S3FileSystem(key="test", secret="test", endpoint_url=self.address).mkdir(name)
         self.requests.clear()
         return f"s3://{name}/some/prefix"
 
@@ -39,11 +40,12 @@ class _Count(logging.Handler):
             self.requests[line[1]] += 1
 
 
-@pytest.fixture(scope="session")
-def s3_server() -> Iterator[S3]:
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+@contextmanager
+def server(host: str = "127.0.0.1") -> Iterator[S3]:
+    """A server for as long as the block, which listens at an address of this machine."""
+    moto = ThreadedMotoServer(host, 0, verbose=False)
+    moto.start()
+    _, port = moto.get_host_and_port()
     s3 = S3(f"http://{host}:{port}")
     s3fs.S3FileSystem.clear_instance_cache()  # of clients that look for another server
     log = logging.getLogger("werkzeug")
@@ -51,16 +53,28 @@ def s3_server() -> Iterator[S3]:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     log.propagate = False
-    yield s3
-    log.removeHandler(handler)
-    server.stop()
+    try:
+        yield s3
+    finally:
+        log.removeHandler(handler)
+        moto.stop()
+
+
+def variables(address: str) -> dict[str, str]:
+    """Those by which AWS's own tools find the server."""
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    return keys | {"AWS_ENDPOINT_URL_S3": address}
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    with server() as s3:
+        yield s3
 
 
 @pytest.fixture
 def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """An S3 server, in the variables in which AWS's own tools look for it."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server.address)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    for name, value in variables(s3_server.address).items():
+        monkeypatch.setenv(name, value)
     return s3_server

@@ -33,9 +33,10 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def dataset(file: Path, **columns: str) -> dict[str, Any]:
-    """The description of a data set; without columns, of one column `dialog`."""
-    return {"columns": columns or {"dialog": "dialog"}, "content_url": file.as_uri()}
+def dataset(file: Path | str, **columns: str) -> dict[str, Any]:
+    """The description of a data set in a file, or at an address; without columns, of one column `dialog`."""
+    address = file if isinstance(file, str) else file.as_uri()
+    return {"columns": columns or {"dialog": "dialog"}, "content_url": address}
 
 
 def function_calls(file: Path, *questions: str) -> dict[str, Any]:

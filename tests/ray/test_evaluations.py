@@ -40,15 +40,16 @@ def completed(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str
     return metrics
 
 
-def results(client: httpx.Client, job_uuid: str) -> Path:
+def results(stack: Stack, client: httpx.Client, job_uuid: str) -> Path:
     artifacts = client.get("/evaluate/job/artifacts", params={"job_uuid": job_uuid}).json()
-    return Path(artifacts["path"].removeprefix("file://"))
+    return stack.files_at(artifacts["path"])
 
 
 @pytest.fixture(scope="module")
 def capitals(stack: Stack) -> dict[str, Any]:
     rows = [{"prompt": f"What is the capital of {name}?", "completion": city} for name, city in CAPITALS.items()]
-    return dataset(write_rows(stack.home / "data" / "capitals.jsonl", rows), prompt="text", completion="text")
+    file = write_rows(stack.home / "data" / "capitals.jsonl", rows)
+    return dataset(stack.data_at(file), prompt="text", completion="text")
 
 
 def nll_of_transformers(folder: Path, prompt: str, reference: str) -> tuple[float, int]:
@@ -71,7 +72,7 @@ def test_perplexity_is_that_of_the_model_itself_though_it_serves_adapters(
     stack: Stack, client: httpx.Client, capitals: dict[str, Any]
 ) -> None:
     metrics = completed(client, "text_generation/", evaluation("perplexity", capitals, ["perplexity", "rouge", "bleu"]))
-    folder = results(client, "perplexity")
+    folder = results(stack, client, "perplexity")
     assert {one.name for one in folder.iterdir()} >= {"examples.jsonl", "examples.parquet", "report.html"}
     rows = pyarrow.parquet.read_table(folder / "examples.parquet").to_pylist()
     assert [row["error"] for row in rows] == [""] * 5
@@ -90,19 +91,19 @@ def test_a_row_that_fails_is_told_and_ends_nothing_until_they_are_too_many(stack
     rows = [{"id": n, "prompt": f"Question {n}", "completion": "Paris is big."} for n in range(20)]
     rows[7]["prompt"] = "fault:error"
     file = write_rows(stack.home / "data" / "failing.jsonl", rows)
-    data = dataset(file, id="number", prompt="text", completion="text")
+    data = dataset(stack.data_at(file), id="number", prompt="text", completion="text")
     # Without a limit it answers with one round of its script.
     body = evaluation("some-fail", data, ["em"], checkpoint=SCRIPTED, sampling_params={"strategy": "greedy"})
     metrics = completed(client, "question_answering/", body)
     assert (metrics["examples"], metrics["failed"], metrics["em"]) == (20, 1, 1)
-    lines = (results(client, "some-fail") / "examples.jsonl").read_text().splitlines()
+    lines = (results(stack, client, "some-fail") / "examples.jsonl").read_text().splitlines()
     (failed,) = [row for row in map(json.loads, lines) if row["error"]]
     assert (failed["id"], "em" in failed) == ("7", False)
     client.post("/evaluate/question_answering/", json=body | {"job_uuid": "too-many", "max_failed_rows": 0})
     status = ended(client, "evaluate", "too-many")
     assert status["status"] == "failed"
     assert status["error"].startswith("row 8: ")
-    kept = (results(client, "too-many") / "examples.jsonl").read_text().splitlines()
+    kept = (results(stack, client, "too-many") / "examples.jsonl").read_text().splitlines()
     assert [one["id"] for one in map(json.loads, kept) if one["error"]] == ["7"]
 
 
@@ -138,10 +139,12 @@ def test_calls_of_functions_are_compared(stack: Stack, client: httpx.Client) -> 
         '{"name": "get_weather", "parameters": {"city": "Paris", "days": 2}}': 0,
         "In Paris it rains.": 0,
     }
-    data = function_calls(stack.home / "data" / "calls.jsonl", *(f"How is the weather? say:{text}" for text in said))
+    file = stack.home / "data" / "calls.jsonl"
+    data = function_calls(file, *(f"How is the weather? say:{text}" for text in said))
+    data["content_url"] = stack.data_at(file)
     metrics = completed(client, "function_calling/", evaluation("calls", data, ["ast"], checkpoint=SCRIPTED))
     assert (metrics["ast"], metrics["failed"]) == (1 / 4, 0)
-    rows = map(json.loads, (results(client, "calls") / "examples.jsonl").read_text().splitlines())
+    rows = map(json.loads, (results(stack, client, "calls") / "examples.jsonl").read_text().splitlines())
     found = {row["id"]: (row["ast"], row["answer"]) for row in rows}
     assert [found[f"weather-{number}"][0] for number in range(1, 5)] == [*said.values()]
     assert json.loads(found["weather-1"][1]) == [{"name": "get_weather", "arguments": {"city": "paris france"}}]
@@ -168,7 +171,7 @@ def test_a_task_of_lm_eval_has_the_same_score_as_with_its_own_backend(stack: Sta
     theirs = simple_evaluate(model=model, tasks=["sums"], task_manager=TaskManager(include_path=str(folder)))
     assert theirs is not None
     assert ours["sums/acc"] == theirs["results"]["sums"]["acc,none"]
-    lines = (results(client, "sums") / "samples_sums.jsonl").read_text().splitlines()
+    lines = (results(stack, client, "sums") / "samples_sums.jsonl").read_text().splitlines()
     for sample, other in zip(map(json.loads, lines), theirs["samples"]["sums"], strict=True):
         for told, expected in zip(sample["filtered_resps"], other["filtered_resps"], strict=True):
             assert told[0] == pytest.approx(expected[0], abs=1e-2)

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,7 +20,7 @@ STATUS = "/post_training/job/status"
 
 @pytest.fixture(scope="module")
 def data(stack: Stack) -> dict[str, Any]:
-    return samples.dataset(samples.write_rows(stack.home / "data" / "jobs.jsonl", samples.dialogs(24)))
+    return samples.dataset(stack.data_at(samples.write_rows(stack.home / "data" / "jobs.jsonl", samples.dialogs(24))))
 
 
 def submit(client: httpx.Client, data: dict[str, Any], uuid: str, epochs: int = 1) -> None:
@@ -83,11 +82,14 @@ def test_logs_stream_from_the_first_line_to_the_last(client: httpx.Client, follo
     assert not [line for line in followed if "did not exit" in line or "GetTimeoutError" in line]
 
 
-def test_the_files_of_a_job_are_found_with_sizes_and_hashes(client: httpx.Client, followed: list[str]) -> None:
+def test_the_files_of_a_job_are_found_with_sizes_and_hashes(
+    stack: Stack, client: httpx.Client, followed: list[str]
+) -> None:
     artifacts = client.get("/post_training/job/artifacts", params={"job_uuid": "tune-followed"}).json()
     (checkpoint,) = artifacts["checkpoints"]
+    folder = stack.files_at(checkpoint["path"])
     for file in checkpoint["files"]:
-        path = Path(checkpoint["path"].removeprefix("file://")) / file["name"]
+        path = folder / file["name"]
         assert path.stat().st_size == file["bytes"]
         assert len(file["sha256"]) == 64
 
@@ -97,7 +99,7 @@ def test_a_job_that_no_node_can_run_says_so_and_blocks_no_other(
 ) -> None:
     # No request asks for GPUs where no model has any: the row is what one for such a model would be.
     request = samples.evaluation(data, job_uuid="evaluation-16-gpus", checkpoint=MODEL)
-    store = Store(f"sqlite:///{stack.home}/stack.db")
+    store = Store(stack.store_url)
     job = NewJob("default", "evaluation-16-gpus", "evaluate", request, "evaluate", priority=10, bundles=[{"GPU": 16}])
     store.jobs.add(job, max_waiting=100)
     store.close()

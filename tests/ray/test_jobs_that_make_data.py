@@ -27,7 +27,7 @@ def prompts(stack: Stack) -> dict[str, Any]:
     words = ["river", "colour", "city", "fruit", "tool", "bird", "metal"]
     rows = [{"id": word, "prompt": f"Name a {word}."} for word in words] + [{"id": "long", "prompt": "word " * 3_000}]
     file = samples.write_rows(stack.home / "data" / "prompts.jsonl", rows)
-    return samples.dataset(file, id="text", prompt="text")
+    return samples.dataset(stack.data_at(file), id="text", prompt="text")
 
 
 def made(client: httpx.Client, api: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def test_prompts_are_grown_from_seeds(client: httpx.Client) -> None:
 
 def test_documents_become_pairs_that_cite_them(stack: Stack, client: httpx.Client) -> None:
     file = samples.write_rows(stack.home / "data" / "rivers.jsonl", [{"id": "rivers", "text": TEXT}])
-    data = samples.dataset(file, id="text", text="text")
+    data = samples.dataset(stack.data_at(file), id="text", text="text")
     sampling = SAMPLING | {"temperature": 0.7, "max_tokens": 200}
     body = generation(data, "ask-documents", source="documents", num_generations=8, sampling_params=sampling)
     found = made(client, "synthetic_data_generation", body)
@@ -110,7 +110,8 @@ def test_a_batch_answers_each_row_by_its_id(client: httpx.Client, prompts: dict[
 def test_a_batch_with_an_engine_of_its_own_answers_as_the_one_that_serves(client: httpx.Client, stack: Stack) -> None:
     words = ["river", "colour", "city", "fruit", "tool", "bird"]
     rows = [{"id": word, "prompt": f"Name a {word}."} for word in words]
-    data = samples.dataset(samples.write_rows(stack.home / "data" / "six.jsonl", rows), id="text", prompt="text")
+    file = samples.write_rows(stack.home / "data" / "six.jsonl", rows)
+    data = samples.dataset(stack.data_at(file), id="text", prompt="text")
     before, found = engines(stack), {}
     assert len(before) >= 2, "those of the model that serves"
     for engine in ("serving", "own"):
@@ -134,7 +135,7 @@ def engines(stack: Stack) -> set[int]:
 
 def test_a_batch_of_texts_is_embedded(client: httpx.Client, stack: Stack) -> None:
     file = samples.write_rows(stack.home / "data" / "words.jsonl", [{"text": f"word {number}"} for number in range(50)])
-    data = samples.dataset(file, text="text")
+    data = samples.dataset(stack.data_at(file), text="text")
     body = samples.batch(data, job_uuid="embed-all", kind="embeddings", model="all-MiniLM-L6-v2")
     assert made(client, "batch_inference", body)["metrics"]["rows"] == 50
     rows = rows_of(client, "embed-all.answers")  # as many as a preview shows of them
@@ -144,7 +145,7 @@ def test_a_batch_of_texts_is_embedded(client: httpx.Client, stack: Stack) -> Non
 
 def test_the_examples_are_right(client: httpx.Client, stack: Stack) -> None:
     """Their bodies, on data of their own."""
-    data = samples.dataset(samples.write_rows(stack.home / "data" / "hello.jsonl", samples.dialogs(4)))
+    data = samples.dataset(stack.data_at(samples.write_rows(stack.home / "data" / "hello.jsonl", samples.dialogs(4))))
     bodies = [
         (api, yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text()) | {"dataset": data, "job_uuid": f"of-{name}"})
         for name, api in (

@@ -14,6 +14,7 @@ import yaml
 from llama_stack import LlamaStack
 
 from scripts import prompt_injection
+from tests import samples
 from tests.running_stack import MODEL, Stack, ended, wait_for, write_config
 
 LORA = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": True, "apply_lora_to_output": False}
@@ -26,15 +27,17 @@ def splits(stack: Stack) -> dict[str, prompt_injection.Split]:
 
 
 @pytest.fixture(scope="module")
-def small(stack: Stack, splits: dict[str, prompt_injection.Split]) -> Path:
+def rows(splits: dict[str, prompt_injection.Split]) -> list[str]:
     """24 rows of the training split."""
+    return splits["train"].file.read_text().splitlines()[:24]
+
+
+@pytest.fixture(scope="module")
+def small(stack: Stack, rows: list[str]) -> dict[str, Any]:
+    """Their data set."""
     file = stack.home / "data" / "small.jsonl"
-    file.write_text("".join(f"{line}\n" for line in splits["train"].file.read_text().splitlines()[:24]))
-    return file
-
-
-def dataset(file: Path) -> dict[str, Any]:
-    return {"columns": {"dialog": "dialog"}, "content_url": file.as_uri()}
+    file.write_text("".join(f"{row}\n" for row in rows))
+    return samples.dataset(stack.data_at(file))
 
 
 def fine_tuning(job_uuid: str, train: Any, **changes: Any) -> dict[str, Any]:
@@ -60,12 +63,12 @@ def evaluation(job_uuid: str, test: Any, checkpoint: str = MODEL) -> dict[str, A
 
 
 @pytest.fixture(scope="module")
-def tuned(stack: Stack, small: Path) -> dict[str, Any]:
+def tuned(stack: Stack, small: dict[str, Any]) -> dict[str, Any]:
     """A fine-tuning by HTTP that has ended."""
     with stack.client() as client:
-        registered = client.post("/datasets/create", json={"uuid": "small", "dataset": dataset(small)})
+        registered = client.post("/datasets/create", json={"uuid": "small", "dataset": small})
         assert registered.json()["rows"] == 24
-        request = fine_tuning("tune-http", "small", validation_dataset=dataset(small))
+        request = fine_tuning("tune-http", "small", validation_dataset=small)
         assert client.post("/post_training/supervised_fine_tune", json=request).json() == {"job_uuid": "tune-http"}
         return ended(client, "post_training", "tune-http")
 
@@ -107,9 +110,9 @@ def test_the_adapter_is_served_with_no_restart(client: httpx.Client, tuned: dict
 
 
 def test_the_same_job_again_is_the_same_job_and_another_one_is_a_conflict(
-    client: httpx.Client, tuned: dict[str, Any], small: Path
+    client: httpx.Client, tuned: dict[str, Any], small: dict[str, Any]
 ) -> None:
-    same = fine_tuning("tune-http", "small", validation_dataset=dataset(small))
+    same = fine_tuning("tune-http", "small", validation_dataset=small)
     assert client.post("/post_training/supervised_fine_tune", json=same).status_code == 200
     other = client.post("/post_training/supervised_fine_tune", json=fine_tuning("tune-http", "small"))
     assert other.status_code == 409
@@ -117,29 +120,31 @@ def test_the_same_job_again_is_the_same_job_and_another_one_is_a_conflict(
 
 
 def test_an_evaluation_by_http_scores_every_example(
-    stack: Stack, client: httpx.Client, small: Path, tuned: dict[str, Any]
+    stack: Stack, client: httpx.Client, rows: list[str], small: dict[str, Any], tuned: dict[str, Any]
 ) -> None:
     # By its job's id, the fine-tuned model is meant.
-    client.post("/evaluate/question_answering/", json=evaluation("evaluate-http", dataset(small), "tune-http"))
+    client.post("/evaluate/question_answering/", json=evaluation("evaluate-http", small, "tune-http"))
     status = ended(client, "evaluate", "evaluate-http")
     assert status["status"] == "completed", status
     assert status["metrics"]["examples"] == 24
     artifacts = client.get("/evaluate/job/artifacts?job_uuid=evaluate-http").json()
-    lines = (Path(artifacts["path"].removeprefix("file://")) / "examples.jsonl").read_text().splitlines()
+    lines = (stack.files_at(artifacts["path"]) / "examples.jsonl").read_text().splitlines()
     examples = [json.loads(line) for line in lines]
     assert sorted(example["row"] for example in examples) == list(range(1, 25))
     mean = sum(example["em"] for example in examples) / 24
     assert status["metrics"]["em"] == pytest.approx(mean)
-    expected = {json.loads(line)["dialog"][-1]["content"] for line in small.read_text().splitlines()}
+    expected = {json.loads(line)["dialog"][-1]["content"] for line in rows}
     assert {example["expected"] for example in examples} == expected
 
 
-def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path, tuned: dict[str, Any]) -> None:
+def test_the_rfc_client_sees_the_data_set_and_the_jobs(
+    stack: Stack, small: dict[str, Any], tuned: dict[str, Any]
+) -> None:
     with httpx.Client(base_url=stack.url, timeout=120) as http:
         client = LlamaStack(base_url=stack.url, http_client=http)
-        client.datasets.create(dataset=dataset(small), uuid="by-client")  # type: ignore[arg-type]
+        client.datasets.create(dataset=small, uuid="by-client")  # type: ignore[arg-type]
         assert client.datasets.get(dataset_uuid="by-client").columns == {"dialog": "dialog"}
-        same = fine_tuning("tune-http", "small", validation_dataset=dataset(small))
+        same = fine_tuning("tune-http", "small", validation_dataset=small)
         request = same | {"hyperparam_search_config": {}, "logger_config": {}}
         assert client.post_training.supervised_fine_tune(**request).job_uuid == "tune-http"
         status = client.post_training.jobs.status(job_uuid="tune-http")
@@ -162,11 +167,11 @@ def test_the_rfc_client_sees_the_data_set_and_the_jobs(stack: Stack, small: Path
 
 
 def test_jobs_by_ray_job_submit_show_like_any_other(
-    stack: Stack, client: httpx.Client, small: Path, tmp_path: Path
+    stack: Stack, client: httpx.Client, small: dict[str, Any], tmp_path: Path
 ) -> None:
     jobs = (
-        ("supervised_fine_tune", "post_training", fine_tuning("tune-by-hand", dataset(small))),
-        ("evaluate", "evaluate", evaluation("evaluate-by-hand", dataset(small))),
+        ("supervised_fine_tune", "post_training", fine_tuning("tune-by-hand", small)),
+        ("evaluate", "evaluate", evaluation("evaluate-by-hand", small)),
     )
 
     def submit(kind: str, request: dict[str, Any]) -> subprocess.CompletedProcess[str]:
@@ -182,17 +187,17 @@ def test_jobs_by_ray_job_submit_show_like_any_other(
         assert ended(client, api, request["job_uuid"])["status"] == "completed"
 
 
-def test_a_refused_request_by_hand_says_why(stack: Stack, small: Path, tmp_path: Path) -> None:
+def test_a_refused_request_by_hand_says_why(stack: Stack, small: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
-    file.write_text(yaml.safe_dump(fine_tuning("tune-bad", dataset(small), algorithm="qlora")))
+    file.write_text(yaml.safe_dump(fine_tuning("tune-bad", small, algorithm="qlora")))
     done = stack.run("ray", "job", "submit", "--", "python", "-m", "jobs.supervised_fine_tune", "--config", str(file))
     assert done.returncode != 0
     assert "allowed: lora" in done.stdout + done.stderr
 
 
-def test_unknown_layers_are_refused_with_the_models_own(client: httpx.Client, small: Path) -> None:
+def test_unknown_layers_are_refused_with_the_models_own(client: httpx.Client, small: dict[str, Any]) -> None:
     lora = {**LORA, "lora_attn_modules": ["query"], "rank": 8, "alpha": 16}
-    request = fine_tuning("tune-unknown-layer", dataset(small), algorithm_config=lora)
+    request = fine_tuning("tune-unknown-layer", small, algorithm_config=lora)
     reply = client.post("/post_training/supervised_fine_tune", json=request)
     assert reply.status_code == 400
     assert "'query'" in reply.json()["error"]["message"]
@@ -228,20 +233,20 @@ def submit_on(stack: Stack, disk: Path, request: dict[str, Any], *options: str) 
 
 
 def test_a_job_that_cannot_fit_on_the_disk_is_refused(
-    stack: Stack, client: httpx.Client, small: Path, small_disk: Path
+    stack: Stack, client: httpx.Client, small: dict[str, Any], small_disk: Path
 ) -> None:
     fill(small_disk)
-    done = submit_on(stack, small_disk, fine_tuning("tune-no-room", dataset(small)))
+    done = submit_on(stack, small_disk, fine_tuning("tune-no-room", small))
     assert done.returncode != 0
     assert "are needed" in done.stdout + done.stderr
     assert client.get("/post_training/job/status", params={"job_uuid": "tune-no-room"}).status_code == 404
 
 
 def test_a_disk_that_fills_up_fails_the_job_and_leaves_no_half_written_adapter(
-    stack: Stack, client: httpx.Client, small: Path, small_disk: Path
+    stack: Stack, client: httpx.Client, small: dict[str, Any], small_disk: Path
 ) -> None:
     training = {"n_epochs": 4, "n_iters": 0, "batch_size": 8, "shuffle": True}
-    request = fine_tuning("tune-full-disk", dataset(small), training_config=training)
+    request = fine_tuning("tune-full-disk", small, training_config=training)
     assert submit_on(stack, small_disk, request, "--no-wait").returncode == 0
     status = {"job_uuid": "tune-full-disk"}
     wait_for(lambda: client.get("/post_training/job/status", params=status).json().get("progress"), 120)

@@ -5,6 +5,7 @@ import base64
 import json
 from typing import Any
 
+import fsspec
 import httpx
 import pytest
 from lancedb.expr import col, lit
@@ -58,7 +59,7 @@ def rows_in(stack: Stack, bank_id: str, document_id: str) -> int:
     """How many rows the files of a bank have of a document."""
 
     async def count() -> int:
-        table = await BankTable.open(str(stack.home / "memory_banks" / "default" / bank_id))
+        table = await BankTable.open(f"{stack.place('memory_banks')}/default/{bank_id}")
         return len((await table.rows.query().where(col("document_id") == lit(document_id)).to_arrow()).to_pylist())
 
     return asyncio.run(count())
@@ -91,7 +92,8 @@ def test_the_rfcs_client_does_all_that_there_is(stack: Stack, kind: str) -> None
         assert rfc.memory_banks.query(bank_id=bank_id, query=asked).chunks == []
         assert bank_id in rfc.memory_banks.drop(bank_id=bank_id)
         assert bank_id not in str(rfc.memory_banks.list())
-    assert not (stack.home / "memory_banks" / "default" / bank_id).exists()
+    files, folder = fsspec.url_to_fs(f"{stack.place('memory_banks')}/default/{bank_id}", skip_instance_cache=True)
+    assert not files.exists(folder)
 
 
 def test_a_vector_bank_finds_by_meaning_what_shares_no_word_with_the_query(client: httpx.Client) -> None:
@@ -136,13 +138,14 @@ def test_documents_are_read_as_what_they_are(stack: Stack, client: httpx.Client)
     address = f"data:application/pdf;base64,{base64.b64encode(pages).decode()}"
     html = f"<html><head><script>alert('no')</script></head><body><h1>Weather</h1><p>{RIVER}</p></body></html>"
     sent = post_file(client, "cities.md", f"# Cities\n\n{'They lie at rivers. ' * 10}\n\n## Where\n\n{TABLE}\n")
-    (stack.home / "data" / "notes.txt").write_text(GARDEN)
+    notes = stack.home / "data" / "notes.txt"
+    notes.write_text(GARDEN)
     insert(
         client, bank_id,
         document("animals", {"uri": address}, "application/pdf"),
         document("danube", html, "text/html"),
         document("cities", {"uri": sent}, "text/markdown"),
-        document("notes", f"file://{stack.home}/data/notes.txt"),
+        document("notes", stack.data_at(notes)),
     )  # fmt: skip
     for animal, page in (("bee", 1), ("ant", 2), ("wolves", 3)):
         animals = found(client, bank_id, animal, mode="keyword")
@@ -206,7 +209,7 @@ def test_a_data_set_becomes_documents_by_a_job(stack: Stack, client: httpx.Clien
     rows = [{"document_id": f"n{number}", "content": f"Room {number} is painted blue."} for number in range(1, count)]
     rows.append({"document_id": "empty", "content": ""})
     file = samples.write_rows(stack.home / "data" / "rooms.jsonl", rows)
-    data = samples.dataset(file, document_id="text", content="text")
+    data = samples.dataset(stack.data_at(file), document_id="text", content="text")
     bank_id = create(client, **VECTOR)
     metrics = ingested(client, samples.ingestion(data, job_uuid="ingest-rooms", bank_id=bank_id))
     counted = {name: metrics[name] for name in ("documents", "written", "unchanged", "failed", "chunks")}

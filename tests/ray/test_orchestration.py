@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -121,7 +120,7 @@ def evaluated(stack: Stack, http: httpx.Client) -> dict[str, dict[str, Any]]:
             file.write_text(json.dumps(rows))
         else:
             samples.write_rows(file, rows)
-        data = samples.dataset(file, id="number", prompt="text", completion="text")
+        data = samples.dataset(stack.data_at(file), id="number", prompt="text", completion="text")
         request = samples.evaluation(data, job_uuid=f"evaluation-{name}", checkpoint=MODEL)
         reply = http.post("/evaluate/question_answering/", json=request)
         assert reply.status_code == 200, reply.text
@@ -129,12 +128,14 @@ def evaluated(stack: Stack, http: httpx.Client) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_ray_data_reads_every_format(http: httpx.Client, evaluated: dict[str, dict[str, Any]], name: str) -> None:
+def test_ray_data_reads_every_format(
+    stack: Stack, http: httpx.Client, evaluated: dict[str, dict[str, Any]], name: str
+) -> None:
     status = evaluated[name]
     assert status["status"] == "completed", status
     assert status["metrics"]["examples"] == 40
     artifacts = http.get("/evaluate/job/artifacts", params={"job_uuid": f"evaluation-{name}"}).json()
-    results = Path(artifacts["path"].removeprefix("file://")) / "examples.jsonl"
+    results = stack.files_at(artifacts["path"]) / "examples.jsonl"
     numbers = sorted(json.loads(line)["row"] for line in results.read_text().splitlines())
     assert numbers == list(range(1, 41))
 
@@ -142,11 +143,11 @@ def test_ray_data_reads_every_format(http: httpx.Client, evaluated: dict[str, di
 def test_a_job_that_finds_other_content_fails_with_both_hashes(stack: Stack, http: httpx.Client) -> None:
     file = samples.write_rows(stack.home / "data" / "changing.jsonl", samples.dialogs(4))
     before = hashlib.sha256(file.read_bytes()).hexdigest()
-    http.post("/datasets/create", json={"uuid": "changing", "dataset": samples.dataset(file)})
+    http.post("/datasets/create", json={"uuid": "changing", "dataset": samples.dataset(stack.data_at(file))})
     http.post(
         "/evaluate/question_answering/", json=samples.evaluation("changing", job_uuid="changed", checkpoint=MODEL)
     )
-    samples.write_rows(file, samples.dialogs(5))  # the driver takes seconds to start
+    stack.data_at(samples.write_rows(file, samples.dialogs(5)))  # the driver takes seconds to start
     status = ended(http, "evaluate", "changed")
     assert status["status"] == "failed"
     assert before in status["error"]
@@ -159,7 +160,7 @@ def test_a_job_that_finds_other_content_fails_with_both_hashes(stack: Stack, htt
 def test_the_rfc_client_keeps_data_sets_and_telemetry(stack: Stack, http: httpx.Client) -> None:
     client = LlamaStack(base_url=stack.url, http_client=http)
     file = samples.write_rows(stack.home / "data" / "rfc.jsonl", samples.dialogs(3))
-    data: Any = samples.dataset(file)
+    data: Any = samples.dataset(stack.data_at(file))
     client.datasets.create(uuid="rfc", dataset=data)
     assert client.datasets.get(dataset_uuid="rfc").content_url == data["content_url"]
     client.datasets.delete(dataset_uuid="rfc")

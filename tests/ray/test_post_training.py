@@ -35,9 +35,9 @@ def requests(stack: Stack) -> dict[str, tuple[str, dict[str, Any]]]:
     rows = splits["train"].file.read_text().splitlines()[:16]
     (data / "sixteen.jsonl").write_text("".join(f"{row}\n" for row in rows))
     (data / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    dialogs = {"columns": {"dialog": "dialog"}, "content_url": (data / "sixteen.jsonl").as_uri()}
+    dialogs = {"columns": {"dialog": "dialog"}, "content_url": stack.data_at(data / "sixteen.jsonl")}
     texts = dict.fromkeys(("prompt", "chosen", "rejected"), "text")
-    pairs = {"columns": texts, "content_url": (data / "pairs.jsonl").as_uri()}
+    pairs = {"columns": texts, "content_url": stack.data_at(data / "pairs.jsonl")}
     common = {"optimizer_config": OPTIMIZER}
 
     def fine_tuning(algorithm: str = "lora", lora: Any = LORA, **training: Any) -> tuple[str, dict[str, Any]]:
@@ -78,8 +78,8 @@ def losses(client: httpx.Client, job: str) -> list[float]:
     return [point["value"] for point in found if point["name"] == "loss"]
 
 
-def files(status: dict[str, Any]) -> Path:
-    return Path(status["checkpoints"][0]["path"].removeprefix("file://"))
+def files(stack: Stack, status: dict[str, Any]) -> Path:
+    return stack.files_at(status["checkpoints"][0]["path"])
 
 
 def answer(client: httpx.Client, model: str) -> httpx.Response:
@@ -94,12 +94,12 @@ def test_all_trainings_are_completed(done: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("shared", ["two-fsdp", "two-zero2"])
 def test_two_workers_come_to_the_losses_of_one(
-    client: httpx.Client, done: dict[str, dict[str, Any]], shared: str
+    stack: Stack, client: httpx.Client, done: dict[str, dict[str, Any]], shared: str
 ) -> None:
     assert done[shared]["resources_allocated"]["workers"] == 2
     assert len(losses(client, "one")) == 4
     assert losses(client, shared) == pytest.approx(losses(client, "one"), abs=2e-3)
-    assert (files(done[shared]) / "adapter_model.safetensors").is_file()
+    assert (files(stack, done[shared]) / "adapter_model.safetensors").is_file()
 
 
 def test_a_whole_model_is_served_by_an_application_of_its_own(
@@ -123,11 +123,11 @@ def test_a_whole_model_is_one_that_transformers_loads_and_another_than_before(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(files(done["whole"]))("Good day", return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(files(stack, done["whole"]))("Good day", return_tensors="pt")
     with torch.no_grad():
         trained, base = (
             AutoModelForCausalLM.from_pretrained(folder)(**tokens).logits
-            for folder in (files(done["whole"]), stack.home / "models" / MODEL)
+            for folder in (files(stack, done["whole"]), stack.home / "models" / MODEL)
         )
     assert trained.isfinite().all()
     assert (trained - base).abs().max() > 0.01

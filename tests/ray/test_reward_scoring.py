@@ -1,7 +1,6 @@
 """Reward models as Serve deployments: a judge on the real chat model, and one that a job has trained."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -75,7 +74,7 @@ def trained(stack: Stack) -> dict[str, Any]:
     file = stack.home / "data" / "reward-pairs.jsonl"
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(pair) + "\n" for pair in PAIRS))
-    pairs = {"columns": dict.fromkeys(("prompt", "chosen", "rejected"), "text"), "content_url": file.as_uri()}
+    pairs = {"columns": dict.fromkeys(("prompt", "chosen", "rejected"), "text"), "content_url": stack.data_at(file)}
     body = {
         "job_uuid": "scored", "model": MODEL, "dataset": pairs, "validation_dataset": pairs, "algorithm": "lora",
         "algorithm_config": LORA, "training_config": TRAINING,
@@ -93,7 +92,7 @@ def test_a_trained_reward_model_scores_by_the_margin_that_its_training_has_measu
     (checkpoint,) = trained["checkpoints"]
     model = checkpoint["model"]
     assert model == f"{MODEL}-scored"
-    assert Path(checkpoint["path"].removeprefix("file://")).is_dir()
+    assert stack.files_at(checkpoint["path"]).is_dir()
     body = {"model": model, "dialog_generations": generations(PAIRS)}
 
     def scored() -> bool:
