@@ -19,7 +19,7 @@ import httpx
 Outcome = Literal["ok", "refused", "broken", "failed"]
 
 # What is not answered for so long is broken off: a host without power says nothing, not even that it has gone.
-SILENCE_S = 20.0
+SILENCE_S = 30.0
 GIVE_UP_S = 240.0
 AGAIN_S = 0.5
 PAUSE_S = 0.4

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from typing import Any
 import httpx
 
 from tests.chaos import clients
+from tests.chaos.clients import Work
 from tests.chaos.cluster import EMBEDDING_MODEL, LANGUAGE_MODEL, Cluster, cluster
 from tests.chaos.faults import FAULTS, Fault
-from tests.chaos.load import Attempt, Balancer, Load
+from tests.chaos.load import Attempt, Balancer, Client, Load
 from tests.running_stack import wait_for
 
 PREFIX = "10.80.0"
@@ -31,6 +33,7 @@ BEFORE_S = 10.0  # of load before a fault
 CALM_S = 15.0  # without any failure: it has recovered
 MOST_S = 300.0
 TARGET_S = 60.0
+JOB_S = 600.0
 # An attempt that takes longer is as bad as one that fails.
 SLOW_S = 15.0
 # Kinds that take long as they are.
@@ -95,6 +98,8 @@ class Run:
         with self.balancer.looking(), self._running():
             start = time.monotonic()
             threading.Event().wait(BEFORE_S)
+            with closing(Client(self.load, f"{self.seed}/{fault.name}")) as client:
+                self.kinds.work(client)
             before = len(self.balancer.well)
             struck = time.monotonic()
             result.victim = fault.strike(self.cluster, random.Random(f"{self.seed}/{fault.name}"))
@@ -113,6 +118,11 @@ class Run:
         last: dict[str, Any] = {}
         wait_for(lambda: self.cluster.is_whole(last), MOST_S, lambda: last)
         return self._result(result, start, struck)
+
+    def finish(self) -> list[Work]:
+        """The jobs that were under way at the faults, once all of them have ended."""
+        with self._http() as http:
+            return [clients.ended(http, uuid, JOB_S) for uuid in self.kinds.memory.work]
 
     def _result(self, result: Result, start: float, struck: float | None) -> Result:
         log = self.load.log
@@ -217,10 +227,14 @@ def main(arguments: list[str] | None = None) -> int:
             say(fault.what)
             results.append(run.with_fault(fault))
             say(f"  {json.dumps(asdict(results[-1]))}")
+        jobs = run.finish()
     print(table(results))
+    for job in jobs:
+        print(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
     if given.json:
-        given.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n")
-    return 0 if all(one.met for one in results) else 1
+        found = {"seed": given.seed, "phases": [asdict(one) for one in results], "jobs": [asdict(one) for one in jobs]}
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0 if all(one.met for one in results) and all(one.met for one in jobs) else 1
 
 
 if __name__ == "__main__":
