@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-
 import pytest
 
 from tests.chaos.cluster import cluster
