@@ -234,7 +234,7 @@ def _documents(http: httpx.Client, kinds: Kinds) -> list[str]:
 async def _rows(kinds: Kinds, address: str) -> list[str]:
     """What is wrong with the rows of the bank, as one who has never opened it finds them: each document has its own and
     one for its only chunk."""
-    table = await BankTable.open(address)
+    table = await BankTable.open(address, {"allow_http": "true"})
     read = await table.rows.query().select(["document_id", "position"]).to_arrow()
     counts = Counter(zip(read["document_id"].to_pylist(), read["position"].to_pylist(), strict=True))
     wrong = [f"the row {row} of the bank is there {count} times" for row, count in counts.items() if count > 1]
