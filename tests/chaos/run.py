@@ -6,6 +6,7 @@ how many requests fail and for how long, and looked whether all that was acknowl
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,8 +35,9 @@ CALM_S = 15.0  # without any failure: it has recovered
 MOST_S = 300.0
 TARGET_S = 60.0
 JOB_S = 600.0
-# An attempt that takes longer is as bad as one that fails.
-SLOW_S = 15.0
+# An attempt that takes longer than this, and than three times the 99th percentile without a fault, is as bad as one that
+# fails.
+SLOW_S = 5.0
 # Kinds that take long as they are.
 LONG = ("long stream", "work")
 
@@ -80,6 +82,7 @@ class Run:
         self.seed = seed
         self.balancer = Balancer(cluster.urls)
         self.load = Load(self.balancer, cluster.key, seed)
+        self.slow: dict[str, float] = {}  # by kinds: from how many seconds on
         with self._http() as http:
             self.kinds = clients.prepare(http, LANGUAGE_MODEL, EMBEDDING_MODEL)
 
@@ -91,7 +94,9 @@ class Run:
             start = time.monotonic()
             with self._running():
                 threading.Event().wait(seconds)
-        return self._result(Result("none", "no fault"), start, None)
+        result = self._result(Result("none", "no fault"), start, None)
+        self.slow = {kind: max(SLOW_S, 3 * seconds) for kind, seconds in result.p99.items()}
+        return result
 
     def with_fault(self, fault: Fault) -> Result:
         result = Result(fault.name, fault.what, planned=fault.planned)
@@ -113,7 +118,9 @@ class Run:
                 well = len(self.balancer.well) >= before
                 if well and result.whole is None:
                     result.whole = time.monotonic() - struck
-                calm = time.monotonic() - max([struck, *(one.end for one in self.load.log.attempts if is_bad(one))])
+                calm = time.monotonic() - max(
+                    [struck, *(one.end for one in self.load.log.attempts if is_bad(one, self.slow))]
+                )
                 calm = calm if well else 0.0
         last: dict[str, Any] = {}
         wait_for(lambda: self.cluster.is_whole(last), MOST_S, lambda: last)
@@ -139,7 +146,7 @@ class Run:
             result.p50[kind] = statistics.median(took)
             result.p99[kind] = statistics.quantiles(took, n=100)[98] if len(took) > 1 else took[0]
             if struck is not None and kind not in LONG:
-                result.recovery[kind] = recovery_of([one for one in attempts if one.kind == kind], struck)
+                result.recovery[kind] = recovery_of([one for one in attempts if one.kind == kind], struck, self.slow)
         with self._http() as http:
             result.missing = clients.missing(http, self.kinds, self.cluster.bucket)
         memory = self.kinds.memory
@@ -170,16 +177,18 @@ class Run:
         return httpx.Client(base_url=url, headers={"authorization": f"Bearer {self.cluster.key}"}, timeout=120)
 
 
-def is_bad(attempt: Attempt) -> bool:
-    return attempt.outcome != "ok" or (attempt.kind not in LONG and attempt.end - attempt.start > SLOW_S)
+def is_bad(attempt: Attempt, slow: Mapping[str, float]) -> bool:
+    seconds = attempt.end - attempt.start
+    return attempt.outcome != "ok" or seconds > slow.get(attempt.kind, math.inf)
 
 
-def recovery_of(attempts: Sequence[Attempt], struck: float) -> float:
+def recovery_of(attempts: Sequence[Attempt], struck: float, slow: Mapping[str, float]) -> float:
     """How long after a fault requests of one kind were answered again: from when on all are. 0 where all were."""
-    bad = max((one.end for one in attempts if one.end > struck and is_bad(one)), default=None)
+    bad = max((one.end for one in attempts if one.end > struck and is_bad(one, slow)), default=None)
     if bad is None:
         return 0.0
-    return min((one.start for one in attempts if one.start >= bad and not is_bad(one)), default=float("inf")) - struck
+    fine = (one.start for one in attempts if one.start >= bad and not is_bad(one, slow))
+    return min(fine, default=math.inf) - struck
 
 
 def table(results: Sequence[Result]) -> str:
