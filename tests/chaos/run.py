@@ -35,7 +35,7 @@ CALM_S = 15.0  # without any failure: it has recovered
 MOST_S = 300.0
 TARGET_S = 60.0
 JOB_S = 600.0
-# An attempt that takes longer than this, and than three times the 99th percentile without a fault, is as bad as one that
+# An attempt that takes longer, and longer than three times the 99th percentile without a fault, is as bad as one that
 # fails.
 SLOW_S = 5.0
 # Kinds that take long as they are.
