@@ -15,7 +15,7 @@ import httpx
 from stack.memory_banks.arrow import DOCUMENT
 from stack.memory_banks.table import BankTable
 from tests import samples
-from tests.chaos.load import Again, Client, Wrong, checked
+from tests.chaos.load import STALL_S, Again, Client, Wrong, checked
 
 STREAMED_TOKENS = 60  # of a stream of a second
 SLOW_TOKENS = 25  # of one that has a token a second
@@ -153,8 +153,9 @@ class Kinds:
         return made["session_id"]
 
     def _stream(self, http: httpx.Client, text: str, tokens: int) -> None:
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "stream": True}
-        request = http.build_request("POST", "/v1/chat/completions", json=body | {"max_tokens": tokens})
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}], "stream": True}
+        body["max_tokens"] = tokens
+        request = http.build_request("POST", "/v1/chat/completions", json=body, timeout=STALL_S)
         count = 0
         for data in _data(http, request):
             if data == "[DONE]":

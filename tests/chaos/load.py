@@ -18,8 +18,10 @@ import httpx
 
 Outcome = Literal["ok", "refused", "broken", "failed"]
 
-# What is not answered for so long is broken off: a host without power says nothing, not even that it has gone.
-SILENCE_S = 30.0
+# What is not answered for so long is broken off, as a host without power says nothing, not even that it has gone; and
+# streams that bring something every second or so, sooner.
+SILENCE_S = 45.0
+STALL_S = 15.0
 GIVE_UP_S = 240.0
 AGAIN_S = 0.5
 PAUSE_S = 0.4
