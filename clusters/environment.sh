@@ -16,10 +16,10 @@ export AWS_DEFAULT_REGION=us-west-2
 export HF_HUB_OFFLINE=1
 export TOKENIZERS_PARALLELISM=false
 export RAY_USAGE_STATS_ENABLED=0
-# A node is given up when it has not answered for 5 checks in a row.
-export RAY_health_check_period_ms=3000
-export RAY_health_check_timeout_ms=5000
-export RAY_health_check_failure_threshold=5
+# A node is given up when it has not answered for 4 checks in a row.
+export RAY_health_check_period_ms=2000
+export RAY_health_check_timeout_ms=4000
+export RAY_health_check_failure_threshold=4
 # Without its head a node goes on for so many seconds, in which the head is started again. Ray's own 60 are too few for a
 # person, and its end would be that of all that serves.
 export RAY_gcs_rpc_server_reconnect_timeout_s=1800

@@ -40,12 +40,14 @@ RUN_S = 600
 
 @dataclass(frozen=True)
 class Host:
-    """One that runs: `folder` has its /tmp/ray as `ray` and its /root as `root`, `first` is its first process."""
+    """One that runs: `folder` has its /tmp/ray as `ray` and its /root as `root`, `first` is its first process, and
+    `link` is what connects it to the network, as this machine names it."""
 
     name: str
     address: str
     folder: Path
     first: psutil.Process
+    link: str
 
     def command(self, *command: str) -> list[str]:
         """What runs a command on it."""
@@ -80,7 +82,8 @@ class Host:
         return found
 
     def lose_power(self) -> None:
-        """Ends all its processes at once."""
+        """Ends all its processes at once. Nobody is told: what they would have said of it does not get out."""
+        _ip("link", "set", self.link, "down")
         self.first.send_signal(signal.SIGKILL)
         self.first.wait(60)
 
@@ -125,7 +128,7 @@ class Network:
         outside, inside = f"{self._bridge}-{self._count}", "eth0"
         _ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", str(first.pid))
         _ip("link", "set", outside, "master", self._bridge, "up")
-        host = Host(name, f"{self._prefix}.{number}", folder, first)
+        host = Host(name, f"{self._prefix}.{number}", folder, first, outside)
         for command in (
             ("address", "add", f"{host.address}/24", "dev", inside),
             ("link", "set", inside, "up"),

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,13 @@ import httpx
 from stack.memory_banks.arrow import DOCUMENT
 from stack.memory_banks.table import BankTable
 from tests import samples
-from tests.chaos.load import Again, Client, Wrong, checked
+from tests.chaos.load import STALL_S, Again, Client, Wrong, checked
 
 STREAMED_TOKENS = 60  # of a stream of a second
 SLOW_TOKENS = 25  # of one that has a token a second
 TURNS = 4  # of a session
 PAGE = 200
+ROWS = 60  # of each job
 TENANT = "chaos"
 # What a stream's error says that a client asks again.
 PASSING = ("unavailable", "too_many_requests")
@@ -33,6 +36,20 @@ class Memory:
     jobs: list[str] = field(default_factory=list)
     work: list[str] = field(default_factory=list)  # jobs that nobody cancels
     datasets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How a job has ended: after how many attempts, and with how many answers in the data set that it has made."""
+
+    uuid: str
+    status: str
+    attempts: int
+    rows: int
+
+    @property
+    def met(self) -> bool:
+        return self.status == "completed" and self.rows == ROWS
 
 
 @dataclass
@@ -136,8 +153,9 @@ class Kinds:
         return made["session_id"]
 
     def _stream(self, http: httpx.Client, text: str, tokens: int) -> None:
-        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "stream": True}
-        request = http.build_request("POST", "/v1/chat/completions", json=body | {"max_tokens": tokens})
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}], "stream": True}
+        body["max_tokens"] = tokens
+        request = http.build_request("POST", "/v1/chat/completions", json=body, timeout=STALL_S)
         count = 0
         for data in _data(http, request):
             if data == "[DONE]":
@@ -166,9 +184,21 @@ def prepare(http: httpx.Client, model: str, embedding_model: str) -> Kinds:
         "config": {"type": "vector", "embedding_model": embedding_model, "chunk_size_in_tokens": 64},
     }
     bank_id = checked(http.post("/memory_banks/create", json=bank)).json()["bank_id"]
-    rows = "".join(json.dumps({"prompt": f"Count on from {number}."}) + "\n" for number in range(60))
+    rows = "".join(json.dumps({"prompt": f"Count on from {number}."}) + "\n" for number in range(ROWS))
     sent = checked(http.post("/datasets/upload", files={"file": ("rows.jsonl", rows.encode())})).json()
     return Kinds(model, agent, bank_id, sent["content_url"])
+
+
+def ended(http: httpx.Client, uuid: str, seconds: float) -> Work:
+    """A job once it has ended, or after so many seconds."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while True:
+        status = checked(http.get("/batch_inference/job/status", params={"job_uuid": uuid})).json()
+        if status["status"] in ("completed", "failed", "cancelled") or time.monotonic() > deadline:
+            break
+        pause.wait(1.0)
+    made = http.get("/datasets/get", params={"dataset_uuid": f"{uuid}.answers"})
+    return Work(uuid, status["status"], len(status["attempts"]), made.json()["rows"] if made.status_code == 200 else 0)
 
 
 def missing(http: httpx.Client, kinds: Kinds, bucket: str) -> list[str]:
@@ -205,7 +235,7 @@ def _documents(http: httpx.Client, kinds: Kinds) -> list[str]:
 async def _rows(kinds: Kinds, address: str) -> list[str]:
     """What is wrong with the rows of the bank, as one who has never opened it finds them: each document has its own and
     one for its only chunk."""
-    table = await BankTable.open(address)
+    table = await BankTable.open(address, {"allow_http": "true"})
     read = await table.rows.query().select(["document_id", "position"]).to_arrow()
     counts = Counter(zip(read["document_id"].to_pylist(), read["position"].to_pylist(), strict=True))
     wrong = [f"the row {row} of the bank is there {count} times" for row, count in counts.items() if count > 1]

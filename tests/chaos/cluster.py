@@ -37,6 +37,7 @@ OBJECT_STORE_BYTES = 150 * 2**20
 # How long Ray's autoscaler, which starts workers again, takes to give one up (AUTOSCALER_HEARTBEAT_TIMEOUT_S).
 AWAY_S = 30.0
 START_S = 600.0
+TRIES = 5
 SCOPES = "inference,data,training,agents,admin"
 STORAGE = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -92,14 +93,21 @@ class Cluster:
         self.start_ray(name)
 
     def start_ray(self, name: str) -> None:
-        """Runs on a host what `ray up` runs there."""
-        kind = "head" if name == "head" else "worker"
+        """Runs on a host what `ray up` runs there, again where Ray has not started within its own 30 s."""
+        for tries_left in reversed(range(TRIES)):
+            try:
+                for command in self._commands("head" if name == "head" else "worker"):
+                    self.run(name, command)
+                return
+            except RuntimeError:
+                if not tries_left:
+                    raise
+
+    def _commands(self, kind: str) -> Iterator[str]:
         for command in LOCAL[f"{kind}_start_ray_commands"]:
             given = command.replace(LOCAL["provider"]["head_ip"], f"{self._prefix}.{HEAD}")
-            given = given.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "")
-            if "ray start" in given:
-                given = f"{given.strip()} --object-store-memory={OBJECT_STORE_BYTES}"
-            self.run(name, given)
+            given = given.replace("--autoscaling-config=~/ray_bootstrap_config.yaml", "").strip()
+            yield f"{given} --object-store-memory={OBJECT_STORE_BYTES}" if "ray start" in given else given
 
     def run(self, name: str, command: str) -> str:
         """What a command says, which must succeed, on a host, in the environment of Ray's processes."""

@@ -18,11 +18,15 @@ import httpx
 
 Outcome = Literal["ok", "refused", "broken", "failed"]
 
-# What is not answered for so long is broken off: a host without power says nothing, not even that it has gone.
-SILENCE_S = 20.0
+# What is not answered for so long is broken off, as a host without power says nothing, not even that it has gone; and
+# streams that bring something every second or so, sooner.
+SILENCE_S = 45.0
+STALL_S = 15.0
 GIVE_UP_S = 240.0
 AGAIN_S = 0.5
 PAUSE_S = 0.4
+# What Serve's proxy answers for a gateway that has died with the request; our own errors are JSON.
+DIED = "500 Internal Server Error"
 EACH = 2  # clients of each kind
 
 
@@ -123,17 +127,17 @@ class Load:
         self.key = key
         self.stopped = threading.Event()
         self._seed = seed
+        self._count = itertools.count()
 
     @contextmanager
     def running(self, kinds: "Sequence[Callable[[Client], None]]") -> Iterator[None]:
         """Each of `kinds` is called by EACH clients in a loop. What one raises is raised when the block ends."""
         self.stopped.clear()
+        seed = f"{self._seed}/{next(self._count)}"
         with ThreadPoolExecutor(len(kinds) * EACH) as pool:
             tasks: list[Future[None]] = []
             for number in range(EACH):
-                tasks += [
-                    pool.submit(self._run, one, Client(self, f"{self._seed}/{one.__name__}/{number}")) for one in kinds
-                ]
+                tasks += [pool.submit(self._run, one, Client(self, f"{seed}/{one.__name__}/{number}")) for one in kinds]
             try:
                 yield
             finally:
@@ -213,4 +217,6 @@ def checked(reply: httpx.Response) -> httpx.Response:
     words = f"{reply.status_code} {reply.read().decode(errors='replace')[:300]}"
     if reply.status_code in (429, 503):
         raise Again("refused", words)
+    if words == DIED:
+        raise Again("broken", words)
     raise Wrong(words)

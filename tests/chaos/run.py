@@ -6,6 +6,7 @@ how many requests fail and for how long, and looked whether all that was acknowl
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -13,7 +14,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,21 @@ from typing import Any
 import httpx
 
 from tests.chaos import clients
+from tests.chaos.clients import Work
 from tests.chaos.cluster import EMBEDDING_MODEL, LANGUAGE_MODEL, Cluster, cluster
 from tests.chaos.faults import FAULTS, Fault
-from tests.chaos.load import Attempt, Balancer, Load
+from tests.chaos.load import Attempt, Balancer, Client, Load
 from tests.running_stack import wait_for
 
 PREFIX = "10.80.0"
 BEFORE_S = 10.0  # of load before a fault
 CALM_S = 15.0  # without any failure: it has recovered
-MOST_S = 300.0
+MOST_S = 240.0
 TARGET_S = 60.0
-# An attempt that takes longer is as bad as one that fails.
-SLOW_S = 15.0
+JOB_S = 600.0
+# An attempt that takes longer, and longer than three times the 99th percentile without a fault, is as bad as one that
+# fails.
+SLOW_S = 5.0
 # Kinds that take long as they are.
 LONG = ("long stream", "work")
 
@@ -77,6 +82,7 @@ class Run:
         self.seed = seed
         self.balancer = Balancer(cluster.urls)
         self.load = Load(self.balancer, cluster.key, seed)
+        self.slow: dict[str, float] = {}  # by kinds: from how many seconds on
         with self._http() as http:
             self.kinds = clients.prepare(http, LANGUAGE_MODEL, EMBEDDING_MODEL)
 
@@ -88,13 +94,17 @@ class Run:
             start = time.monotonic()
             with self._running():
                 threading.Event().wait(seconds)
-        return self._result(Result("none", "no fault"), start, None)
+        result = self._result(Result("none", "no fault"), start, None)
+        self.slow = {kind: max(SLOW_S, 3 * seconds) for kind, seconds in result.p99.items()}
+        return result
 
     def with_fault(self, fault: Fault) -> Result:
         result = Result(fault.name, fault.what, planned=fault.planned)
         with self.balancer.looking(), self._running():
             start = time.monotonic()
             threading.Event().wait(BEFORE_S)
+            with closing(Client(self.load, f"{self.seed}/{fault.name}")) as client:
+                self.kinds.work(client)
             before = len(self.balancer.well)
             struck = time.monotonic()
             result.victim = fault.strike(self.cluster, random.Random(f"{self.seed}/{fault.name}"))
@@ -108,11 +118,18 @@ class Run:
                 well = len(self.balancer.well) >= before
                 if well and result.whole is None:
                     result.whole = time.monotonic() - struck
-                calm = time.monotonic() - max([struck, *(one.end for one in self.load.log.attempts if is_bad(one))])
+                calm = time.monotonic() - max(
+                    [struck, *(one.end for one in self.load.log.attempts if is_bad(one, self.slow))]
+                )
                 calm = calm if well else 0.0
         last: dict[str, Any] = {}
         wait_for(lambda: self.cluster.is_whole(last), MOST_S, lambda: last)
         return self._result(result, start, struck)
+
+    def finish(self) -> list[Work]:
+        """The jobs that were under way at the faults, once all of them have ended."""
+        with self._http() as http:
+            return [clients.ended(http, uuid, JOB_S) for uuid in self.kinds.memory.work]
 
     def _result(self, result: Result, start: float, struck: float | None) -> Result:
         log = self.load.log
@@ -129,7 +146,7 @@ class Run:
             result.p50[kind] = statistics.median(took)
             result.p99[kind] = statistics.quantiles(took, n=100)[98] if len(took) > 1 else took[0]
             if struck is not None and kind not in LONG:
-                result.recovery[kind] = recovery_of([one for one in attempts if one.kind == kind], struck)
+                result.recovery[kind] = recovery_of([one for one in attempts if one.kind == kind], struck, self.slow)
         with self._http() as http:
             result.missing = clients.missing(http, self.kinds, self.cluster.bucket)
         memory = self.kinds.memory
@@ -160,16 +177,18 @@ class Run:
         return httpx.Client(base_url=url, headers={"authorization": f"Bearer {self.cluster.key}"}, timeout=120)
 
 
-def is_bad(attempt: Attempt) -> bool:
-    return attempt.outcome != "ok" or (attempt.kind not in LONG and attempt.end - attempt.start > SLOW_S)
+def is_bad(attempt: Attempt, slow: Mapping[str, float]) -> bool:
+    seconds = attempt.end - attempt.start
+    return attempt.outcome != "ok" or seconds > slow.get(attempt.kind, math.inf)
 
 
-def recovery_of(attempts: Sequence[Attempt], struck: float) -> float:
+def recovery_of(attempts: Sequence[Attempt], struck: float, slow: Mapping[str, float]) -> float:
     """How long after a fault requests of one kind were answered again: from when on all are. 0 where all were."""
-    bad = max((one.end for one in attempts if one.end > struck and is_bad(one)), default=None)
+    bad = max((one.end for one in attempts if one.end > struck and is_bad(one, slow)), default=None)
     if bad is None:
         return 0.0
-    return min((one.start for one in attempts if one.start >= bad and not is_bad(one)), default=float("inf")) - struck
+    fine = (one.start for one in attempts if one.start >= bad and not is_bad(one, slow))
+    return min(fine, default=math.inf) - struck
 
 
 def table(results: Sequence[Result]) -> str:
@@ -217,10 +236,14 @@ def main(arguments: list[str] | None = None) -> int:
             say(fault.what)
             results.append(run.with_fault(fault))
             say(f"  {json.dumps(asdict(results[-1]))}")
+        jobs = run.finish()
     print(table(results))
+    for job in jobs:
+        print(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
     if given.json:
-        given.json.write_text(json.dumps([asdict(one) for one in results], indent=2) + "\n")
-    return 0 if all(one.met for one in results) else 1
+        found = {"seed": given.seed, "phases": [asdict(one) for one in results], "jobs": [asdict(one) for one in jobs]}
+        given.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0 if all(one.met for one in results) and all(one.met for one in jobs) else 1
 
 
 if __name__ == "__main__":

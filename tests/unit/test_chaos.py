@@ -3,17 +3,18 @@
 from dataclasses import replace
 
 from tests.chaos.load import Attempt
-from tests.chaos.run import SLOW_S, Result, is_bad, recovery_of, table
+from tests.chaos.run import Result, is_bad, recovery_of, table
 
 FINE = Attempt("chat", "http://gateway", 0, 1, "ok")
 STRUCK = 100.0
+SLOW = {"chat": 15.0}
 
 
 def test_what_fails_or_takes_long_is_bad_and_streams_may_take_long() -> None:
-    assert not is_bad(FINE)
-    assert is_bad(replace(FINE, outcome="refused"))
-    assert is_bad(replace(FINE, end=SLOW_S + 1))
-    assert not is_bad(replace(FINE, kind="long stream", end=SLOW_S + 1))
+    assert not is_bad(FINE, SLOW)
+    assert is_bad(replace(FINE, outcome="refused"), SLOW)
+    assert is_bad(replace(FINE, end=16), SLOW)
+    assert not is_bad(replace(FINE, kind="long stream", end=16), SLOW)
 
 
 def test_what_has_recovered_is_answered_from_then_on() -> None:
@@ -24,9 +25,9 @@ def test_what_has_recovered_is_answered_from_then_on() -> None:
         replace(FINE, start=104, end=105),  # which the last failure outlasts
         replace(FINE, start=112, end=113),
     ]
-    assert recovery_of(attempts, STRUCK) == 12
-    assert recovery_of(attempts[:2], STRUCK) == 0
-    assert recovery_of(attempts[:4], STRUCK) == float("inf")
+    assert recovery_of(attempts, STRUCK, SLOW) == 12
+    assert recovery_of(attempts[:2], STRUCK, SLOW) == 0
+    assert recovery_of(attempts[:4], STRUCK, SLOW) == float("inf")
 
 
 def test_the_target_is_missed_by_what_is_lost_late_or_fails_where_nothing_may() -> None:

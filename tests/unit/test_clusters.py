@@ -287,7 +287,7 @@ def test_dead_nodes_are_noticed_within_a_minute(file: Path) -> None:
     period, timeout, checks = (
         int(environment[f"RAY_health_check_{name}"]) for name in ("period_ms", "timeout_ms", "failure_threshold")
     )
-    assert (period + timeout) * checks < 60_000
+    assert (period + timeout) * checks <= 24_000, "what was there has to be started elsewhere within the same minute"
 
 
 # The image
