@@ -13,7 +13,7 @@ from jobs.reporter import steadily
 from jobs.trainer import Plan, trainer_of
 from jobs.training_data import Kind, Prepared, described, prepare
 from jobs.training_worker import MADE, Settings
-from stack import datasets, post_training
+from stack import datasets, post_training, trained_models
 from stack.api.post_training import RewardModelRequest, TrainingRequest
 from stack.config import Config, LanguageModel
 from stack.errors import BadInput, Diverged, StackError
@@ -128,8 +128,8 @@ def _publish(work: driver.Work, request: TrainingRequest, start: Start, result: 
     if (work.folder / hyperparam_search.TRIALS).is_file():
         shutil.copy2(work.folder / hyperparam_search.TRIALS, made)
     files = driver.publish(work, name, made)
-    served = _served(work, request, start, name, whole)
-    model = served.model_id if isinstance(served, Adapter) else served.id if served else None
+    served = _served(work, request, start, name, made, whole)
+    model = served.model_id if isinstance(served, Adapter) else served.id
     path = context.artifacts.url(name)
     of_best = [file for file in files if file.name.startswith(f"{post_training.BEST}/")]
     checkpoints = [
@@ -140,7 +140,7 @@ def _publish(work: driver.Work, request: TrainingRequest, start: Start, result: 
             else []
         ),
     ]
-    about = {"base": start.base.id, **({"model": model} if model else {})}
+    about = {"base": start.base.id, "model": model}
     return driver.Outcome(
         {"checkpoints": checkpoints},
         driver.artifact_row(work, name, "checkpoint", files, about),
@@ -224,19 +224,17 @@ def _merge(adapter: Path, target: Path, base: LanguageModel, is_reward: bool) ->
 
 
 def _served(
-    work: driver.Work, request: TrainingRequest, start: Start, name: str, whole: bool
-) -> Adapter | AddedModel | None:
+    work: driver.Work, request: TrainingRequest, start: Start, name: str, made: Path, whole: bool
+) -> Adapter | AddedModel:
     """What serves the result: its base, or an application of its own, which starts when it is asked."""
     job, base = work.job, start.base
     if not whole:
         adapter_id = post_training.model_id(job.tenant, base.id, job.uuid)
         return Adapter(job.tenant, adapter_id, base.id, job.uuid, artifact=name, created_at=now())
-    folder = work.context.artifacts.folder
-    if folder is None:
-        print("the model is not served by itself: its files lie in object storage, and an engine loads local ones")
-        return None
+    artifacts = work.context.artifacts.folder
+    folder = artifacts / name if artifacts else trained_models.keep(name, made)
     model_id = post_training.whole_model_id(job.tenant, base.id, job.uuid)
-    own = {"id": model_id, "path": str(folder / name), "min_replicas": 0, "max_replicas": base.most_replicas}
+    own = {"id": model_id, "path": str(folder), "min_replicas": 0, "max_replicas": base.most_replicas}
     is_reward = isinstance(request, RewardModelRequest)
     entry = (reward_entry(base) if is_reward else base.model_dump(mode="json", exclude_unset=True)) | own
     return AddedModel(model_id, job.tenant, entry, created_at=now(), removed_at=None, problem=None, private=True)

@@ -3,8 +3,8 @@
 A node says what it is by Ray's own label ray.io/market-type, which the files of clusters/ set; one without the label is
 no spot node. What jobs run goes anywhere: it goes on from its last checkpoint on another node.
 
-What answers requests is not on the head of several nodes either, so that the loss of the head takes nothing of it: while
-the head is away, nothing is started again. The files of clusters/ give the head the label llama-stack/head.
+What answers requests is not on the head of several nodes either, so that the loss of the head takes nothing of it:
+while the head is away, nothing is started again. The files of clusters/ give the head the label llama-stack/head.
 
 What hands jobs to Ray runs on the head: there Ray takes them, at an address that is the head's alone.
 """

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
+from stack import trained_models
 from stack.api.models import ModelSource, ModelState, ServedModel
 from stack.api.wire import describe
 from stack.config import GATEWAY, Config, EmbeddingModel, LanguageModel, RewardModel, SequenceClassifier
@@ -159,7 +160,7 @@ class Reconciler:
                 logger.info("the model %s, which was added, is one of the config now", row.id)
                 self._store.models.forget(row.id)
             elif row.removed_at is not None:
-                self._remove(row.id, applications.get(row.id))
+                self._remove(row, applications.get(row.id))
             elif row.id not in applications and self._is_due(row.id):
                 self._deploy(row)
 
@@ -178,16 +179,18 @@ class Reconciler:
     def _is_due(self, id: str) -> bool:
         return monotonic() - self._failed_at.get(id, -RETRY_S) >= RETRY_S
 
-    def _remove(self, id: str, application: Application | None) -> None:
+    def _remove(self, row: AddedModel, application: Application | None) -> None:
         if application is None:
-            self._store.models.forget(id)
-            self._failed_at.pop(id, None)
-            self._removed_at.pop(id, None)
+            if row.private:
+                trained_models.forget(row.entry)
+            self._store.models.forget(row.id)
+            self._failed_at.pop(row.id, None)
+            self._removed_at.pop(row.id, None)
         elif application.state != ModelState.stopping:
             # By then no gateway takes it for one that can be asked.
-            if monotonic() - self._removed_at.setdefault(id, monotonic()) >= 2 * RECENT_S:
-                logger.info("the model %s is stopped", id)
-                self._deployer.delete(id)
+            if monotonic() - self._removed_at.setdefault(row.id, monotonic()) >= 2 * RECENT_S:
+                logger.info("the model %s is stopped", row.id)
+                self._deployer.delete(row.id)
 
 
 def of_entry(entry: dict[str, Any]) -> LanguageModel | RewardModel:

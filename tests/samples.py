@@ -112,12 +112,12 @@ def trained(id: str, tenant: str = "default", **entry: Any) -> AddedModel:
     return AddedModel(id, tenant, entry, created_at=now(), removed_at=None, problem=None, private=True)
 
 
-def add_trained(store: Store, id: str, tenant: str = "default", job_uuid: str = "whole-1") -> None:
+def add_trained(store: Store, id: str, tenant: str = "default", job_uuid: str = "whole-1", **entry: Any) -> None:
     """Registers a model as the fine-tuning job that trained all its weights does."""
     add_job(store, job_uuid, "supervised_fine_tune", tenant, model="small")
     job = start(store, job_uuid, tenant)
     checkpoint = {"model": id, "path": f"file:///models/{job_uuid}", "iters": 2, "files": []}
-    assert store.jobs.complete(job.id, 1, {"checkpoints": [checkpoint]}, model=trained(id, tenant))
+    assert store.jobs.complete(job.id, 1, {"checkpoints": [checkpoint]}, model=trained(id, tenant, **entry))
 
 
 def add_trained_reward(store: Store, id: str, tenant: str = "default", job_uuid: str = "reward-1") -> None:

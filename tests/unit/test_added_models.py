@@ -1,11 +1,12 @@
 """Models that are added while the stack runs: what may be one, who may be asked, and how applications follow."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stack import added_models
+from stack import added_models, trained_models
 from stack.added_models import Application, Reconciler
 from stack.api.models import ModelState, ServedModel
 from stack.config import Config, LanguageModel
@@ -279,6 +280,21 @@ def test_a_private_model_is_started_and_listed_for_its_tenant(
     assert found is not None
     assert (found.source, found.state, found.model) == ("trained", "starting", {"id": "extra", "path": "models/small"})
     assert [model.id for model in added_models.list_models(context, deployer)] == ["small"]
+
+
+def test_the_files_of_a_trained_model_go_when_nothing_serves_it_any_more(
+    context: Context, deployer: ScriptedDeployer, reconciler: Reconciler, tmp_path: Path
+) -> None:
+    (tmp_path / "made").mkdir()
+    kept = trained_models.keep("acme/models/small-tune", tmp_path / "made")
+    samples.add_trained(context.store, "extra", "acme", path=str(kept))
+    deployer.running["extra"] = RUNNING
+    added_models.remove(context.of_tenant("acme"), "extra", deployer)
+    reconciler.reconcile()
+    assert kept.is_dir(), "it ends its requests"
+    del deployer.running["extra"]
+    reconciler.reconcile()
+    assert not kept.exists()
 
 
 def test_a_private_model_is_removed_by_its_tenant_alone(
