@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -89,16 +90,20 @@ def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
 
         ray = Cluster()
         dashboard = free_port()
-        head = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
+        head: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
         try:
             for number in range(1, nodes + 1):
                 # Not 127.0.0.1: Ray takes that for the address of the node that reads it.
                 address, port = f"127.0.1.{number}", free_port()
-                given = {"node_ip_address": address, "num_cpus": CPUS, "dashboard_agent_listen_port": port}
-                ray.add_node(**given, **(head if number == 1 else {}))
+                given: dict[str, Any] = {
+                    "node_ip_address": address,
+                    "num_cpus": CPUS,
+                    "dashboard_agent_listen_port": port,
+                }
+                ray.add_node(**(given | head if number == 1 else given))
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            ray.shutdown()
+            ray.shutdown()  # type: ignore[no-untyped-call]
             wait_for(lambda: not processes_of(home), GONE_S, lambda: processes_of(home))
 
 

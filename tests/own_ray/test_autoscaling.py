@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NETWORK = "10.79.0"
 PORT = 8321
-START_S = 120
+START_S = 300
 # Serve looks back over 30 s before it takes a replica away, and then a node must be idle for a while.
 GONE_S = 150
 TWO_WORKERS = {"n_epochs": 1, "n_iters": 2, "batch_size": 4, "shuffle": True, "workers": 2}
