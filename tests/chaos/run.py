@@ -45,8 +45,8 @@ LONG = ("long stream", "work")
 
 @dataclass
 class Result:
-    """What was found in one phase. Times are seconds; `recovery` is by the kind of request that took longest, `whole`
-    until two gateways take requests again, both from the fault. `under_way` are attempts that the fault has broken off."""
+    """What was found in one phase. Times are seconds: `recovery` of each kind of request, and `whole` until two gateways
+    take requests again, both from the fault."""
 
     name: str
     what: str
