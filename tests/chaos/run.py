@@ -45,7 +45,7 @@ LONG = ("long stream", "work")
 
 @dataclass
 class Result:
-    """What was found in one phase. Times are seconds: `recovery` of each kind of request, and `whole` until two gateways
+    """What was found in a phase. Times are seconds: `recovery` of each kind of request, and `whole` until two gateways
     take requests again, both from the fault."""
 
     name: str
