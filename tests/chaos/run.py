@@ -235,15 +235,21 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in chosen:
             say(fault.what)
             results.append(run.with_fault(fault))
-            say(f"  {json.dumps(asdict(results[-1]))}")
+            say(table(results[-1:]))
+            write(given.json, given.seed, results, [])
         jobs = run.finish()
-    print(table(results))
+    say(table(results))
     for job in jobs:
-        print(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
-    if given.json:
-        found = {"seed": given.seed, "phases": [asdict(one) for one in results], "jobs": [asdict(one) for one in jobs]}
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if all(one.met for one in results) and all(one.met for one in jobs) else 1
+        say(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
+    write(given.json, given.seed, results, jobs)
+    return 0 if all(one.met for one in (*results, *jobs)) else 1
+
+
+def write(file: Path | None, seed: int, results: Sequence[Result], jobs: Sequence[Work]) -> None:
+    """All that is known so far, if there is a file for it."""
+    if file is not None:
+        phases = [asdict(one) | {"met": one.met} for one in results]
+        file.write_text(json.dumps({"seed": seed, "phases": phases, "jobs": list(map(asdict, jobs))}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
