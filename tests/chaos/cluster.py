@@ -228,7 +228,8 @@ def _document(store: str, bucket: str) -> dict[str, Any]:
 def object_storage(address: str, log: Path) -> Iterator[str]:
     """The address of a server that speaks S3, a process of its own, for this block."""
     with log.open("wb") as output:
-        command = [sys.executable, "-m", "moto.server", "-H", address, "-p", "9000"]
+        # As one that has a machine of its own, which is not busy with what asks it.
+        command = ["nice", "-n", "-10", sys.executable, "-m", "moto.server", "-H", address, "-p", "9000"]
         server = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     url = f"http://{address}:9000"
 

@@ -35,6 +35,7 @@ CALM_S = 15.0  # without any failure: it has recovered
 MOST_S = 240.0
 TARGET_S = 60.0
 JOB_S = 600.0
+GATEWAYS = 2  # of a worker on which nothing serves there is none
 # An attempt that takes longer, and longer than three times the 99th percentile without a fault, is as bad as one that
 # fails.
 SLOW_S = 5.0
@@ -44,8 +45,8 @@ LONG = ("long stream", "work")
 
 @dataclass
 class Result:
-    """What was found in one phase. Times are seconds; `recovery` is by the kind of request that took longest, `whole`
-    until all gateways are back, both from the fault. `under_way` are attempts that the fault has broken off."""
+    """What was found in a phase. Times are seconds: `recovery` of each kind of request, and `whole` until two gateways
+    take requests again, both from the fault."""
 
     name: str
     what: str
@@ -105,7 +106,6 @@ class Run:
             threading.Event().wait(BEFORE_S)
             with closing(Client(self.load, f"{self.seed}/{fault.name}")) as client:
                 self.kinds.work(client)
-            before = len(self.balancer.well)
             struck = time.monotonic()
             result.victim = fault.strike(self.cluster, random.Random(f"{self.seed}/{fault.name}"))
             say(f"  {result.victim}")
@@ -115,7 +115,7 @@ class Run:
             calm = 0.0
             while calm < CALM_S and time.monotonic() - struck < MOST_S:
                 threading.Event().wait(0.5)
-                well = len(self.balancer.well) >= before
+                well = len(self.balancer.well) >= GATEWAYS
                 if well and result.whole is None:
                     result.whole = time.monotonic() - struck
                 calm = time.monotonic() - max(
@@ -235,15 +235,21 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in chosen:
             say(fault.what)
             results.append(run.with_fault(fault))
-            say(f"  {json.dumps(asdict(results[-1]))}")
+            say(table(results[-1:]))
+            write(given.json, given.seed, results, [])
         jobs = run.finish()
-    print(table(results))
+    say(table(results))
     for job in jobs:
-        print(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
-    if given.json:
-        found = {"seed": given.seed, "phases": [asdict(one) for one in results], "jobs": [asdict(one) for one in jobs]}
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
-    return 0 if all(one.met for one in results) and all(one.met for one in jobs) else 1
+        say(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
+    write(given.json, given.seed, results, jobs)
+    return 0 if all(one.met for one in (*results, *jobs)) else 1
+
+
+def write(file: Path | None, seed: int, results: Sequence[Result], jobs: Sequence[Work]) -> None:
+    """All that is known so far, if there is a file for it."""
+    if file is not None:
+        phases = [asdict(one) | {"met": one.met} for one in results]
+        file.write_text(json.dumps({"seed": seed, "phases": phases, "jobs": list(map(asdict, jobs))}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
