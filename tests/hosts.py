@@ -141,8 +141,12 @@ class Network:
 def network(folder: Path, prefix: str = "10.77.0") -> Iterator[Network]:
     """A network without hosts, whose files are in a folder. One that was left behind is taken away before.
 
-    All addresses begin with the prefix; two networks at a time have two of them.
+    All addresses begin with the prefix; two networks at a time have two of them. Raises RuntimeError where there can be
+    none.
     """
+    missing = [name for name in ("ip", "unshare", "nsenter") if shutil.which(name) is None]
+    if missing or os.geteuid() != 0:
+        raise RuntimeError(f"hosts on this machine need {', '.join(['root', *missing])}")
     for left in Path("/sys/class/net").glob(f"{bridge_of(prefix)}*"):  # with hosts that have not quite ended, too
         subprocess.run(["ip", "link", "delete", left.name], stderr=subprocess.DEVNULL, check=False)
     with ExitStack() as held:
@@ -152,11 +156,6 @@ def network(folder: Path, prefix: str = "10.77.0") -> Iterator[Network]:
 def bridge_of(prefix: str) -> str:
     """The name of a network's bridge on this machine: names of interfaces are short."""
     return "h" + prefix.replace(".", "-")
-
-
-def missing() -> Sequence[str]:
-    """The programs that hosts need, and which are not here."""
-    return [name for name in ("ip", "unshare", "nsenter") if shutil.which(name) is None]
 
 
 def _end(started: subprocess.Popen[bytes]) -> None:
