@@ -86,8 +86,10 @@ def cluster(home: Path, nodes: int, **variables: str) -> Iterator[str]:
     }
     with environment(environment_of_nodes | variables):
         subprocess.run([BIN / "ray", "get-auth-token", "--generate"], check=True, stdout=subprocess.DEVNULL)
+        from ray._raylet import Config
         from ray.cluster_utils import Cluster
 
+        Config.initialize("")  # where Ray was imported before, it has not seen that it asks for a token
         ray = Cluster()
         dashboard = free_port()
         head: dict[str, Any] = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
