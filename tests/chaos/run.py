@@ -183,12 +183,15 @@ def is_bad(attempt: Attempt, slow: Mapping[str, float]) -> bool:
 
 
 def recovery_of(attempts: Sequence[Attempt], struck: float, slow: Mapping[str, float]) -> float:
-    """How long after a fault requests of one kind were answered again: from when on all are. 0 where all were."""
+    """How long after a fault requests of one kind were answered again: from when on all are. 0 where all were.
+
+    The last one may be slow and nothing behind it, as the load has ended.
+    """
     bad = max((one.end for one in attempts if one.end > struck and is_bad(one, slow)), default=None)
     if bad is None:
         return 0.0
     fine = (one.start for one in attempts if one.start >= bad and not is_bad(one, slow))
-    return min(fine, default=math.inf) - struck
+    return min(fine, default=bad) - struck
 
 
 def table(results: Sequence[Result]) -> str:
