@@ -36,7 +36,6 @@ from tests.running_stack import (
 CPUS = 2
 GATEWAYS = 2
 BIN = Path(sys.executable).parent
-_WHOLE = "a model whose files are in object storage is not served by itself (jobs/training.py, _served)"
 # Tests that are right on one node alone, by their ids, and why.
 ONE_NODE = {
     "tests/ray/test_readme.py": "the examples are those of a laptop, and put data sets into its folder",
@@ -47,9 +46,6 @@ ONE_NODE = {
     "tests/ray/test_jobs_that_make_data.py::test_the_loop_closes_on_a_few_prompts": (
         "scripts/improve_model.py writes its data sets into a folder of the stack"
     ),
-    "tests/ray/test_post_training.py::test_a_whole_model_is_served_by_an_application_of_its_own": _WHOLE,
-    "tests/ray/test_reward_scoring.py::"
-    "test_a_trained_reward_model_scores_by_the_margin_that_its_training_has_measured": _WHOLE,
 }
 
 
