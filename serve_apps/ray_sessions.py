@@ -22,8 +22,8 @@ from stack.errors import BadInput, NotFound, StackError, Unavailable
 from stack.serve_engine import while_it_lasts
 from stack.store.turns import Turn
 
-# How long the pool may take to answer: it may have died, or be updated, and on a busy node its next replica takes a minute
-# to start.
+# How long the pool may take to answer: it may have died, or be updated, and on a busy node its next replica takes a
+# minute to start.
 POOL_S = 120.0
 AGAIN_S = 0.25
 # How long those who read a turn's events wait for an actor that runs it.
