@@ -21,6 +21,8 @@ from tests.hosts import Host, network
 from tests.running_stack import ended, wait_for
 from tests.tiny_training import save_model
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 NETWORK = "10.79.0"

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
@@ -10,6 +11,8 @@ from scripts import local_stack
 from stack.config import GATEWAY
 from tests import stack_on_nodes
 from tests.running_stack import free_port, prepared_home, wait_for
+
+pytestmark = pytest.mark.long
 
 NODES = 3
 REFUSED_S = 240
