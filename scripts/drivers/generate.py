@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.drivers.client import Stack, drive, new_id, say
+from scripts.drivers.client import Refused, Stack, drive, new_id, say
 
 API = "/synthetic_data_generation"
 
@@ -50,7 +50,10 @@ def register(stack: Stack, uuid: str, rows: Path) -> str:
 def generate(
     stack: Stack, job: str, dataset: str, output: str, generations: int, max_tokens: int, **more: str
 ) -> dict[str, Any]:
-    """Generates, and waits for it: the data set that was made, and the figures of the job."""
+    """Generates, and waits for it: the data set that was made, and the figures of the job.
+
+    Raises Refused where nothing was kept: `rejected_cut_off`, for example, are answers longer than `max_tokens`.
+    """
     sampling = {"strategy": "top_p", "temperature": 1.0, "top_p": 0.95, "max_tokens": max_tokens}
     body = {
         "job_uuid": job, "source": "dataset", "dataset": dataset, "filtering_function": "top_k", "filter_k": 1,
@@ -61,6 +64,8 @@ def generate(
     stack.post(f"{API}/jobs", body)
     status = stack.finished(API, job)
     made = stack.get(f"{API}/job/artifacts", job_uuid=job)["datasets"]
+    if output not in made:
+        raise Refused(f"the job {job} has kept no answer, so there is no data set: {_figures(status['metrics'])}")
     return {"job_uuid": job, "dataset": made[output], "metrics": status["metrics"]}
 
 

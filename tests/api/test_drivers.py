@@ -187,6 +187,12 @@ GENERATED = {
 }
 
 
+def test_that_nothing_was_kept_is_told_with_the_figures() -> None:
+    answers = GENERATED | {"/synthetic_data_generation/job/artifacts": {"datasets": {}}}
+    with pytest.raises(Refused, match=r"my-job has kept no answer, so there is no data set: \w+ \d"):
+        generate.run(scripted(answers, {}), parsed(generate, "--dataset", "prompts", "--job", "my-job"))
+
+
 @pytest.mark.parametrize(("output", "function"), [("sft", "top_k"), ("preferences", "none")])
 def test_data_are_generated_from_a_file_of_prompts(output: str, function: str, rows: Path) -> None:
     asked: dict[str, Any] = {}

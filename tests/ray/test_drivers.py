@@ -45,12 +45,12 @@ def test_an_agent_goes_on_with_its_session(stack: Stack) -> None:
 
 
 def test_answers_become_preferences(stack: Stack, files: tuple[Path, Path]) -> None:
-    options = ("--model", MODEL, "--output", "preferences", "--generations", "3", "--max-tokens", "16")
+    options = ("--model", MODEL, "--output", "preferences", "--generations", "4", "--max-tokens", "64")
     made = drive(stack, "generate", "--rows", files[1], *options)
     with stack.client() as client:
         dataset = client.get("/datasets/get", params={"dataset_uuid": made["dataset"]})
     assert dataset.status_code == 200, dataset.text
-    assert made["metrics"]["generated"] == 12
+    assert made["metrics"]["generated"] == 16
 
 
 def test_two_evaluations_are_compared(stack: Stack, files: tuple[Path, Path]) -> None:
@@ -68,7 +68,7 @@ def test_a_model_is_tuned_and_served(stack: Stack, files: tuple[Path, Path]) -> 
 
 def test_the_whole_life_cycle(stack: Stack, files: tuple[Path, Path]) -> None:
     train, test = files
-    options = ("--model", MODEL, "--generations", "2", "--max-tokens", "16", "--ask", FRANCE, "--name", "whole")
+    options = ("--model", MODEL, "--generations", "2", "--max-tokens", "64", "--ask", FRANCE, "--name", "whole")
     result = drive(stack, "life_cycle", "--train", train, "--test", test, *options)
     assert result["model"] == f"{MODEL}:whole-tune"
     assert {one["name"] for one in result["compared"]} == {"em", "f1"}
