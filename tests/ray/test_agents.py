@@ -14,7 +14,6 @@ from tests.running_stack import MODEL, SCRIPTED, Stack, wait_for
 
 ACTOR = "ray::SessionActor"
 MOST_BYTES = 120e6  # of an actor, which it shares with nothing
-CLIENTS_BYTES = 20e6  # of those of PostgreSQL and S3, where there are several nodes
 WEATHER = {
     "type": "function_call",
     "function_name": "get_weather",
@@ -182,7 +181,6 @@ def test_turns_of_several_sessions_run_at_once_and_actors_without_work_end(stack
     with ThreadPoolExecutor(4) as threads:
         turns = list(threads.map(lambda one: agent.turn("Count to ten.", session_id=one), sessions))
     assert [turn["session_id"] for turn in turns] == sessions
-    most = MOST_BYTES + (CLIENTS_BYTES if stack.storage else 0)
-    assert all(process.memory_full_info().uss < most for process in stack.processes(ACTOR))
+    assert all(process.memory_full_info().uss < MOST_BYTES for process in stack.processes(ACTOR))
     wait_for(lambda: len(stack.processes(ACTOR)) == 1, 60, lambda: stack.processes(ACTOR))
     assert agent.turn("Again.")["output_message"]["content"]

@@ -128,6 +128,12 @@ async def test_a_turn_that_goes_on_elsewhere_is_told_what_it_has_lost() -> None:
         assert (await call(tool, "1")).content == "1"
 
 
+async def test_calls_side_by_side_run_one_after_another() -> None:
+    async with interpreter() as tool:
+        outputs = await asyncio.gather(*(call(tool, f"x = {n}; import time; time.sleep(0.01); x") for n in range(5)))
+        assert [one.content for one in outputs] == list("01234")
+
+
 async def test_a_call_that_is_cancelled_ends_the_sandbox() -> None:
     async with interpreter() as tool:
         begun = asyncio.Event()
