@@ -7,6 +7,7 @@ as far as the limits allow. An attempt that was lost with a worker, a node or al
 
 import json
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -19,7 +20,7 @@ from ray.job_submission import JobDetails, JobStatus
 
 from serve_apps import scheduling
 from stack import jobs, tracing
-from stack.config import Config
+from stack.config import ROOT, Config
 from stack.store import Attempt, Job, Store, now
 from stack.store.jobs import AFTER_LOSS, Waiting
 
@@ -213,15 +214,17 @@ class Attempts:
         # The row first: a Ray job without one is a stray, a row without a Ray job is an attempt that is lost.
         if not self._store.jobs.open_attempt(job.id, number, submission_id):
             return
-        # Ray tells a driver of the Ray that was started last on its machine, which may be another one.
+        # Ray tells a driver of the Ray that was started last on its machine, which may be another one. The code is that
+        # of who submits it, which need not be what Ray was started with.
         command = ["env", f"RAY_ADDRESS={self._address()}", sys.executable, "-m", jobs.DRIVERS[job.kind]]
         command += ["--tenant", job.tenant, "--job", job.uuid, "--attempt", str(number)]
+        config = self._config.model_dump(mode="json")
         try:
             with tracing.span("submit attempt", parent=job.trace, job_uuid=job.uuid, attempt=number):
                 client.submit_job(
                     entrypoint=shlex.join(command),
                     submission_id=submission_id,
-                    runtime_env={"env_vars": {"STACK_CONFIG": json.dumps(self._config.model_dump(mode="json"))}},
+                    runtime_env={"env_vars": {"STACK_CONFIG": json.dumps(config), "PYTHONPATH": _code()}},
                     metadata={MARK: job.uuid},
                 )
         except (OSError, RuntimeError) as error:
@@ -234,6 +237,11 @@ class Attempts:
                 raise
             return  # it may be about this job alone
         logger.info("attempt %s at job %s of %s is submitted", number, job.uuid, job.tenant)
+
+
+def _code() -> str:
+    """Where this process has its code from, before anything else."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def _details(client: Client, submission_id: str) -> JobDetails | None:

@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,19 +153,7 @@ class Kinds:
         return made["session_id"]
 
     def _stream(self, http: httpx.Client, text: str, tokens: int) -> None:
-        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": text}], "stream": True}
-        body["max_tokens"] = tokens
-        request = http.build_request("POST", "/v1/chat/completions", json=body, timeout=STALL_S)
-        count = 0
-        for data in _data(http, request):
-            if data == "[DONE]":
-                if count != tokens:
-                    raise Wrong(f"a stream of {tokens} tokens has {count}")
-                return
-            event = json.loads(data)
-            _require_no_error(event)
-            count += sum(1 for choice in event["choices"] if choice["delta"].get("content"))
-        raise Again("broken", f"a stream of {tokens} tokens ends after {count}")
+        read_stream(http, self.model, text, tokens)
 
     def _dataset(self) -> dict[str, Any]:
         return {"columns": {"prompt": "text"}, "content_url": self.upload}
@@ -173,6 +161,29 @@ class Kinds:
     def _batch(self, uuid: str, priority: int) -> dict[str, Any]:
         asked = {"job_uuid": uuid, "model": self.model, "priority": priority, "sampling_params": {"max_tokens": 100}}
         return samples.batch(self._dataset(), **asked)
+
+
+def read_stream(
+    http: httpx.Client, model: str, text: str, tokens: int, begun: Callable[[], object] = lambda: None
+) -> None:
+    """Reads a streamed answer of so many tokens to its end; calls `begun` for each of its events.
+
+    Raises Again where it breaks off, Wrong where it is another one.
+    """
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}], "stream": True}
+    body["max_tokens"] = tokens
+    request = http.build_request("POST", "/v1/chat/completions", json=body, timeout=STALL_S)
+    count = 0
+    for data in _data(http, request):
+        if data == "[DONE]":
+            if count != tokens:
+                raise Wrong(f"a stream of {tokens} tokens has {count}")
+            return
+        event = json.loads(data)
+        _require_no_error(event)
+        begun()
+        count += sum(1 for choice in event["choices"] if choice["delta"].get("content"))
+    raise Again("broken", f"a stream of {tokens} tokens ends after {count}")
 
 
 def prepare(http: httpx.Client, model: str, embedding_model: str) -> Kinds:

@@ -36,6 +36,7 @@ TOKENIZER = "SmolLM2-135M-Instruct"
 OBJECT_STORE_BYTES = 150 * 2**20
 # How long Ray's autoscaler, which starts workers again, takes to give one up (AUTOSCALER_HEARTBEAT_TIMEOUT_S).
 AWAY_S = 30.0
+REQUEST_S = 60.0  # what an answer of a model may take
 START_S = 600.0
 TRIES = 5
 SCOPES = "inference,data,training,agents,admin"
@@ -119,6 +120,10 @@ class Cluster:
             )
         return done.stdout
 
+    def client(self, url: str) -> httpx.Client:
+        """A client of a gateway, with a key."""
+        return httpx.Client(base_url=url, headers={"authorization": f"Bearer {self.key}"}, timeout=120)
+
     def deploy(self) -> None:
         """Has Serve serve what the document says now."""
         self._write()
@@ -190,11 +195,11 @@ def _document(store: str, bucket: str) -> dict[str, Any]:
     gateway = document["applications"][0]
     small = {
         "id": LANGUAGE_MODEL, "path": f"models/{TOKENIZER}", "min_replicas": 2, "max_replicas": 2, "adapters": 0,
-        "target_ongoing_requests": 64, "request_timeout_s": 60, "cpus": 0.1,
+        "target_ongoing_requests": 64, "request_timeout_s": REQUEST_S, "cpus": 0.1,
     }  # fmt: skip
     embedding = {
         "id": EMBEDDING_MODEL, "path": f"models/{EMBEDDING_MODEL}", "dimensions": 384, "cpus": 0.5, "min_replicas": 2,
-        "max_replicas": 2, "request_timeout_s": 60,
+        "max_replicas": 2, "request_timeout_s": REQUEST_S,
     }  # fmt: skip
     gateway["args"] = {
         "store": store,

@@ -1,11 +1,18 @@
 """What is done to a cluster that serves: parts of it are killed, changed and taken away."""
 
 import random
+import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from tests.chaos.cluster import AWAY_S, LANGUAGE_MODEL, Cluster
+import httpx
+
+from scripts.local_stack import ROOT
+from tests.chaos.clients import read_stream
+from tests.chaos.cluster import AWAY_S, LANGUAGE_MODEL, REQUEST_S, Cluster
 from tests.running_stack import wait_for
 
 GATEWAY = "ServeReplica:gateway:Gateway"
@@ -15,6 +22,9 @@ HEAD_AWAY_S = 10.0
 # What a node that is drained may take: more than the longest stream.
 DRAIN_S = 180
 DEPLOYED_S = 300
+# Of the longest stream that a model may have, at a token a second, with some seconds to begin in.
+LONGEST_TOKENS = int(REQUEST_S) - 8
+TITLE = 'title="Llama Stack on Ray"'
 
 
 @dataclass(frozen=True)
@@ -74,10 +84,37 @@ def update_gateway(cluster: Cluster, draw: random.Random) -> str:
     return f"max_requests: {most}"
 
 
+def update_code(cluster: Cluster, draw: random.Random) -> str:
+    """Other code, in a folder of its own, for all that is served: all gateways answer by it at the end."""
+    folder = cluster.folder / f"code-{draw.randrange(10**6)}"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".venv", ".git", "__pycache__"))
+    file = folder / "serve_apps" / "gateway.py"
+    code = file.read_text()
+    assert code.count(TITLE) == 1
+    file.write_text(code.replace(TITLE, f'title="{folder.name}"'))
+    for application in cluster.document["applications"]:
+        application["runtime_env"] = {"env_vars": {"PYTHONPATH": str(folder)}}
+    cluster.deploy()
+    wait_until_deployed(cluster)
+    gateways = [cluster.url(host) for host in cluster.workers if host.processes(GATEWAY)]
+    titles = {url: httpx.get(f"{url}/openapi.json", timeout=30).json()["info"]["title"] for url in gateways}
+    assert titles
+    assert set(titles.values()) == {folder.name}, titles
+    return folder.name
+
+
 def drain(cluster: Cluster, draw: random.Random) -> str:
-    """Returns when the node says that nothing is left on it."""
+    """Returns when the node says that nothing is left on it. The longest stream that there may be has begun there
+    before, and comes to its end."""
     name = _a_worker(cluster, draw)
-    cluster.run(name, f"python -m scripts.drain_node --seconds {DRAIN_S}")
+    begun = threading.Event()
+    with cluster.client(cluster.url(cluster.hosts[name])) as http, ThreadPoolExecutor(1) as pool:
+        stream = pool.submit(read_stream, http, LANGUAGE_MODEL, "fault:slow", LONGEST_TOKENS, begun.set)
+        try:
+            wait_for(lambda: begun.is_set() or stream.done(), REQUEST_S)
+            cluster.run(name, f"python -m scripts.drain_node --seconds {DRAIN_S}")
+        finally:
+            stream.result()
     return name
 
 
@@ -114,5 +151,13 @@ FAULTS = (
     ),
     Fault("model", "a model's setting is changed: rolling update", update_model, planned=True),
     Fault("update", "a setting of the gateway is changed: rolling update", update_gateway, planned=True),
-    Fault("drain", "a worker is drained, ended, and started again", drain, Cluster.start_ray, 0.0, planned=True),
+    Fault("code", "other code is served: rolling update", update_code, planned=True),
+    Fault(
+        "drain",
+        f"a worker with a stream of {LONGEST_TOKENS} s is drained, ended, and started again",
+        drain,
+        Cluster.start_ray,
+        0.0,
+        planned=True,
+    ),
 )

@@ -82,7 +82,6 @@ class Balancer:
         self.urls = list(urls)
         self.well = list(urls)
         self._next = itertools.count()
-        self._stopped = threading.Event()
 
     def choose(self) -> str:
         """One gateway after the other. Any of them where none is well: the client will see."""
@@ -95,16 +94,18 @@ class Balancer:
 
     @contextmanager
     def looking(self) -> Iterator[None]:
+        """Asks the gateways once a second while the block lasts, in one block after another."""
+        stopped = threading.Event()
         with ThreadPoolExecutor(len(self.urls) + 1) as pool:
-            looking = pool.submit(self._look, pool)
+            looking = pool.submit(self._look, pool, stopped)
             try:
                 yield
             finally:
-                self._stopped.set()
+                stopped.set()
                 looking.result()
 
-    def _look(self, pool: ThreadPoolExecutor) -> None:
-        while not self._stopped.wait(self.EVERY_S):
+    def _look(self, pool: ThreadPoolExecutor, stopped: threading.Event) -> None:
+        while not stopped.wait(self.EVERY_S):
             answers = list(pool.map(self._is_well, self.urls))
             self.well = [url for url, well in zip(self.urls, answers, strict=True) if well]
 

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.chaos import clients
 from tests.chaos.clients import Work
 from tests.chaos.cluster import EMBEDDING_MODEL, LANGUAGE_MODEL, Cluster, cluster
 from tests.chaos.faults import FAULTS, Fault
-from tests.chaos.load import Attempt, Balancer, Client, Load
+from tests.chaos.load import Again, Attempt, Balancer, Client, Load, Wrong
 from tests.running_stack import wait_for
 
 PREFIX = "10.80.0"
@@ -39,8 +40,8 @@ GATEWAYS = 2  # of a worker on which nothing serves there is none
 # An attempt that takes longer, and longer than three times the 99th percentile without a fault, is as bad as one that
 # fails.
 SLOW_S = 5.0
-# Kinds that take long as they are.
-LONG = ("long stream", "work")
+# Which is asked once in a phase, before the fault.
+ONCE = "work"
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Result:
     reasons: dict[str, int] = field(default_factory=dict)
     acknowledged: dict[str, int] = field(default_factory=dict)
     planned: bool = False
+    failed: str = ""  # why the fault itself, or its end, did not come about
 
     @property
     def recovered(self) -> float:
@@ -71,7 +73,7 @@ class Result:
 
     @property
     def met(self) -> bool:
-        wrong = self.missing or self.lost or (self.planned and (self.refused or self.broken))
+        wrong = self.failed or self.missing or self.lost or (self.planned and (self.refused or self.broken))
         return not wrong and self.recovered <= TARGET_S
 
 
@@ -107,11 +109,16 @@ class Run:
             with closing(Client(self.load, f"{self.seed}/{fault.name}")) as client:
                 self.kinds.work(client)
             struck = time.monotonic()
-            result.victim = fault.strike(self.cluster, random.Random(f"{self.seed}/{fault.name}"))
-            say(f"  {result.victim}")
-            if fault.repair is not None:
-                threading.Event().wait(max(0.0, struck + fault.away_s - time.monotonic()))
-                fault.repair(self.cluster, result.victim)
+            draw = random.Random(f"{self.seed}/{fault.name}")
+            try:
+                result.victim = fault.strike(self.cluster, draw)
+                say(f"  {result.victim}")
+                if fault.repair is not None:
+                    threading.Event().wait(max(0.0, struck + fault.away_s - time.monotonic()))
+                    fault.repair(self.cluster, result.victim)
+            except (AssertionError, RuntimeError, Again, Wrong, httpx.TransportError, pytest.fail.Exception) as error:
+                result.failed = f"{type(error).__name__}: {error}"
+                say(f"  {result.failed}")
             calm = 0.0
             while calm < CALM_S and time.monotonic() - struck < MOST_S:
                 threading.Event().wait(0.5)
@@ -123,7 +130,8 @@ class Run:
                 )
                 calm = calm if well else 0.0
         last: dict[str, Any] = {}
-        wait_for(lambda: self.cluster.is_whole(last), MOST_S, lambda: last)
+        if not result.failed:
+            wait_for(lambda: self.cluster.is_whole(last), MOST_S, lambda: last)
         return self._result(result, start, struck)
 
     def finish(self) -> list[Work]:
@@ -144,8 +152,8 @@ class Run:
         for kind in sorted({one.kind for one in answered}):
             took = [one.end - one.start for one in answered if one.kind == kind]
             result.p50[kind] = statistics.median(took)
-            result.p99[kind] = statistics.quantiles(took, n=100)[98] if len(took) > 1 else took[0]
-            if struck is not None and kind not in LONG:
+            result.p99[kind] = statistics.quantiles(took, n=100, method="inclusive")[98] if len(took) > 1 else took[0]
+            if struck is not None and kind != ONCE:
                 result.recovery[kind] = recovery_of([one for one in attempts if one.kind == kind], struck, self.slow)
         with self._http() as http:
             result.missing = clients.missing(http, self.kinds, self.cluster.bucket)
@@ -173,8 +181,7 @@ class Run:
         )
 
     def _http(self) -> httpx.Client:
-        url = self.balancer.choose()
-        return httpx.Client(base_url=url, headers={"authorization": f"Bearer {self.cluster.key}"}, timeout=120)
+        return self.cluster.client(self.balancer.choose())
 
 
 def is_bad(attempt: Attempt, slow: Mapping[str, float]) -> bool:
@@ -240,6 +247,9 @@ def main(arguments: list[str] | None = None) -> int:
             results.append(run.with_fault(fault))
             say(table(results[-1:]))
             write(given.json, given.seed, results, [])
+            if results[-1].failed:  # what would be done next is done to another cluster
+                say("the run ends here")
+                break
         jobs = run.finish()
     say(table(results))
     for job in jobs:

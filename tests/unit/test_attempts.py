@@ -16,7 +16,7 @@ from sqlalchemy.exc import OperationalError
 from stack import jobs, made_datasets
 from stack.api.datasets import TrainEvalDatasetColumnType
 from stack.artifacts import Artifacts
-from stack.config import AutoscaledNodes, Config, home
+from stack.config import ROOT, AutoscaledNodes, Config, home
 from stack.context import Context
 from stack.store import Job, Store
 from stack.store.jobs import NewJob
@@ -74,7 +74,7 @@ class Ray:
     ) -> str:
         if submission_id in self.errors:
             raise self.errors[submission_id]
-        self.add(submission_id, entrypoint=entrypoint, metadata=metadata)
+        self.add(submission_id, entrypoint=entrypoint, metadata=metadata, runtime_env=runtime_env)
         return submission_id
 
     def add(self, submission_id: str, **values: Any) -> None:
@@ -170,6 +170,14 @@ def test_a_waiting_job_is_handed_to_ray_once(cluster: Cluster) -> None:
     env, address, _, *arguments = shlex.split(submitted.entrypoint)
     assert (env, address, arguments) == ("env", f"RAY_ADDRESS={RAY}", wanted)
     assert cluster.ray.connections == 1
+
+
+def test_a_driver_runs_the_code_of_its_supervisor(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/opt/packages")
+    cluster.add("job", "acme")
+    cluster.look()
+    (submitted,) = cluster.ray.jobs.values()
+    assert submitted.runtime_env["env_vars"]["PYTHONPATH"] == f"{ROOT}:/opt/packages"
 
 
 def test_a_new_supervisor_goes_on_with_what_is_under_way(cluster: Cluster) -> None:
