@@ -1,4 +1,4 @@
-"""A cluster that loses a gateway, a worker and its head, is changed and drained: clients notice little, and lose nothing."""
+"""A cluster loses a gateway, a worker, its head, is changed and drained: clients notice little, and lose nothing."""
 
 from collections.abc import Iterator
 
