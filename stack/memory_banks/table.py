@@ -45,8 +45,9 @@ INDEX_FROM = 10_000
 # An index whose table has grown so many times is built anew: its parts have become too large.
 REBUILD_AT = 4
 # How long a version stays after a newer one has come: longer than any query takes that still reads it, which would
-# fail without its files.
-KEEP_VERSIONS = timedelta(minutes=10)
+# fail without its files. Each maintenance reads the manifests of all versions that are kept, so that in object storage
+# it takes as much longer as this is longer.
+KEEP_VERSIONS = timedelta(minutes=3)
 _WORDS_INDEX, _IDS_INDEX = "words", "documents"
 _VECTOR_INDEX = "vectors_of_"
 
