@@ -1,7 +1,9 @@
 """The files of clusters/ for `ray up`: Ray takes them, what is served finds its nodes, and Ray is locked."""
 
+import os
 import re
 import shlex
+import subprocess
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 from ray._private.label_utils import parse_node_labels_string
+from ray.autoscaler._private.command_runner import _with_interactive
+from ray.autoscaler._private.docker import with_docker_exec
 from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
 
 from scripts.local_stack import read_serve_file
@@ -189,6 +193,29 @@ def test_the_head_is_told_from_the_nodes_that_serve(file: Path) -> None:
     assert not any(NOT_HEAD.keys() & one.keys() for one in others)
 
 
+@every_cloud
+@pytest.mark.parametrize(("owner", "given"), [(0, True), (1000, False)])
+def test_a_new_file_system_is_given_to_the_images_user(file: Path, owner: int, given: bool, tmp_path: Path) -> None:
+    (user,) = re.findall(r"useradd .*--uid (\d+)", (CLUSTERS / "Containerfile").read_text())
+    *_, mounted, command = read(file)["initialization_commands"]
+    assert "sudo mount" in mounted
+    programs = {"sudo": 'echo "$@"', "stat": f"echo {owner}"}
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ran = subprocess.run(["bash", "-c", command], env={"PATH": path}, capture_output=True, text=True, check=True)
+    assert ran.stdout == (f"chown {user}:{user} /mnt/stack\n" if given else "")
+
+
+def test_on_google_cloud_every_disk_is_of_a_kind_that_all_machines_take() -> None:
+    """Of A3, Google's own pd-standard is refused."""
+    cluster = read(CLUSTERS / "gcp.yaml")
+    kind = f"zones/{cluster['provider']['availability_zone']}/diskTypes/pd-balanced"
+    for one in cluster["available_node_types"].values():
+        assert [disk["initializeParams"]["diskType"] for disk in one["node_config"]["disks"]] == [kind]
+
+
 # How Ray is locked
 
 
@@ -245,6 +272,12 @@ def test_the_hosts_firewall_lets_the_same_hosts_in_and_others_to_the_gateway_alo
 def test_the_autoscaler_of_hosts_is_the_one_that_knows_their_head() -> None:
     """Ray's second one, which `ray up` sets, has no worker started after it has lost sight of the head."""
     assert "RAY_enable_autoscaler_v2=0" in read(LOCAL)["head_start_ray_commands"][-1]
+
+
+def test_on_aws_every_node_is_in_a_subnet_that_is_named() -> None:
+    """Without one Ray takes any of the account's, which may give every node a public address."""
+    for name, one in read(CLUSTERS / "aws.yaml")["available_node_types"].items():
+        assert one["node_config"].get("SubnetIds"), name
 
 
 def test_on_aws_only_the_gateways_port_is_opened() -> None:
@@ -305,6 +338,35 @@ def test_the_image_is_of_fixed_parts_and_runs_without_rights() -> None:
     assert "HOME=/home/stack" in text, "by which Ray finds where to put what it mounts"
     for program in ("rsync", "openssh-client", "wget", "gcc"):
         assert program in text
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["as the image has it", "without the image's profile"])
+def test_ray_up_finds_ray_in_the_image(written: bool, tmp_path: Path) -> None:
+    """By the words of `ray up`, which are run by a login shell, for which Debian's /etc/profile sets PATH anew."""
+    text = (CLUSTERS / "Containerfile").read_text()
+    (write,) = re.findall(r"^    && (echo .* > /etc/profile\.d/\S+)$", text, re.M)
+    profile, home, environment = (tmp_path / name for name in ("profile.d", "home", "bin"))
+    for folder in (profile, home, environment):
+        folder.mkdir()
+    (home / ".bashrc").touch()
+    (environment / "ray").write_text("#!/bin/sh\necho ray $1\n")
+    (environment / "ray").chmod(0o755)
+    if written:
+        subprocess.run(["sh", "-c", write.replace("/etc/profile.d", str(profile))], check=True)
+    (path,) = re.findall(r"^    PATH=(\S+):\$PATH", text, re.M)
+    # Instead of the container: the folders that are the image's, in the places that they have there.
+    docker = tmp_path / "docker"
+    places = [*("--ro-bind", "/usr", "/usr"), *("--ro-bind", "/etc", "/etc"), *("--dev", "/dev")]
+    for name in ("bin", "lib", "lib64", "sbin"):
+        places += ["--symlink", f"usr/{name}", f"/{name}"]
+    places += [*("--ro-bind", str(profile), "/etc/profile.d"), *("--ro-bind", str(home), "/home/stack")]
+    places += [*("--ro-bind", str(environment), path), *("--setenv", "HOME", "/home/stack")]
+    places += ["--setenv", "PATH", f"{path}:/usr/local/bin:/usr/bin:/bin"]
+    docker.write_text(f'#!/bin/sh\nshift 3\nexec bwrap {shlex.join(places)} "$@"\n')
+    docker.chmod(0o755)
+    (command,) = with_docker_exec([" ".join(_with_interactive("ray start"))], "stack", str(docker), None, True)
+    ran = subprocess.run(command, shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert (ran.stdout, ran.returncode) == (("ray start\n", 0) if written else ("", 127)), ran.stderr
 
 
 def test_the_image_has_the_code_and_nothing_else_of_the_folder() -> None:
