@@ -54,6 +54,7 @@ from stack.agentic_system.sessions import Sessions
 from stack.agentic_system.toolbox import open_tools
 from stack.config import GATEWAY, Config
 from stack.context import Context
+from stack.draining import longest_stream_s
 from stack.keys import Keyring, is_loopback, require_keys
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
@@ -94,8 +95,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     # More than are answered, so that those that are refused do not wait for it in front of the gateway.
     gateway = Gateway.options(  # type: ignore[attr-defined]
         max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE,
-        # One that is replaced ends the answers that it has begun.
-        graceful_shutdown_timeout_s=max(model.request_timeout_s for model in config.all_models),
+        # One that is replaced ends the answers and turns that it has begun.
+        graceful_shutdown_timeout_s=longest_stream_s(config),
     )
     return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
 
