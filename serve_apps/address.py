@@ -1,6 +1,7 @@
-"""Where Ray Serve and Ray's dashboard listen, as far as that can be asked from within a deployment."""
+"""Where Ray, Ray Serve and Ray's dashboard listen, as far as that can be asked from within a deployment."""
 
 import logging
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,9 +12,15 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.job_submission import JobSubmissionClient
 from ray.serve import HTTPOptions
 
+from serve_apps.placement import ON_HEAD
 from stack.keys import is_loopback
 
 logger = logging.getLogger("ray.serve")
+
+# The head starts a process for it.
+HEAD_S = 120.0
+# A node of one of these has Ray's ports there alone. To Ray, 127.0.1.1 is an address like any other.
+LOOPBACK = ("127.0.0.1", "::1")
 
 
 def listening_host() -> str | None:
@@ -34,6 +41,29 @@ def listening_host() -> str | None:
 def host_of(details: Mapping[str, Any]) -> str:
     """The host in Serve's details, which leave out what was not set when Serve was started."""
     return str(details.get("http_options", {}).get("host", HTTPOptions().host))
+
+
+def interfaces() -> set[str]:
+    """All addresses at which Ray listens on this node and on the head.
+
+    Raises GetTimeoutError where the head does not say its own in HEAD_S.
+    """
+    of_head: list[str] = ray.get(_addresses_on_head.remote(), timeout=HEAD_S)
+    return {*addresses_here(), *of_head}
+
+
+@ray.remote(**ON_HEAD)
+def _addresses_on_head() -> list[str]:
+    return addresses_here()
+
+
+def addresses_here() -> list[str]:
+    """The addresses of this machine's interfaces, of which a node on loopback uses loopback alone."""
+    own: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    if own in LOOPBACK:
+        return [own]
+    families = (socket.AF_INET, socket.AF_INET6)
+    return [one.address for all_of in psutil.net_if_addrs().values() for one in all_of if one.family in families]
 
 
 def dashboard_hosts() -> list[str]:

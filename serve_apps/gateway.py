@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache
 from typing import Any
@@ -14,7 +14,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.routing import BaseRoute
 
-from serve_apps.address import dashboard_hosts, listening_host
+from serve_apps.address import dashboard_hosts, interfaces, listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
@@ -54,12 +54,14 @@ from stack.agentic_system.sessions import Sessions
 from stack.agentic_system.toolbox import open_tools
 from stack.config import GATEWAY, Config
 from stack.context import Context
+from stack.draining import longest_stream_s
 from stack.keys import Keyring, is_loopback, require_keys
 from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
 from stack.shared_state import require_shared
+from stack.store import Store
 
 # Routes are tried in this order, and inference and openai are asked most.
 ROUTERS = (
@@ -94,8 +96,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     # More than are answered, so that those that are refused do not wait for it in front of the gateway.
     gateway = Gateway.options(  # type: ignore[attr-defined]
         max_ongoing_requests=config.max_requests + REFUSED_AT_ONCE,
-        # One that is replaced ends the answers that it has begun.
-        graceful_shutdown_timeout_s=max(model.request_timeout_s for model in config.all_models),
+        # One that is replaced ends the answers and turns that it has begun.
+        graceful_shutdown_timeout_s=longest_stream_s(config),
     )
     return gateway.bind(config, supervisor, writer, pool)  # type: ignore[no-any-return]
 
@@ -119,11 +121,7 @@ class Gateway:
         nodes = addresses()
         require_shared(config, len(nodes))
         self._context = Context.open(config)
-        # Where nobody can be asked for the address, middleware.Authenticate refuses other machines all the same.
-        if (host := listening_host()) is not None:
-            require_keys(self._context.store, host)
-        if len(nodes) > 1 or (host is not None and not is_loopback(host)):
-            require_locked(os.environ, nodes, dashboard_hosts())
+        require_closed(config, self._context.store, nodes)
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)
@@ -151,6 +149,19 @@ class Gateway:
         if problem:
             waiting["job supervisor"] = problem
         return waiting
+
+
+def require_closed(config: Config, store: Store, nodes: Sequence[str]) -> None:
+    """Raises Unauthorized where others could use the stack without a key, or Ray itself.
+
+    `nodes` are the addresses of Ray's. On one, where nobody can be asked where Serve listens, middleware.Authenticate
+    refuses other machines all the same. Of several, all but the head cannot ask: its dashboard is on its loopback.
+    """
+    host, are_several = listening_host(), len(nodes) > 1
+    if host is not None or are_several:
+        require_keys(store, host)
+    if are_several or (host is not None and not is_loopback(host)):
+        require_locked(os.environ, nodes, dashboard_hosts(), interfaces(), firewalled=config.firewalled)
 
 
 Ready = Callable[[], Awaitable[dict[str, str]]]

@@ -12,7 +12,7 @@ from ray import serve
 
 from serve_apps.actor_calls import NAMESPACE, answer_of
 from serve_apps.actor_pool import PREFIX, Pool
-from serve_apps.placement import NOT_HEAD, WAITS
+from serve_apps.placement import WAITS
 from serve_apps.pool_members import Keys, Member
 from serve_apps.replica_ports import listen_inside
 from serve_apps.session_actor import SessionActor
@@ -54,8 +54,8 @@ class RayActors:
 
     def _started(self, name: str) -> Any:
         actor = ray.remote(SessionActor).options(
-            name=name, namespace=NAMESPACE, lifetime="detached", num_cpus=0, memory=MEMORY_BYTES,
-            max_concurrency=CALLS, enable_task_events=False, label_selector=NOT_HEAD,
+            name=name, namespace=NAMESPACE, lifetime="detached", memory=MEMORY_BYTES,
+            max_concurrency=CALLS, enable_task_events=False, **WAITS,
         )  # fmt: skip
         return actor.remote(self._config)
 

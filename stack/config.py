@@ -336,6 +336,10 @@ class Config(Wire):
     bodies of other requests. A gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one. `agents` bounds the turns of agents.
 
+    Ray listens at all addresses of its nodes: where some of them are of the internet, a gateway that others reach
+    starts only if the config says that the nodes are `firewalled`: that a firewall such as clusters/firewall.nft closes
+    Ray's ports at these.
+
     What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id, or by
     "*" for all models that it does not name.
     """
@@ -355,6 +359,7 @@ class Config(Wire):
     max_tenant_bytes: Annotated[int, Field(ge=1_024)] = 100 * 2**30
     memory_banks: MemoryBanksConfig = MemoryBanksConfig()
     agents: AgentsConfig = AgentsConfig()
+    firewalled: bool = False
     otlp_address: Annotated[str, Field(max_length=2_000, pattern=r"^https?://[^\s/]+\S*$")] | None = None
     models: Annotated[list[LanguageModel], Field(min_length=1)]
     embedding_models: list[EmbeddingModel] = []

@@ -66,14 +66,19 @@ def check_tenant(tenant: str) -> None:
         )
 
 
-def require_keys(store: Store, host: str) -> None:
-    """Raises Unauthorized, saying what to do, where other machines would be listened to and there are no keys."""
-    if not is_loopback(host) and not store.keys.any():
-        raise Unauthorized(
-            f"there are no API keys, so whoever reaches {host or 'all addresses'} could use the stack: "
-            f"make one with `{HOW_TO_MAKE_ONE}` (and the same STACK_CONFIG and STACK_HOME), or set http_options.host "
-            f"to 127.0.0.1"
-        )
+def require_keys(store: Store, host: str | None) -> None:
+    """Raises Unauthorized, saying what to do, where other machines would be listened to and there are no keys.
+
+    A host that is not known, None, may be any.
+    """
+    if (host is not None and is_loopback(host)) or store.keys.any():
+        return
+    who = f"whoever reaches {host or 'all addresses'}" if host is not None else "whoever reaches one of the nodes"
+    or_else = ", or set http_options.host to 127.0.0.1" if host is not None else ""
+    raise Unauthorized(
+        f"there are no API keys, so {who} could use the stack: "
+        f"make one with `{HOW_TO_MAKE_ONE}` (and the same STACK_CONFIG and STACK_HOME){or_else}"
+    )
 
 
 def is_loopback(host: str) -> bool:

@@ -14,36 +14,43 @@ from tests.running_stack import SCRIPTED_MODEL, wait_for
 
 pytestmark = pytest.mark.long
 
-INNER, PUBLIC = "10.78.0.10", "198.41.0.4"
+INNER, PUBLIC = "10.76.0.10", "198.41.0.4"
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token"}
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Host]:
-    with network(tmp_path, "10.78.0") as net:
+    with network(tmp_path, "10.76.0") as net:
         host = net.host("stack", 10)
         host.run("ip", "address", "add", f"{PUBLIC}/32", "dev", "lo")
         yield host
 
 
 @pytest.mark.parametrize(
-    ("address", "dashboard", "environment", "refusal"),
+    ("address", "dashboard", "environment", "firewalled", "refusal"),
     [
-        (INNER, "127.0.0.1", TOKEN, ""),
-        (INNER, "127.0.0.1", {"RAY_AUTH_MODE": "disabled"}, "it asks nobody for a token"),
-        (PUBLIC, "127.0.0.1", TOKEN, f"bound to addresses of the internet ({PUBLIC})"),
-        (INNER, "0.0.0.0", TOKEN, f"listens beyond loopback ({INNER})"),
-        (INNER, INNER, TOKEN, f"listens beyond loopback ({INNER})"),
-        ("127.0.0.1", "127.0.0.1", TOKEN, ""),
-        ("127.0.0.1", "0.0.0.0", TOKEN, "listens beyond loopback (0.0.0.0)"),
+        (INNER, "127.0.0.1", TOKEN, False, f"of which some are of the internet ({PUBLIC})"),
+        (INNER, "127.0.0.1", TOKEN, True, ""),
+        (INNER, "127.0.0.1", {"RAY_AUTH_MODE": "disabled"}, True, "it asks nobody for a token"),
+        (PUBLIC, "127.0.0.1", TOKEN, True, f"bound to addresses of the internet ({PUBLIC})"),
+        (INNER, "0.0.0.0", TOKEN, True, f"listens beyond loopback ({INNER})"),
+        (INNER, INNER, TOKEN, True, f"listens beyond loopback ({INNER})"),
+        ("127.0.0.1", "127.0.0.1", TOKEN, False, ""),
+        ("127.0.0.1", "0.0.0.0", TOKEN, False, "listens beyond loopback (0.0.0.0)"),
     ],
 )
 def test_a_gateway_starts_on_a_locked_ray_alone(
-    host: Host, tmp_path: Path, address: str, dashboard: str, environment: dict[str, str], refusal: str
+    host: Host,
+    tmp_path: Path,
+    address: str,
+    dashboard: str,
+    environment: dict[str, str],
+    firewalled: bool,
+    refusal: str,
 ) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text(yaml.safe_dump(document()))
+    file.write_text(yaml.safe_dump(document(firewalled)))
     (tmp_path / "home" / SCRIPTED_MODEL["path"]).mkdir(parents=True)
     given = environment | {"STACK_HOME": str(tmp_path / "home"), "STACK_CONFIG": str(file)}
     given |= {"RAY_API_SERVER_ADDRESS": f"http://{INNER if dashboard == INNER else '127.0.0.1'}:8265"}
@@ -70,13 +77,13 @@ def test_a_gateway_starts_on_a_locked_ray_alone(
     assert refusal in str(said["message"])
 
 
-def document() -> dict[str, object]:
+def document(firewalled: bool) -> dict[str, object]:
     """The smallest stack that others reach: its model starts when it is asked first, which nobody does."""
     gateway = {
         "name": GATEWAY,
         "import_path": "serve_apps.gateway:build",
         "route_prefix": "/",
-        "args": {"models": [SCRIPTED_MODEL]},
+        "args": {"models": [SCRIPTED_MODEL], "firewalled": firewalled},
     }
     scripted = {
         "name": SCRIPTED_MODEL["id"],

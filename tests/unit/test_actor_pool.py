@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError
 
 from serve_apps import actor_pool, pool_members
 from serve_apps.actor_pool import Pool
+from serve_apps.placement import NOT_HEAD, NOT_SPOT
 from serve_apps.pool_members import Keys
 from serve_apps.session_actor import Seat
 from serve_apps.shared_engine import fingerprint
@@ -450,6 +451,23 @@ async def test_an_actor_that_does_not_get_ready_is_not_left_behind(monkeypatch: 
     with pytest.raises(ActorDiedError):
         await actors.launch("session:1")
     assert killed == [actor]
+
+
+def test_actors_are_started_neither_on_spot_nodes_nor_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    class Class:
+        def options(self, **options: Any) -> "Class":
+            asked.update(options)
+            return self
+
+        def remote(self, _: Config) -> Actor:
+            return Actor()
+
+    monkeypatch.setattr(ray, "remote", lambda _: Class())
+    RayActors(CONFIG)._started("session:1")
+    assert asked["label_selector"] == NOT_SPOT | NOT_HEAD
+    assert asked["num_cpus"] == 0
 
 
 def test_what_an_actor_imports_is_little() -> None:

@@ -252,6 +252,9 @@ def test_this_machine_alone_may_be_listened_to_without_keys(store: Store) -> Non
         with pytest.raises(Unauthorized, match="python -m stack keys create") as caught:
             keys.require_keys(store, host)
         assert "\n" not in caught.value.message
+    with pytest.raises(Unauthorized, match="python -m stack keys create") as caught:
+        keys.require_keys(store, None)
+    assert "http_options" not in caught.value.message, "what it is set to is not known"
     keys.create(store, "acme", "n", ["data"])
-    for host in OTHERS:
-        keys.require_keys(store, host)
+    for one in [*OTHERS, None]:
+        keys.require_keys(store, one)

@@ -12,6 +12,7 @@ from serve_apps.placement import NOT_HEAD
 from stack import engines
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.config import ROOT, Config, LanguageModel
+from stack.draining import longest_stream_s
 from tests.kuberay import FOLDER, KINDS, SPECS, RayClusterSpec, documents
 
 KUBERNETES = "1.34"
@@ -202,7 +203,7 @@ def test_every_kind_of_pod_that_serves_is_left_by_disruptions() -> None:
 
 
 def test_draining_outlasts_the_longest_stream() -> None:
-    longest = max(model.request_timeout_s for model in Config.from_file(SERVE_FILE).all_models)
+    longest = longest_stream_s(Config.from_file(SERVE_FILE))
     service = named("RayService", "stack")
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > longest
     for name, template in templates(spec_of(service)).items():
