@@ -153,34 +153,94 @@ def training_table() -> str:
 
 
 # What was measured (docs/benchmarks.md, "Inference"): at 64 streams, CPU seconds of everything but the engine; and what
-# one gateway on two cores has passed on at 256.
+# one gateway passed on there of the 3,200 that were offered, with the 99th percentile of first tokens at 0.3 seconds.
+# At 256 streams it passed on 9,030 of 12,800, but first tokens took up to 2.3 seconds: that is what it breaks at.
 CPU_S_PER_1000_TOKENS = 0.34
-TOKENS_PER_S_OF_A_GATEWAY = 9_000
-# Of stack/store/connection.py: at most so many connections of each process.
-CONNECTIONS = 30
+TOKENS_PER_S_OF_A_GATEWAY = 2_900
+# Of a Store's pool (stack/store/connection.py), of which each process has one: so many connections are kept when they
+# were needed at once, and so many are open at most.
+KEPT, MOST = 10, 30
+# What Ray reserves for a session's actor (serve_apps/session_pool.py).
+ACTOR_GB = 150 * 2**20 / GB
 
 
-def growth(gpus: int, tokens_per_gpu: float, jobs: int = 16) -> dict[str, float]:
-    """What GPUs that give so many tokens a second each need beside them."""
-    tokens = gpus * tokens_per_gpu
-    gateways = 1 if gpus == 1 else 1 + max(1, math.ceil(tokens / TOKENS_PER_S_OF_A_GATEWAY))
-    return {
-        "nodes": math.ceil(gpus / OF_A_NODE),
-        "tokens": tokens,
-        "gateways": gateways,
-        "cores": math.ceil(tokens / 1_000 * CPU_S_PER_1000_TOKENS),
-        "connections": CONNECTIONS * (gateways + 2 + jobs),
-    }
+@dataclass(frozen=True)
+class Jobs:
+    """Those that run at once. Beside its driver, a job that asks models has a worker that asks, and while it reads a
+    data set one that reads; a training has `workers` of its own."""
+
+    asking: int = 8
+    trainings: int = 8
+    workers: int = 1
+
+
+JOBS = Jobs()  # 16, as `max_running_jobs` of serve_apps/cluster.yaml
+
+
+def connections(gateways: int, nodes: int, sessions: int, jobs: Jobs) -> tuple[int, int]:
+    """How many connections the database has: as a rule, and at most.
+
+    `nodes` are those on which sessions have actors, of which there are `sessions` with the `warm` ones. As a rule a
+    gateway keeps what it needed at once; who asks one after the other has one connection, and a driver and the job
+    supervisor have two, as two of their threads ask all the time. At most, each process has its whole pool.
+    """
+    engines = nodes if sessions else 0
+    drivers = jobs.asking + jobs.trainings
+    supervisor, writer, pool = 1, 1, 1
+    serial = writer + pool + engines + sessions + 2 * jobs.asking + jobs.trainings * jobs.workers
+    by_two = supervisor + drivers
+    return KEPT * gateways + serial + 2 * by_two, MOST * (gateways + serial + by_two)
+
+
+def gateways_for(tokens: float, nodes: int) -> int:
+    """The fewest gateways, spread evenly, that pass on so many tokens a second when one node, or on a single node one
+    of them, is lost. One alone is enough for what one can do on a single node."""
+    needed = max(1, math.ceil(tokens / TOKENS_PER_S_OF_A_GATEWAY))
+    if nodes == 1:
+        return needed + 1 if needed > 1 else 1
+    gateways = max(2, needed + 1)
+    while gateways - math.ceil(gateways / nodes) < needed:
+        gateways += 1
+    return gateways
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What some GPUs need beside them; `connections` and `most_connections` as `connections` has them."""
+
+    nodes: int
+    tokens: float
+    gateways: int
+    gateways_per_node: int
+    cores: int
+    sessions_gb: float
+    connections: int
+    most_connections: int
+
+
+def growth(gpus: int, tokens_per_gpu: float, sessions_per_gpu: float = 1, jobs: Jobs = JOBS) -> Growth:
+    """What GPUs that give so many tokens a second each need, and that many sessions of agents with work at once."""
+    tokens, nodes = gpus * tokens_per_gpu, math.ceil(gpus / OF_A_NODE)
+    gateways = gateways_for(tokens, nodes)
+    warm = 1
+    sessions = math.ceil(gpus * sessions_per_gpu) + warm
+    typical, most = connections(gateways, nodes, sessions, jobs)
+    cores = math.ceil(tokens / 1_000 * CPU_S_PER_1000_TOKENS)
+    per_node = math.ceil(gateways / nodes)
+    return Growth(nodes, tokens, gateways, per_node, cores, sessions * ACTOR_GB, typical, most)
 
 
 def growth_table(tokens_per_gpu: float = 1_000) -> str:
-    lines = ["| GPUs | nodes of 8 | tokens/s | gateways | cores beside engines | connections to PostgreSQL, at most |"]
-    lines.append("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    lines = [
+        "| GPUs | nodes of 8 | tokens/s | gateways | … on a node | cores beside engines | reserved for sessions, GB | "
+        "connections to PostgreSQL | … at most |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for gpus in (1, 8, 64, 256, 1_000):
         found = growth(gpus, tokens_per_gpu)
         lines.append(
-            f"| {gpus:,} | {found['nodes']} | {found['tokens']:,.0f} | {found['gateways']} | {found['cores']} | "
-            f"{found['connections']:,} |"
+            f"| {gpus:,} | {found.nodes} | {found.tokens:,.0f} | {found.gateways} | {found.gateways_per_node} | "
+            f"{found.cores} | {found.sessions_gb:,.1f} | {found.connections:,} | {found.most_connections:,} |"
         )
     return "\n".join(lines)
 

@@ -10,15 +10,24 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from scripts.drivers.patience import Patient
+
 ADDRESS = "http://127.0.0.1:8321"
 KEY = "STACK_API_KEY"
 # How long one answer may take: a model that has scaled to zero starts first.
 TIMEOUT_S = 900
+CONNECT_S = 10
+# … and one that tells what is there already: a node that has lost its power does not say so.
+GET_S = 60
+# Fields that name what a request makes: the same once more makes nothing new.
+NAMES = ("job_uuid", "uuid", "id")
 LOOK_S = 2.0
 ENDINGS = {"failed": "failed", "cancelled": "was cancelled"}
 
@@ -28,10 +37,12 @@ class Refused(Exception):
 
 
 class Stack:
-    """A stack that is asked by `client`. While a job runs it is looked at again and again, `wait` seconds apart."""
+    """A stack that is asked by `client`, again where it is away for a while. While a job runs it is looked at again and
+    again, `wait` seconds apart."""
 
     def __init__(self, client: httpx.Client, wait: Callable[[float], None] = time.sleep) -> None:
         self._client = client
+        self._patient = Patient(client, wait)
         self._wait = wait
 
     @classmethod
@@ -39,26 +50,29 @@ class Stack:
         """The stack at an address, with the key of the environment."""
         key = os.environ.get(KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return cls(httpx.Client(base_url=address, headers=headers, timeout=TIMEOUT_S))
+        return cls(httpx.Client(base_url=address, headers=headers, timeout=httpx.Timeout(TIMEOUT_S, connect=CONNECT_S)))
 
     def get(self, path: str, **parameters: Any) -> Any:
-        return _answer(self._client.get(path, params=parameters))
+        timeout = httpx.Timeout(GET_S, connect=CONNECT_S)
+        request = partial(self._client.build_request, "GET", path, params=parameters, timeout=timeout)
+        return _answer(self._patient.send(request, repeatable=True))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        return _answer(self._client.post(path, json=body))
+        request = partial(self._client.build_request, "POST", path, json=body)
+        return _answer(self._patient.send(request, repeatable=any(name in body for name in NAMES)))
 
     def upload(self, file: Path) -> str:
         """Sends a file; returns the address at which a data set finds it."""
         with file.open("rb") as content:
-            return str(
-                _answer(self._client.post("/datasets/upload", files={"file": (file.name, content)}))["content_url"]
-            )
+            files = {"file": (file.name, content)}
+            request = partial(self._client.build_request, "POST", "/datasets/upload", files=files)
+            return str(_answer(self._patient.send(request, repeatable=False))["content_url"])
 
     def events(self, path: str, body: dict[str, Any]) -> Iterator[Any]:
         """The events of a streamed answer, until its end. Raises Refused where one of them is an error."""
-        with self._client.stream("POST", path, json=body) as reply:
+        request = partial(self._client.build_request, "POST", path, json=body)
+        with closing(self._patient.send(request, repeatable=False, stream=True)) as reply:
             if reply.status_code != 200:
-                reply.read()
                 _answer(reply)
             for line in reply.iter_lines():
                 if not line.startswith("data:") or (data := line.removeprefix("data:").strip()) == "[DONE]":
