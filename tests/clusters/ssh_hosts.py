@@ -78,13 +78,19 @@ def environment(code: Path, shared: Path) -> Path:
 
 
 def prepare(host: Host, shared: Path, venv: Path, public_key: Path, held: ExitStack) -> None:
-    """Makes of a host one as the docs ask for, and starts its sshd, which ends with it."""
+    """Makes of a host one as the docs ask for, and starts its sshd, which ends with it.
+
+    One that has lost its power has kept the user's home, and nothing of what was in /tmp/ray.
+    """
     home = host.folder / "home"
-    (home / ".ssh").mkdir(parents=True, mode=0o700)
+    (home / ".ssh").mkdir(parents=True, mode=0o700, exist_ok=True)
+    for left in (host.folder / "ray").iterdir():
+        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     shutil.copy(public_key, home / ".ssh" / "authorized_keys")
     user = f"{USER}:*:{ID}:{ID}::{HOME}:/bin/bash\n"
     (host.folder / "passwd").write_text(Path("/etc/passwd").read_text() + user)
-    key_pair(host.folder / "host_key")
+    if not (host.folder / "host_key").exists():
+        key_pair(host.folder / "host_key")
     settings = host.folder / "sshd_config"
     settings.write_text(SSHD.format(folder=host.folder))
     script = MOUNTS + SYSTEM + ENVIRONMENT  # the host keeps the folder of the environment

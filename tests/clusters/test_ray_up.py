@@ -1,8 +1,13 @@
 """clusters/local.yaml on hosts that are reached by SSH: what docs/clusters.md has its user do, from first to last."""
 
+import configparser
+import json
 import re
+import shlex
 import subprocess
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +31,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(3000)]
 
 PREFIX = "10.78.0"
 LAPTOP = 5
+NUMBERS = {"head": 10, "one": 11, "other": 12}
 FILE = "clusters/local.yaml"
 SECRETS = Path("/root/.config/llama-stack-ray")
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
@@ -36,6 +42,8 @@ DEPLOY = """cd ~/llama-stack-ray && . clusters/environment.sh &&
   serve deploy serve_apps/cluster.yaml"""
 
 STOP = "~/llama-stack-ray/clusters/stop.sh"
+# What Ray's autoscaler knows of the hosts, which the head keeps in its /tmp.
+STATE = "cluster-llama-stack.state"
 
 
 @dataclass
@@ -47,6 +55,7 @@ class Cluster:
     head: Host
     workers: list[Host]
     checkout: Path
+    switch_on: Callable[[str], Host]
     key: str = ""
 
     @property
@@ -61,6 +70,56 @@ class Cluster:
         print(said)  # for whoever reads why a test has failed
         assert done.returncode == 0, said
         return said
+
+    def start_head(self) -> None:
+        """Does on the head what clusters/head.service has systemd do when the host is switched on."""
+        unit = configparser.ConfigParser(interpolation=None, strict=False)
+        unit.read(ROOT / "clusters" / "head.service")
+        user = unit["Service"]["User"]
+        command = shlex.split(unit["Service"]["ExecStart"])
+        clean = ["env", "-i", f"HOME=/home/{user}", f"USER={user}", "PATH=/usr/bin:/bin:/usr/sbin:/sbin"]
+        condition = self.head.run("test", "-e", unit["Unit"]["ConditionPathExists"])
+        assert condition.returncode == 0, "systemd would not start it"
+        done = self.head.run(*clean, "runuser", "-u", user, "--", *command)
+        print(done.stdout + done.stderr)  # for whoever reads why a test has failed
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def tags(self) -> dict[str, str]:
+        """What the head's autoscaler has last said of each worker."""
+        try:
+            known = json.loads((self.head.folder / "ray" / STATE).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):  # not yet, or as it is written
+            return {}
+        return {
+            host.name: known[host.address]["tags"].get("ray-node-status", known[host.address]["state"])
+            for host in self.workers
+        }
+
+    def nodes(self) -> dict[str, tuple[int, float]]:
+        """Ray's own process on each worker, and when it was started."""
+        found = {}
+        for host in self.workers:
+            for process in host.processes("/raylet/raylet "):
+                found[host.name] = (process.pid, process.create_time())
+        return found
+
+    @contextmanager
+    def asked_all_the_while(self) -> Iterator[list[str]]:
+        """Has each worker's gateway answer one question after the other, until the block ends. Gives the answers."""
+        over, answers = threading.Event(), list[str]()
+
+        def ask(host: Host) -> None:
+            while not over.is_set():
+                answers.append(self.ask(host))
+
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            asking = [pool.submit(ask, host) for host in self.workers]
+            try:
+                yield answers
+            finally:
+                over.set()
+        for one in asking:
+            one.result()
 
     def ask(self, host: Host) -> str:
         """The answer of a host's gateway to the question."""
@@ -81,14 +140,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         checkout = checkout_of(folder / "home" / "llama-stack-ray", net, s3)
         venv = ssh_hosts.environment(checkout, shared)
         laptop, outsider = net.host("laptop", LAPTOP), net.host("outsider", 200)
-        head, *workers = [net.host(name, 10 + n, keeps=[venv]) for n, name in enumerate(("head", "one", "other"))]
         public_key = ssh_hosts.key_pair(laptop.folder / "root" / ".ssh" / "id_ed25519")
-        for host in (head, *workers):
+
+        def switch_on(name: str) -> Host:
+            host = net.host(name, NUMBERS[name], keeps=[venv])
             ssh_hosts.prepare(host, shared, venv, public_key, held)
             loaded = host.run("nft", "--file", str(checkout / "clusters" / "firewall.nft"))
             assert loaded.returncode == 0, loaded.stderr
+            return host
+
+        head, *workers = map(switch_on, NUMBERS)
         write_secrets(laptop, net, password)
-        cluster = Cluster(laptop, outsider, head, workers, checkout)
+        cluster = Cluster(laptop, outsider, head, workers, checkout, switch_on)
         cluster.ray("up", "-y", FILE)
         said = cluster.ray("exec", FILE, DEPLOY)
         (cluster.key,) = re.findall(r"lsr_\S+", said)
@@ -112,11 +175,46 @@ def test_others_reach_the_gateways_alone(cluster: Cluster) -> None:
     assert {6380, 6381, 8321} <= set(reached(cluster.head, cluster.workers[0]))
 
 
+def test_a_head_that_was_off_goes_on_with_the_workers_as_they_are(cluster: Cluster) -> None:
+    """It has lost what is in /tmp, as at every start of the host: its autoscaler knows of no node then."""
+    before = cluster.nodes()
+    assert len(before) == len(cluster.workers)
+    with cluster.asked_all_the_while() as answers:
+        cluster.head.lose_power()
+        cluster.head = cluster.switch_on("head")
+        assert not (cluster.head.folder / "ray" / STATE).exists()
+        cluster.start_head()
+        wait_for(lambda: set(cluster.tags().values()) == {"up-to-date"}, 600, cluster.tags)
+        asked = len(answers)
+        wait_for(lambda: len(answers) > asked + len(cluster.workers), 120, lambda: len(answers))
+    assert cluster.nodes() == before, "Ray was not started anew on them"
+    assert set(answers) == {"The capital of France is Paris."}
+    said = cluster.ray("exec", FILE, "ray status")
+    active = re.findall(r"^ (\d+) \S+", said.partition("Active:")[2].partition("Idle:")[0], re.M)
+    assert sum(map(int, active)) == len(cluster.hosts), said
+    assert "(no pending nodes)" in said
+
+
+def test_ray_up_with_other_code_has_it_run_on_the_workers(cluster: Cluster) -> None:
+    before = cluster.nodes()
+    with (cluster.checkout / "stack" / "__init__.py").open("a") as code:
+        code.write("# as it is tomorrow\n")
+    cluster.ray("up", "-y", FILE)
+    wait_for(lambda: all(other(cluster.nodes().get(name), node) for name, node in before.items()), 600, cluster.tags)
+    for host in cluster.workers:
+        wait_for(lambda host=host: ready(host), 600, lambda host=host: health(host))
+        assert cluster.ask(host) == "The capital of France is Paris."
+
+
 def test_after_ray_down_nothing_of_ray_is_on_any_host(cluster: Cluster) -> None:
     cluster.ray("exec", FILE, STOP)
     cluster.ray("down", "-y", FILE)
     for host in cluster.hosts:
         wait_for(lambda host=host: not of_ray(host), 60, lambda host=host: of_ray(host))
+
+
+def other(now: tuple[int, float] | None, before: tuple[int, float]) -> bool:
+    return now is not None and now != before
 
 
 def of_ray(host: Host) -> list[str]:

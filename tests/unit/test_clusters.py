@@ -1,9 +1,12 @@
 """The files of clusters/ for `ray up`: Ray takes them, what is served finds its nodes, and Ray is locked."""
 
+import configparser
+import json
 import os
 import re
 import shlex
 import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -228,7 +231,8 @@ def environment_of(cluster: dict[str, Any]) -> dict[str, str]:
         pairs = re.findall(r"^export (\S+=.*)$", ENVIRONMENT.read_text(), re.M)
         for kind in ("head", "worker"):
             commands = [one for one in cluster[f"{kind}_start_ray_commands"] if re.search(r"\bray (start|stop)", one)]
-            assert len(commands) == 2
+            assert "ray stop" in commands[0]
+            assert "ray start" in commands[-1]
             assert all(one.startswith(". ~/llama-stack-ray/clusters/environment.sh;") for one in commands)
     return {name: value.strip('"') for name, _, value in (pair.partition("=") for pair in pairs)}
 
@@ -312,6 +316,34 @@ def test_the_head_on_hosts_keeps_what_it_knows_in_its_own_redis_behind_a_passwor
 def test_the_hosts_outlast_their_head_for_as_long_as_somebody_takes_to_start_it_again() -> None:
     """On clouds a lost head is not started again: there is no Redis that would know of the nodes."""
     assert float(environment_of(read(LOCAL))["RAY_gcs_rpc_server_reconnect_timeout_s"]) >= 1_800
+
+
+def test_a_head_is_started_again_with_the_commands_of_ray_up(tmp_path: Path) -> None:
+    commands = [
+        "printf one >> said",
+        """printf ' "%s"\n' "$STACK_HOME" >> said""",
+        "cat >> said; false",
+        "echo no >> said",
+    ]
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(json.dumps({"head_start_ray_commands": commands}))
+    environment = {"HOME": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    done = subprocess.run([CLUSTERS / "start_head.sh"], cwd=tmp_path, env=environment, timeout=60)
+    assert done.returncode == 1, "one that fails is the last"
+    assert (tmp_path / "said").read_text() == 'one "/mnt/stack"\n'
+
+
+def test_the_heads_service_runs_that_as_the_user_of_ray_up() -> None:
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.read(CLUSTERS / "head.service")
+    user = read(LOCAL)["auth"]["ssh_user"]
+    assert unit["Service"]["User"] == user
+    assert unit["Service"]["ExecStart"] == f"/home/{user}/llama-stack-ray/clusters/start_head.sh"
+    assert unit["Unit"]["ConditionPathExists"] == f"/home/{user}/ray_bootstrap_config.yaml"
+
+
+def test_a_worker_asks_whether_ray_is_up_before_it_stops_it() -> None:
+    (command,) = read(LOCAL)["worker_start_ray_commands"]
+    assert command.index("is_up.py $RAY_HEAD_IP && exit;") < command.index("ray stop") < command.index("ray start")
 
 
 @every_file
