@@ -104,6 +104,11 @@ class Cluster:
                 if not tries_left:
                     raise
 
+    def start_anew(self, name: str) -> None:
+        """The same where Ray still runs."""
+        self.run(name, "ray stop --grace-period 30")
+        self.start_ray(name)
+
     def _commands(self, kind: str) -> Iterator[str]:
         for command in LOCAL[f"{kind}_start_ray_commands"]:
             given = command.replace(LOCAL["provider"]["head_ip"], f"{self._prefix}.{HEAD}")
@@ -173,6 +178,7 @@ class Cluster:
         clusters, secrets = root / "llama-stack-ray" / "clusters", root / "secrets"
         for folder in (clusters, secrets):
             folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "clusters" / "is_up.py", clusters)
         for name, text in self._secrets.items():
             (secrets / name).write_text(text)
             (secrets / name).chmod(0o600)

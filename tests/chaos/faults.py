@@ -156,7 +156,7 @@ FAULTS = (
         "drain",
         f"a worker with a stream of {LONGEST_TOKENS} s is drained, ended, and started again",
         drain,
-        Cluster.start_ray,
+        Cluster.start_anew,
         0.0,
         planned=True,
     ),
