@@ -27,7 +27,7 @@ with warnings.catch_warnings():
     from serve_apps.placement import NOT_HEAD, NOT_SPOT
     from serve_apps.session_pool import SessionPool
 
-FILES = sorted(DEFAULT_FILE.parent.glob("*.yaml"))
+FILES = sorted(set(DEFAULT_FILE.parent.glob("*.yaml")) - {DEFAULT_FILE.with_name("kustomization.yaml")})
 GPU_FILE = DEFAULT_FILE.parent / "gpu.yaml"
 SMALL, LARGE = "Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct"
 

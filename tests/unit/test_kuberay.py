@@ -1,24 +1,28 @@
 """The files of clusters/kuberay/: Kubernetes and KubeRay take them, and what they hold together fits."""
 
+import copy
+import json
+import lzma
 import re
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from serve_apps.placement import NOT_HEAD
 from stack import engines
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.config import ROOT, Config, LanguageModel
 from stack.draining import longest_stream_s
-from tests.kuberay import FOLDER, KINDS, SPECS, RayClusterSpec, documents
+from tests.kuberay import FOLDER, KINDS, crds, documents, problems, written
 
 KUBERNETES = "1.34"
 SERVE_FILE = ROOT / "serve_apps" / "cluster.yaml"
 OBJECTS = documents()
 RAY = [one for one in OBJECTS if one["kind"] in KINDS]
+SCHEMAS = crds()["schemas"]
 OURS = {"app.kubernetes.io/part-of": "llama-stack"}
 
 every_object = pytest.mark.parametrize(
@@ -32,32 +36,36 @@ def named(kind: str, name: str) -> dict[str, Any]:
     return found
 
 
-def spec_of(one: dict[str, Any]) -> RayClusterSpec:
-    spec = SPECS[one["kind"]].model_validate(one["spec"])
-    cluster = getattr(spec, {"RayService": "rayClusterConfig", "RayJob": "rayClusterSpec"}.get(one["kind"], ""), spec)
-    assert isinstance(cluster, RayClusterSpec)
+def spec_of(one: dict[str, Any]) -> dict[str, Any]:
+    """What an object says of its cluster."""
+    spec: dict[str, Any] = one["spec"]
+    cluster: dict[str, Any] = spec.get("rayClusterConfig") or spec.get("rayClusterSpec") or spec
     return cluster
 
 
-def templates(cluster: RayClusterSpec) -> dict[str, dict[str, Any]]:
+def groups_of(one: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {group["groupName"]: group for group in spec_of(one)["workerGroupSpecs"]}
+
+
+def templates(one: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The templates of a cluster's pods, by group; labels as KubeRay adds them."""
-    found = {"head": cluster.headGroupSpec.template}
-    return found | {group.groupName: group.template for group in cluster.workerGroupSpecs}
+    workers = {name: group["template"] for name, group in groups_of(one).items()}
+    return {"head": spec_of(one)["headGroupSpec"]["template"]} | workers
 
 
 def pods() -> list[tuple[str, str, dict[str, Any]]]:
     """The spec of each pod that there can be: of what, of which group, and what Kubernetes is told."""
-    found = [(one["kind"], name, pod["spec"]) for one in RAY for name, pod in templates(spec_of(one)).items()]
+    found = [(one["kind"], name, pod["spec"]) for one in RAY for name, pod in templates(one).items()]
     return [*found, ("StatefulSet", "redis", named("StatefulSet", "redis")["spec"]["template"]["spec"])]
 
 
 every_pod = pytest.mark.parametrize(("kind", "group", "pod"), pods(), ids=lambda value: str(value)[:20])
 
 
-def ray_resources(group: Any) -> dict[str, float]:
+def ray_resources(group: dict[str, Any]) -> dict[str, float]:
     """What Ray's autoscaler takes a node of a group to have."""
-    limits = group.template["spec"]["containers"][0]["resources"]["limits"]
-    custom = {name: float(amount) for name, amount in group.resources.items()}
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    custom = {name: float(amount) for name, amount in group.get("resources", {}).items()}
     return {"CPU": float(limits["cpu"]), "GPU": float(limits.get("nvidia.com/gpu", 0))} | custom
 
 
@@ -72,18 +80,49 @@ def test_kubernetes_takes_the_object(one: dict[str, Any]) -> None:
 @every_ray
 def test_kuberay_takes_the_object(one: dict[str, Any]) -> None:
     assert one["apiVersion"] == "ray.io/v1"
-    assert set(one) == {"apiVersion", "kind", "metadata", "spec"}
-    for name, template in templates(spec_of(one)).items():
+    assert not list(problems(one, SCHEMAS))
+    for name, template in templates(one).items():
         pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
         assert kubernetes_validate.validate(pod, KUBERNETES, strict=True)
 
 
-def test_a_key_that_kuberay_does_not_know_is_noticed() -> None:
-    spec = named("RayCluster", "stack")["spec"]
-    with pytest.raises(ValidationError, match="gcsFaultTolerance"):
-        RayClusterSpec.model_validate(spec | {"gcsFaultTolerance": {}})
-    with pytest.raises(ValidationError, match="minReplicas"):
-        RayClusterSpec.model_validate(spec | {"workerGroupSpecs": [spec["workerGroupSpecs"][0] | {"minReplicas": "2"}]})
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        ((), "spce", {}),
+        (("spec",), "gcsFaultTolerance", {}),
+        (("spec", "workerGroupSpecs", 0), "minReplicas", "2"),
+        (("spec", "workerGroupSpecs", 0), "minReplica", 2),
+        (("spec", "autoscalerOptions"), "upscalingMode", "Fast"),
+        (("spec", "headGroupSpec", "template", "spec"), "nodeSelektor", {}),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "resources", "requests"), "cpu", "many"),
+    ],
+)
+def test_what_kuberay_does_not_take_is_noticed(place: tuple[str | int, ...], key: str, value: Any) -> None:
+    part = one = copy.deepcopy(named("RayCluster", "stack"))
+    for step in place:
+        part = part[step]  # type: ignore[index]
+    part[key] = value
+    (found,) = problems(one, SCHEMAS)
+    assert key in found
+
+
+def test_the_schemas_are_those_of_a_release_and_of_all_that_kuberay_reads(tmp_path: Path) -> None:
+    assert crds()["version"] == "v1.7.0", "the one that kustomization.yaml and docs/clusters.md name"
+    assert re.fullmatch("[0-9a-f]{40}", crds()["commit"])
+    assert set(SCHEMAS) == set(KINDS)
+    told = {
+        "description": "Told.",
+        "type": "object",
+        "properties": {"description": {"description": "D", "type": "string"}},
+    }
+    for kind in KINDS:
+        versions = [{"name": "v1alpha1"}, {"name": "v1", "schema": {"openAPIV3Schema": told}}]
+        crd = {"spec": {"names": {"kind": kind}, "versions": versions}}
+        (tmp_path / f"{kind}.yaml").write_text(yaml.safe_dump(crd))
+    held = json.loads(lzma.decompress(written(tmp_path, "v0", "c")))
+    bare = {"type": "object", "properties": {"description": {"type": "string"}}}
+    assert held == {"version": "v0", "commit": "c", "licence": "Apache-2.0", "schemas": dict.fromkeys(KINDS, bare)}
 
 
 def test_a_key_that_kubernetes_does_not_know_in_a_pod_is_noticed() -> None:
@@ -95,7 +134,8 @@ def test_a_key_that_kubernetes_does_not_know_in_a_pod_is_noticed() -> None:
 
 def test_what_is_applied_together_is_there() -> None:
     resources = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["resources"]
-    assert all((FOLDER / name).is_file() for name in resources)
+    assert resources[-1] == "../../serve_apps"
+    assert all((FOLDER / name).is_file() for name in resources[:-1])
     others = {file.name for file in FOLDER.glob("*.yaml")} - set(resources)
     assert others == {"kustomization.yaml", "cluster.yaml", "training.yaml"}
 
@@ -103,9 +143,26 @@ def test_what_is_applied_together_is_there() -> None:
 # What they hold
 
 
-def test_the_service_serves_what_the_serve_file_of_clusters_says() -> None:
-    served = yaml.safe_load(named("RayService", "stack")["spec"]["serveConfigV2"])
-    assert served == yaml.safe_load(SERVE_FILE.read_text())
+def test_one_file_says_what_is_served_and_what_all_others_read() -> None:
+    """Kustomize puts the Serve file of clusters where KubeRay reads it, and where keys and jobs do."""
+    (config,) = yaml.safe_load((SERVE_FILE.with_name("kustomization.yaml")).read_text())["configMapGenerator"]
+    assert config["files"] == [SERVE_FILE.name]
+    assert config["options"] == {"disableNameSuffixHash": True}, "pods know it by this name"
+    (replacement,) = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["replacements"]
+    source = {"kind": "ConfigMap", "name": config["name"], "fieldPath": f"data.[{SERVE_FILE.name}]"}
+    target = {"select": {"kind": "RayService", "name": "stack"}, "fieldPaths": ["spec.serveConfigV2"]}
+    assert replacement == {"source": source, "targets": [target]}
+    assert "serveConfigV2" in named("RayService", "stack")["spec"], "or kustomize finds nothing to replace"
+    for one in RAY:
+        for group, template in templates(one).items():
+            (container,) = template["spec"]["containers"]
+            (read,) = (env["value"] for env in container["env"] if env["name"] == "STACK_CONFIG")
+            (volume,) = (
+                v["name"] for v in template["spec"]["volumes"] if v.get("configMap") == {"name": config["name"]}
+            )
+            (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == volume)
+            assert set(mount) == {"name", "mountPath"}, "a file alone (subPath) would stay as it was at the pod's start"
+            assert read == f"{mount['mountPath']}/{SERVE_FILE.name}", group
 
 
 def test_the_cluster_on_its_own_has_the_nodes_of_the_service() -> None:
@@ -114,14 +171,14 @@ def test_the_cluster_on_its_own_has_the_nodes_of_the_service() -> None:
 
 @every_ray
 def test_the_version_of_ray_is_the_one_of_the_image(one: dict[str, Any]) -> None:
-    assert f'"ray[serve,train,data]=={spec_of(one).rayVersion}"' in (ROOT / "pyproject.toml").read_text()
+    assert f'"ray[serve,train,data]=={spec_of(one)["rayVersion"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
 @every_ray
 def test_every_model_fits_a_kind_of_node_that_is_no_spot_node(one: dict[str, Any]) -> None:
     if one["kind"] == "RayJob":
         return
-    groups = [group for group in spec_of(one).workerGroupSpecs if group.labels["ray.io/market-type"] == "on-demand"]
+    groups = [group for group in groups_of(one).values() if group["labels"]["ray.io/market-type"] == "on-demand"]
     config = Config.from_file(SERVE_FILE)
     for model in config.all_models:
         bundles = engines.bundles(model) if isinstance(model, LanguageModel) else [{"CPU": model.cpus}]
@@ -130,34 +187,34 @@ def test_every_model_fits_a_kind_of_node_that_is_no_spot_node(one: dict[str, Any
         assert any(
             all(ray_resources(group).get(name, 0) >= amount for name, amount in asked.items()) for group in groups
         ), model.id
-    gpus = sum(ray_resources(group)["GPU"] * group.maxReplicas for group in groups)
+    gpus = sum(ray_resources(group)["GPU"] * group["maxReplicas"] for group in groups)
     assert sum(model.gpus * model.most_replicas for model in config.models) <= gpus
 
 
 @every_ray
 def test_the_head_is_told_from_the_nodes_that_serve(one: dict[str, Any]) -> None:
-    head = spec_of(one).headGroupSpec.labels
+    head = spec_of(one)["headGroupSpec"]["labels"]
     assert {key: f"!{head[key]}" for key in NOT_HEAD} == NOT_HEAD
-    assert not any(NOT_HEAD.keys() & group.labels.keys() for group in spec_of(one).workerGroupSpecs)
+    assert not any(NOT_HEAD.keys() & group["labels"].keys() for group in groups_of(one).values())
 
 
 @every_ray
 def test_trainings_have_spot_nodes_that_come_before_those_that_serve(one: dict[str, Any]) -> None:
-    groups = {group.groupName: group for group in spec_of(one).workerGroupSpecs}
+    groups = groups_of(one)
     training = groups.pop("training")
-    assert training.labels == {"ray.io/market-type": "spot"}
-    assert training.minReplicas == 0
-    assert all(group.labels == {"ray.io/market-type": "on-demand"} for group in groups.values())
-    assert all(training.priority > group.priority for group in groups.values())
+    assert training["labels"] == {"ray.io/market-type": "spot"}
+    assert training["minReplicas"] == 0
+    assert all(group["labels"] == {"ray.io/market-type": "on-demand"} for group in groups.values())
+    assert all(training["priority"] > group.get("priority", 0) for group in groups.values())
     (kind,) = Config.from_file(SERVE_FILE).autoscaled_nodes
-    assert kind.most == training.maxReplicas
+    assert kind.most == training["maxReplicas"]
     assert all(ray_resources(training)[name] >= least for name, least in kind.resources.items())
 
 
 @every_ray
 def test_the_head_does_no_gpu_work_and_takes_no_tasks(one: dict[str, Any]) -> None:
-    assert spec_of(one).headGroupSpec.rayStartParams == {"num-cpus": "0", "num-gpus": "0"}
-    assert "nvidia.com/gpu" not in str(spec_of(one).headGroupSpec.template)
+    assert spec_of(one)["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
+    assert "nvidia.com/gpu" not in str(spec_of(one)["headGroupSpec"]["template"])
 
 
 def test_the_training_is_a_request_of_the_stack_for_a_model_that_it_serves() -> None:
@@ -165,21 +222,26 @@ def test_the_training_is_a_request_of_the_stack_for_a_model_that_it_serves() -> 
     request = PostTrainingSFTRequest.model_validate(yaml.safe_load(text))
     assert request.model in [model.id for model in Config.from_file(SERVE_FILE).models]
     job = named("RayJob", request.job_uuid)
-    mount = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"][1]
+    mounts = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
+    (mount,) = (mount for mount in mounts if mount["name"] == "request")
     assert job["spec"]["entrypoint"].endswith(f"--config {mount['mountPath']}/request.yaml")
-    training = spec_of(job).workerGroupSpecs[0]
-    assert request.training_config.workers <= training.maxReplicas * ray_resources(training)["GPU"]
+    training = groups_of(job)["training"]
+    assert request.training_config.workers <= training["maxReplicas"] * ray_resources(training)["GPU"]
 
 
 # What is lost when, and what is not
 
 
-def test_heads_keep_what_they_know_in_redis() -> None:
-    for one in (named("RayService", "stack"), named("RayCluster", "stack")):
-        options = spec_of(one).gcsFaultToleranceOptions
-        assert options is not None
-        host, _, port = options.redisAddress.partition(":")
-        assert named("Service", host)["spec"]["ports"] == [{"name": "redis", "port": int(port)}]
+@every_ray
+def test_heads_keep_what_they_know_in_redis_and_their_nodes_wait_for_them(one: dict[str, Any]) -> None:
+    if one["kind"] == "RayJob":  # it is lost with its head, and the stack tries again on its own nodes
+        assert "gcsFaultToleranceOptions" not in spec_of(one)
+        return
+    host, _, port = spec_of(one)["gcsFaultToleranceOptions"]["redisAddress"].partition(":")
+    assert named("Service", host)["spec"]["ports"] == [{"name": "redis", "port": int(port)}]
+    for template in templates(one).values():
+        environment = {env["name"]: env.get("value") for env in template["spec"]["containers"][0]["env"]}
+        assert environment["RAY_gcs_rpc_server_reconnect_timeout_s"] == "1800", "as on hosts (environment.sh)"
 
 
 def test_redis_is_on_disk_and_asks_for_its_password() -> None:
@@ -195,18 +257,18 @@ def test_every_kind_of_pod_that_serves_is_left_by_disruptions() -> None:
     budgets = {one["metadata"]["name"]: one["spec"] for one in OBJECTS if one["kind"] == "PodDisruptionBudget"}
     assert set(budgets) == {"ray-head", "ray-cpu", "ray-serving", "redis"}
     assert all(budget["minAvailable"] == 1 for budget in budgets.values())
-    groups = {group.groupName: group for group in spec_of(named("RayService", "stack")).workerGroupSpecs}
+    groups = groups_of(named("RayService", "stack"))
     for name in ("cpu", "serving"):
         assert budgets[f"ray-{name}"]["selector"]["matchLabels"] == OURS | {"ray.io/group": name}
-        assert groups[name].minReplicas >= 1
-    assert groups["cpu"].minReplicas > budgets["ray-cpu"]["minAvailable"], "one may be emptied"
+        assert groups[name]["minReplicas"] >= 1
+    assert groups["cpu"]["minReplicas"] > budgets["ray-cpu"]["minAvailable"], "one may be emptied"
 
 
 def test_draining_outlasts_the_longest_stream() -> None:
     longest = longest_stream_s(Config.from_file(SERVE_FILE))
     service = named("RayService", "stack")
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > longest
-    for name, template in templates(spec_of(service)).items():
+    for name, template in templates(service).items():
         if name in ("head", "training"):
             continue
         hook = template["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
@@ -220,8 +282,7 @@ def test_draining_outlasts_the_longest_stream() -> None:
 
 @every_ray
 def test_ray_asks_for_a_token(one: dict[str, Any]) -> None:
-    options = spec_of(one).authOptions
-    assert (options.mode, options.secretName) == ("token", "ray-token")
+    assert spec_of(one)["authOptions"] == {"mode": "token", "secretName": "ray-token"}
 
 
 @every_pod
@@ -277,7 +338,7 @@ def policies() -> dict[str, dict[str, Any]]:
 def test_nobody_may_talk_to_anybody_but_as_is_said() -> None:
     assert policies()["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for one in RAY:
-        for template in templates(spec_of(one)).values():
+        for template in templates(one).values():
             assert template["metadata"]["labels"] == OURS
     assert policies()["ray"]["podSelector"]["matchLabels"] == OURS
 
@@ -293,6 +354,7 @@ def test_from_elsewhere_only_the_gateways_port_answers() -> None:
     for _, group, pod in pods():
         ports = {one["name"]: one["containerPort"] for one in pod["containers"][0].get("ports", [])}
         assert ports.get("serve", port) == port, group
+        assert 10001 not in ports.values(), "Ray's client, which nobody needs: the head's service would have it"
 
 
 def test_only_heads_reach_redis_and_the_clouds_own_keys_are_out_of_reach() -> None:
