@@ -48,13 +48,9 @@ def interfaces() -> set[str]:
 
     Raises GetTimeoutError where the head does not say its own in HEAD_S.
     """
-    of_head: list[str] = ray.get(_addresses_on_head.remote(), timeout=HEAD_S)
+    asked = ray.remote(addresses_here).options(**ON_HEAD).remote()
+    of_head: list[str] = ray.get(asked, timeout=HEAD_S)
     return {*addresses_here(), *of_head}
-
-
-@ray.remote(**ON_HEAD)
-def _addresses_on_head() -> list[str]:
-    return addresses_here()
 
 
 def addresses_here() -> list[str]:

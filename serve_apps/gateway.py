@@ -60,7 +60,7 @@ from stack.memory_banks.banks import Memory
 from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
-from stack.shared_state import require_shared
+from stack.shared_state import require_one_home, require_shared
 from stack.store import Store
 
 # Routes are tried in this order, and inference and openai are asked most.
@@ -121,6 +121,7 @@ class Gateway:
         nodes = addresses()
         require_shared(config, len(nodes))
         self._context = Context.open(config)
+        require_one_home(config, self._context.store, len(nodes))
         require_closed(config, self._context.store, nodes)
         self._supervisor = supervisor
         self._memory = Memory.open(config, ServeWriter(writer))

@@ -23,7 +23,7 @@ from stack.added_models import Reconciler
 from stack.config import Config
 from stack.context import Context
 from stack.errors import StackError
-from stack.shared_state import require_shared
+from stack.shared_state import require_one_home, require_shared
 from stack.store import Job, faults
 
 logger = logging.getLogger("ray.serve")
@@ -61,6 +61,7 @@ class JobSupervisor:
         """What each node has. Raises BadInput where nodes have joined that do not reach what all share."""
         nodes = alive_nodes()
         require_shared(self._context.config, len(nodes))
+        require_one_home(self._context.config, self._context.store, len(nodes))
         return nodes
 
     def _forget(self, job: Job) -> None:

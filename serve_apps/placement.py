@@ -18,7 +18,7 @@ NOT_HEAD = {"llama-stack/head": "!true"}
 # Of an actor that reserves nothing, as it mostly waits.
 WAITS = {"num_cpus": 0, "label_selector": NOT_SPOT | NOT_HEAD}
 # The same on the head, by the resource that Ray gives to each head.
-ON_HEAD = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
+ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 
 
 def alive_nodes() -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from stack import tracing
+from stack import tracing, trained_models
 from stack.api.jobs import JobAttempt, JobLog, JobProgress, JobStatus
 from stack.api.wire import Request
 from stack.config import home
@@ -156,11 +156,12 @@ async def follow(context: Context, uuid: str, kinds: Sequence[str], after: int =
 
 
 def sweep(context: Context) -> list[str]:
-    """Removes what jobs have left that ended without a result: folders of work, and artifacts that have no row.
+    """Removes what jobs have left that ended without a result: folders of work, artifacts that have no row, and copies
+    of models that nothing serves.
 
     For the administrator: it sees all tenants' jobs. What was written within SWEEP_AFTER stays. Returns the names.
     """
-    return [*_sweep_work(context), *_sweep_artifacts(context)]
+    return [*_sweep_work(context), *_sweep_artifacts(context), *trained_models.sweep(context)]
 
 
 def entry(job: Entry) -> dict[str, Any]:

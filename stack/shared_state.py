@@ -4,12 +4,22 @@ On one node it may lie in local files. On several, each would have a database, a
 and what one has written the others would not find.
 """
 
-from stack.config import Config
+import os
+import uuid
+from contextlib import suppress
+from pathlib import Path
+
+from stack.config import Config, home
 from stack.errors import BadInput
+from stack.store import Store
 
 _DATABASE = "postgresql://USER@HOST/NAME"
 _STORAGE = "s3://bucket/prefix"
 _ANY_STORAGE = f"{_STORAGE}, gs://bucket/prefix"
+
+
+# In STACK_HOME, the id that the database has of it.
+ID_FILE = "stack-id"
 
 
 def require_shared(config: Config, nodes: int) -> None:
@@ -17,7 +27,7 @@ def require_shared(config: Config, nodes: int) -> None:
 
     `nodes` are those of Ray's cluster that are there now; a config with `autoscaled_nodes` is for several in any case.
     """
-    if nodes <= 1 and not config.autoscaled_nodes:
+    if not _are_several(config, nodes):
         return
     wrong = []
     if config.store_url.startswith("sqlite"):
@@ -33,3 +43,49 @@ def require_shared(config: Config, nodes: int) -> None:
             f"this Ray {several}, and what they share must lie where each of them reaches it: {'; '.join(wrong)}. "
             "serve_apps/cluster.yaml shows how"
         )
+
+
+def require_one_home(config: Config, store: Store, nodes: int) -> None:
+    """Raises BadInput where STACK_HOME of this one of several nodes is not the folder that the others have.
+
+    The first that is asked writes an id into it and into the database; others find both, or another folder.
+    """
+    if not _are_several(config, nodes):
+        return
+    file = home() / ID_FILE
+    known = store.home.id()
+    if known is None:
+        _write(file)
+        store.home.settle(file.read_text().strip())
+        known = store.home.id()
+    found = _read(file)
+    if found != known:
+        has = "has no such file" if found is None else f"has {found!r} there"
+        raise BadInput(
+            f"STACK_HOME must be one folder that all nodes mount, and that of this node, {home()}, is another one than "
+            f"the first node's: it {has}; allowed: {known!r} in the file {ID_FILE}. Mount the first node's folder; of "
+            "one that was moved, write that into the file"
+        )
+
+
+def _are_several(config: Config, nodes: int) -> bool:
+    return nodes > 1 or bool(config.autoscaled_nodes)
+
+
+def _write(file: Path) -> None:
+    """Makes the file, whole from the beginning, unless there is one: on NFS too a link is made by one alone."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    part.write_text(uuid.uuid4().hex)
+    try:
+        with suppress(FileExistsError):
+            os.link(part, file)
+    finally:
+        part.unlink()
+
+
+def _read(file: Path) -> str | None:
+    try:
+        return file.read_text().strip()
+    except FileNotFoundError:
+        return None

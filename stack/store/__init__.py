@@ -11,6 +11,7 @@ from stack.store.artifacts import Artifact, Artifacts
 from stack.store.connection import connect, now
 from stack.store.datasets import Datasets
 from stack.store.experiments import Experiments
+from stack.store.home import Home
 from stack.store.jobs import Attempt, Job, Jobs
 from stack.store.keys import Keys
 from stack.store.memory_banks import MemoryBank, MemoryBanks
@@ -35,6 +36,7 @@ class Store:
             raise
         self.keys = Keys(self.engine)
         self.datasets = Datasets(self.engine)
+        self.home = Home(self.engine)
         self.jobs = Jobs(self.engine)
         self.adapters = Adapters(self.engine)
         self.models = AddedModels(self.engine)

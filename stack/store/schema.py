@@ -46,6 +46,14 @@ api_keys = Table(
     Column("revoked_at", _Time),
 )
 
+# Which folder STACK_HOME is, where several nodes share it: one row at most, whose key is 1.
+home = Table(
+    "home",
+    schema,
+    Column("only", Integer, primary_key=True, autoincrement=False),
+    Column("id", String(32), nullable=False),
+)
+
 datasets = Table(
     "datasets",
     schema,

@@ -51,7 +51,7 @@ def test_a_gateway_starts_on_a_locked_ray_alone(
 ) -> None:
     file = tmp_path / "serve.yaml"
     file.write_text(yaml.safe_dump(document(firewalled)))
-    (tmp_path / "home" / SCRIPTED_MODEL["path"]).mkdir(parents=True)
+    (tmp_path / "home" / str(SCRIPTED_MODEL["path"])).mkdir(parents=True)
     given = environment | {"STACK_HOME": str(tmp_path / "home"), "STACK_CONFIG": str(file)}
     given |= {"RAY_API_SERVER_ADDRESS": f"http://{INNER if dashboard == INNER else '127.0.0.1'}:8265"}
 

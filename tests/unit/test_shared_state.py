@@ -1,12 +1,15 @@
 """Several nodes share a database and object storage, or nothing is started."""
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stack.config import Config
 from stack.errors import BadInput
-from stack.shared_state import require_shared
+from stack.shared_state import ID_FILE, require_one_home, require_shared
+from stack.store import Store
 
 SHARED: dict[str, Any] = {
     "store": "postgresql://stack@db/stack",
@@ -62,3 +65,47 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 def test_a_cluster_that_will_grow_is_refused_while_it_has_one_node() -> None:
     with pytest.raises(BadInput, match="grows beyond one node"):
         require_shared(config(store="stack.db", autoscaled_nodes=NODES), 1)
+
+
+def test_nodes_that_share_a_home_are_taken_and_others_refused(
+    store: Store, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        require_one_home(config(), store, 2)
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("STACK_HOME", str(tmp_path / "other"))
+    with pytest.raises(BadInput, match="has no such file") as refused:
+        require_one_home(config(), store, 2)
+    known = store.home.id()
+    assert f"allowed: {known!r} in the file {ID_FILE}" in refused.value.message
+    (tmp_path / "other" / ID_FILE).write_text("of another stack")
+    with pytest.raises(BadInput, match="has 'of another stack' there"):
+        require_one_home(config(autoscaled_nodes=NODES), store, 1)
+    (tmp_path / "other" / ID_FILE).write_text(f"{known}\n")  # the first one was moved here
+    require_one_home(config(), store, 2)
+
+
+def test_a_home_of_one_node_is_its_own(store: Store, home: Path) -> None:
+    require_one_home(config(), store, 1)
+    assert store.home.id() is None
+    assert not (home / ID_FILE).exists()
+
+
+def test_nodes_that_start_at_once_agree_on_their_home(store: Store, home: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        for started in [threads.submit(require_one_home, config(), store, 8) for _ in range(8)]:
+            started.result()
+    assert [file.name for file in home.glob(f"{ID_FILE}*")] == [ID_FILE]
+    assert (home / ID_FILE).read_text() == store.home.id()
+
+
+def test_of_two_homes_at_once_the_database_takes_one(
+    store: Store, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other node, too, has seen no id yet."""
+    require_one_home(config(), store, 2)
+    monkeypatch.setenv("STACK_HOME", str(tmp_path / "other"))
+    seen = iter([None, store.home.id()])
+    monkeypatch.setattr(store.home, "id", lambda: next(seen, (home / ID_FILE).read_text()))
+    with pytest.raises(BadInput, match="must be one folder that all nodes mount"):
+        require_one_home(config(), store, 2)

@@ -1,15 +1,21 @@
 """Whole models of jobs, where artifacts are in object storage: engines load a copy of theirs."""
 
+import datetime as dt
 import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from stack import trained_models
+from stack import jobs, trained_models
+from stack.context import Context
 from stack.errors import StorageFull
+from stack.post_training import artifact_name
+from tests import samples
 
-NAME = "acme/models/small-tune"
+TENANT = "acme"
+NAME = artifact_name(TENANT, "tune", whole=True)
 
 
 @pytest.fixture
@@ -27,14 +33,15 @@ def files_in(folder: Path) -> set[str]:
 
 def test_a_model_is_copied_without_what_no_engine_reads(home: Path, made: Path) -> None:
     kept = trained_models.keep(NAME, made)
-    assert kept == home / "trained" / NAME
-    assert files_in(home / "trained") == {f"{NAME}/config.json", f"{NAME}/model.safetensors"}
+    assert kept.is_relative_to(home / "trained")
+    assert files_in(kept) == {"config.json", "model.safetensors"}
 
 
-def test_another_attempt_takes_the_place_of_the_one_before(home: Path, made: Path) -> None:
-    (trained_models.keep(NAME, made) / "left").touch()
-    trained_models.keep(NAME, made)
-    assert files_in(home / "trained" / NAME) == {"config.json", "model.safetensors"}
+def test_the_copies_of_two_attempts_do_not_touch_each_other(home: Path, made: Path) -> None:
+    first = trained_models.keep(NAME, made)
+    second = trained_models.keep(NAME, made)
+    assert first != second
+    assert files_in(first) == files_in(second) == {"config.json", "model.safetensors"}
 
 
 def test_a_copy_that_finds_no_room_leaves_nothing(home: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,3 +62,35 @@ def test_a_copy_goes_with_its_model_and_no_other_folder_does(home: Path, made: P
     trained_models.forget({"path": str(kept)})
     assert not kept.exists()
     assert made.is_dir()
+
+
+def old(copy: Path) -> Path:
+    """A copy to which nothing was written for longer than sweeps wait."""
+    long_ago = dt.datetime.now().timestamp() - 2 * trained_models.SWEEP_AFTER.total_seconds()
+    for path in (*copy.iterdir(), copy):
+        os.utime(path, (long_ago, long_ago))
+    return copy
+
+
+@pytest.mark.parametrize("tenant", ["default", TENANT])
+def test_copies_that_no_model_has_are_swept(context: Context, made: Path, home: Path, tenant: str) -> None:
+    name = artifact_name(tenant, "tune", whole=True)
+    lost, served, removed = (old(trained_models.keep(name, made)) for _ in range(3))
+    samples.add_trained(context.store, "served", tenant, job_uuid="served", path=str(served))
+    samples.add_trained(context.store, "removed", tenant, job_uuid="removed", path=str(removed))
+    context.store.models.remove("removed", tenant)  # it ends its requests
+    killed = home / "trained" / f"{name}.0123abcd"  # while it was copied, by an older version
+    shutil.copytree(lost, killed)
+    old(killed)
+    new = trained_models.keep(name, made)
+    assert sorted(jobs.sweep(context)) == sorted(str(copy.relative_to(home)) for copy in (lost, killed))
+    assert [copy.is_dir() for copy in (lost, killed, served, removed, new)] == [False, False, True, True, True]
+    assert jobs.sweep(context) == []
+
+
+def test_a_copy_that_is_under_way_is_not_swept(context: Context, made: Path) -> None:
+    """Its folder was made long ago, and the one file in it is large."""
+    copy = old(trained_models.keep(NAME, made))
+    (copy / "model.safetensors").write_text("more")
+    assert jobs.sweep(context) == []
+    assert copy.is_dir()
