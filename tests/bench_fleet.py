@@ -57,9 +57,11 @@ REST_S, SETTLE_S, START_S, LOOK_S = 15.0, 5.0, 240.0, 0.5
 # By how much the work of a token or a request may grow from the smallest fleet to the largest; two runs differ by 0.1.
 MOST = 1.25
 GATEWAYS, PROXIES, REPLICAS = "gateways", "proxies", "replicas"
-CONTROLLER, GCS, RAYLETS, AGENTS, OTHERS = "controller", "GCS", "raylets", "agents and dashboard", "others"
+CONTROLLER, GCS, RAYLETS, AGENTS = "controller", "GCS", "raylets", "Ray's agents of nodes"
+# Ray's dashboard and monitors are on the head; so is here, for all nodes, the one that reads the logs of a machine.
+DASHBOARD, OTHERS = "dashboard and monitors", "others"
 SERVING = (GATEWAYS, PROXIES, REPLICAS)
-PARTS = (*SERVING, CONTROLLER, GCS, RAYLETS, AGENTS, OTHERS)
+PARTS = (*SERVING, CONTROLLER, GCS, RAYLETS, AGENTS, DASHBOARD, OTHERS)
 # What the command line of a process, or its title where it has set one, tells of its part; the first that fits: a
 # raylet's has those of its agents in it.
 _WORDS = (
@@ -69,11 +71,12 @@ _WORDS = (
     ("ServeController", CONTROLLER),
     ("/gcs/gcs_server", GCS),
     ("/raylet/raylet ", RAYLETS),
-    ("dashboard", AGENTS),
-    ("Dashboard", AGENTS),
-    ("runtime_env", AGENTS),
+    ("DashboardAgent", AGENTS),
+    ("dashboard/agent.py", AGENTS),
     ("RuntimeEnvAgent", AGENTS),
-    ("monitor.py", AGENTS),
+    ("runtime_env/agent", AGENTS),
+    ("dashboard", DASHBOARD),
+    ("monitor.py", DASHBOARD),
 )
 Look = dict[tuple[int, float], tuple[str, float]]
 
