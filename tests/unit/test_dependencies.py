@@ -75,6 +75,8 @@ def test_the_licence_of_every_package_is_known_and_may_be_used(capsys: pytest.Ca
     told = capsys.readouterr().out
     for name in ("ray", "transformers", "lancedb", "fastapi"):
         assert f"{name} {version(name)}" in told
+    for name, of_it in pinned(GPU).items():
+        assert name in pinned_names(CPU) or f"{name} {of_it}" in told, "what the image for GPUs has besides"
     assert "pytest" not in told, "tests are not needed to run it"
 
 
@@ -87,7 +89,14 @@ def test_the_licence_of_every_package_is_known_and_may_be_used(capsys: pytest.Ca
         ("GPL-3.0-only OR Apache-2.0", True),
         ("Apache-2.0 WITH LLVM-exception", True),
         ("Apache License, Version 2.0", True),
+        ("mit or GPL-3.0", True),
         ("GPL-3.0-only", False),
+        ("MIT and GPL-3", False),
+        ("(MIT or GPL-3.0-only) AND GPL-3.0-only", False),
+        ("(MIT OR Apache-2.0) AND BSD-3-Clause", True),
+        ("BSD-3-Clause, GPL-3.0", False),
+        ("Apache 2.0 with Commons Clause", False),
+        ("MIT plus Non-Commercial", False),
         ("MIT AND GPL-2.0-only", False),
         ("GNU Affero General Public License v3", False),
         ("Other/Proprietary License", False),
@@ -97,6 +106,28 @@ def test_the_licence_of_every_package_is_known_and_may_be_used(capsys: pytest.Ca
 )
 def test_a_licence_that_asks_for_more_is_looked_at_first(text: str, free: bool) -> None:
     assert licenses.is_free(text) is free
+
+
+def pinned_names(lock: Path) -> set[str]:
+    return {line.partition("==")[0] for line in lock.read_text().splitlines() if not line.startswith("#")}
+
+
+def test_what_only_gpus_need_is_in_the_list_of_licences_and_nothing_else() -> None:
+    """None of these is installed here: the list is all that is known of them."""
+    assert set(licenses.gpu_licences()) == pinned_names(GPU) - pinned_names(CPU)
+    told = licenses.gpu_licences()
+    assert told["vllm"] == "Apache-2.0"
+    assert not licenses.is_free(told["nvidia-cublas"])
+
+
+def test_a_pin_for_gpus_whose_licence_nobody_has_looked_at_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "constraints-gpu.txt"
+    lock.write_text(GPU.read_text() + "somebody-elses==1.0\n")
+    monkeypatch.setattr(licenses, "LOCKS", (CPU, lock))
+    assert licenses.main() == 1
+    assert "nobody has looked at the licence of somebody-elses: not said" in capsys.readouterr().err
 
 
 def test_reviews_are_of_the_packages_that_they_name() -> None:
