@@ -126,7 +126,9 @@ class Network:
             raise RuntimeError(f"the host {name} does not start")
         (first,) = psutil.Process(started.pid).children()
         outside, inside = f"{self._bridge}-{self._count}", "eth0"
-        _ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", str(first.pid))
+        # As of hardware, which others remember over a loss of power: one with another MAC they reach a minute later.
+        mac = ":".join(f"{part:02x}" for part in (2, 0, *map(int, f"{self._prefix}.{number}".split("."))))
+        _ip("link", "add", outside, "type", "veth", "peer", "name", inside, "address", mac, "netns", str(first.pid))
         _ip("link", "set", outside, "master", self._bridge, "up")
         host = Host(name, f"{self._prefix}.{number}", folder, first, outside)
         for command in (
