@@ -17,6 +17,8 @@ pytestmark = pytest.mark.long
 INNER, PUBLIC = "10.76.0.10", "198.41.0.4"
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token"}
+# A gateway that is refused is tried three times, and each try starts a process.
+DECIDED_S = 600
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_a_gateway_starts_on_a_locked_ray_alone(
         return gateway["status"] in ("RUNNING", "DEPLOY_FAILED")
 
     said: dict[str, object] = {}
-    wait_for(ended, 300, lambda: said)
+    wait_for(ended, DECIDED_S, lambda: said)
     assert said["status"] == ("DEPLOY_FAILED" if refusal else "RUNNING"), said
     assert refusal in str(said["message"])
 
