@@ -121,6 +121,7 @@ class Gateway:
         nodes = addresses()
         require_shared(config, len(nodes))
         self._context = Context.open(config)
+        self._context.artifacts.open()
         require_one_home(config, self._context.store, len(nodes))
         require_closed(config, self._context.store, nodes)
         self._supervisor = supervisor

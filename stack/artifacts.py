@@ -22,11 +22,11 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-import aiohttp
 import fsspec
-from botocore.exceptions import BotoCoreError
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from stack import copies, disk
@@ -37,8 +37,6 @@ BLOCK = 2**20
 CACHE_BYTES = 20 * 2**30
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 _PART = ".part-"
-# What the clients of object storage raise, beside OSError, when it does not answer.
-_NO_ANSWER = (BotoCoreError, aiohttp.ClientError)
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,23 @@ class File:
     sha256: str
 
 
+def _no_answer() -> tuple[type[Exception], ...]:
+    """What the clients of object storage raise, beside OSError, when it does not answer.
+
+    They are imported here, as thousands of processes never ask for an artifact.
+    """
+    import aiohttp
+    from botocore.exceptions import BotoCoreError
+
+    return BotoCoreError, aiohttp.ClientError
+
+
 @contextmanager
 def _reaching() -> Iterator[None]:
     """Raises Unavailable where the storage does not answer, which its client has tried several times by then."""
     try:
         yield
-    except _NO_ANSWER as error:
+    except _no_answer() as error:  # which is asked when something was raised alone
         raise Unavailable(f"the storage of the artifacts does not answer ({type(error).__name__})") from error
 
 
@@ -68,15 +77,35 @@ class Artifacts:
     """
 
     def __init__(self, url: str, cache: Path, cache_bytes: int = CACHE_BYTES) -> None:
-        try:
-            # Without its cache of listings: other processes write too, and what they have written must be seen.
-            self._files, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise BadInput(f"artifacts cannot be kept at {url!r}: {error}", param="artifacts") from error
-        self._root = root.rstrip("/")
+        self._url = url
         self._cache = cache
         self._cache_bytes = cache_bytes
-        self._is_local = isinstance(self._files, LocalFileSystem)
+
+    def open(self) -> None:
+        """What else is done when they are first asked for. Raises BadInput for an address that cannot be one."""
+        _ = self._opened
+
+    @cached_property
+    def _opened(self) -> tuple[AbstractFileSystem, str]:
+        """The storage, and where in it the artifacts are. Of S3, a process takes 18 MB more from then on."""
+        try:
+            # Without its cache of listings: other processes write too, and what they have written must be seen.
+            files, root = fsspec.core.url_to_fs(self._url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise BadInput(f"artifacts cannot be kept at {self._url!r}: {error}", param="artifacts") from error
+        return files, root.rstrip("/")
+
+    @property
+    def _files(self) -> AbstractFileSystem:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1]
+
+    @property
+    def _is_local(self) -> bool:
+        return isinstance(self._files, LocalFileSystem)
 
     @_reaching()
     def publish(self, name: str, folder: Path) -> list[File]:
@@ -229,7 +258,7 @@ class Artifacts:
             # One request a file, many at once.
             self._files.put([str(source) for source in sources], [f"{target}/{file.name}" for file in files])
             self._files.pipe_file(f"{target}/{MANIFEST}", manifest)
-        except (OSError, *_NO_ANSWER):
+        except (OSError, *_no_answer()):
             self._clear(target)
             raise
 

@@ -14,6 +14,8 @@ from tests.agent_clients import CODE, Agent, calls
 from tests.memory import document
 from tests.running_stack import MODEL, SCRIPTED, Stack, ended, wait_for
 
+pytestmark = pytest.mark.alone
+
 CONNECTIONS = 100
 Pair = tuple[httpx.Client, httpx.Client]
 

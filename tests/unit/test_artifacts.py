@@ -470,7 +470,7 @@ def test_an_address_that_nothing_here_speaks_is_refused(protocol: str, tmp_path:
     """One that is not known, and one whose package is not installed, as that of gs:// may be."""
     fsspec.register_implementation("absent", "no_such_package.Files", clobber=True)
     with pytest.raises(BadInput, match=f"artifacts cannot be kept at '{protocol}://bucket': "):
-        Artifacts(f"{protocol}://bucket", cache=tmp_path)
+        Artifacts(f"{protocol}://bucket", cache=tmp_path).open()
 
 
 # What interrupted publications leave
