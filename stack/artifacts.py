@@ -48,15 +48,15 @@ class File:
     sha256: str
 
 
-def _no_answer() -> tuple[type[Exception], ...]:
-    """What the clients of object storage raise, beside OSError, when it does not answer.
+def _no_answer(*others: type[Exception]) -> tuple[type[Exception], ...]:
+    """What the clients of object storage raise, beside OSError, when it does not answer, and others.
 
     They are imported here, as thousands of processes never ask for an artifact.
     """
     import aiohttp
     from botocore.exceptions import BotoCoreError
 
-    return BotoCoreError, aiohttp.ClientError
+    return BotoCoreError, aiohttp.ClientError, *others
 
 
 @contextmanager
@@ -258,7 +258,7 @@ class Artifacts:
             # One request a file, many at once.
             self._files.put([str(source) for source in sources], [f"{target}/{file.name}" for file in files])
             self._files.pipe_file(f"{target}/{MANIFEST}", manifest)
-        except (OSError, *_no_answer()):
+        except _no_answer(OSError):
             self._clear(target)
             raise
 
