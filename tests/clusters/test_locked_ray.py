@@ -18,7 +18,7 @@ INNER, PUBLIC = "10.76.0.10", "198.41.0.4"
 BIN = Path(sys.executable).parent
 TOKEN = {"RAY_AUTH_MODE": "token"}
 # A gateway that is refused is tried three times, and each try starts a process.
-DECIDED_S = 600
+DECIDED_S = 300
 
 
 @pytest.fixture
