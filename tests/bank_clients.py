@@ -21,6 +21,7 @@ from lancedb.expr import col, lit
 
 from stack.memory_banks.arrow import DOCUMENT
 from stack.memory_banks.table import BankTable
+from stack.memory_banks.tables import storage_options
 from tests.memory import document
 from tests.running_stack import Stack, wait_for
 
@@ -242,7 +243,7 @@ def _ways(pair: Pair) -> list[dict[str, Any]]:
 
 async def _rows(address: str) -> list[tuple[str, int]]:
     """The document and the position of each row of a bank, as one who has never opened it finds them."""
-    table = await BankTable.open(address)
+    table = await BankTable.open(address, storage_options())
     read = (
         await table.rows.query().where(col("position") >= lit(DOCUMENT)).select(["document_id", "position"]).to_arrow()
     )
