@@ -21,7 +21,7 @@ RAYLET = "src/ray/raylet/raylet"
 HEAD_AWAY_S = 10.0
 # What a node that is drained may take: more than the longest stream.
 DRAIN_S = 180
-DEPLOYED_S = 300
+DEPLOYED_S = 600
 # Of the longest stream that a model may have, at a token a second, with some seconds to begin in.
 LONGEST_TOKENS = int(REQUEST_S) - 8
 TITLE = 'title="Llama Stack on Ray"'
