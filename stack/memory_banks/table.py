@@ -137,16 +137,21 @@ class BankTable:
             self._require_vectors(document)
         schema = await self._with_columns(documents)
         rows = await asyncio.to_thread(arrow.rows, documents, schema, await self.rows.version())
-        ids = _any_of([document.document_id for document in documents])
         # "null" lets documents' own rows be without a vector; all others have been looked at.
-        if not await self.rows.query().where(ids).select(["position"]).limit(1).to_list():
+        if not await self._has_rows(documents):
             await self.rows.add(rows, on_bad_vectors="null")
             return
         # It joins the whole table: 100 ms where there are 12,000 rows, and adding to them takes 5.
         merge = self.rows.merge_insert(["document_id", "position"])
         merge = merge.when_matched_update_all().when_not_matched_insert_all()
         # The chunks of the old text that the new one has no longer.
+        ids = _any_of([document.document_id for document in documents])
         await merge.when_not_matched_by_source_delete(ids).execute(rows, on_bad_vectors="null")
+
+    async def only_adds(self, documents: Sequence[Document]) -> bool:
+        """Whether `put` of these would add rows, and change nothing that is there: neither rows nor columns."""
+        columns = {filters.column(key) for document in documents for key in document.metadata}
+        return columns <= await self.columns() and not await self._has_rows(documents)
 
     async def delete(self, document_ids: Sequence[str]) -> list[str]:
         """Deletes documents in one commit. Returns the ids of those that were there."""
@@ -192,7 +197,7 @@ class BankTable:
     async def maintain(self) -> None:
         """Puts small files together, brings the indices up to date, drops old versions.
 
-        It must not run beside a write: the one of the two that commits last might fail.
+        Beside it rows may be added (`only_adds`). Of it and any other write the one that commits last might fail.
         """
         for replaced in (await self._built_for())[:-1]:
             await self.rows.drop_index(f"{_VECTOR_INDEX}{replaced}")
@@ -222,6 +227,11 @@ class BankTable:
             return pa.table({name: [] for name in columns})
         asked = _any_of(document_ids) & (col("position") == lit(DOCUMENT)) & unexpired()
         return await self.rows.query().where(asked).select(list(columns)).to_arrow()
+
+    async def _has_rows(self, documents: Sequence[Document]) -> bool:
+        """Whether there are rows of these documents, of those among them that have expired too."""
+        ids = _any_of([document.document_id for document in documents])
+        return bool(await self.rows.query().where(ids).select(["position"]).limit(1).to_list())
 
     async def _with_columns(self, documents: Sequence[Document]) -> pa.Schema:
         """The schema, with a column for each key of the documents' metadata.

@@ -2,7 +2,8 @@
 
 LanceDB takes several writers, but they and its compaction get into each other's way (lancedb#725, #1971). So whatever
 changes a bank passes through its lane here, one thing at a time: writes, deletions, maintenance, the end of the bank.
-Banks do not wait for each other.
+Banks do not wait for each other. Only new documents do not wait for the longest part of a maintenance, which puts files
+together: rows that are added get into nobody's way.
 
 That there is one is a matter of the database: a new writer takes the next epoch, and one of an earlier epoch is refused
 before it writes anything and again right before a commit. What stays is the commit itself, some tens of milliseconds on
@@ -111,6 +112,7 @@ class BankWriter:
         self._is_crowded = asyncio.Event()
         self._builds: dict[str, asyncio.Task[None]] = {}  # of the banks whose index of vectors is being built
         self._one_build = asyncio.Lock()
+        self._tidying: dict[str, asyncio.Task[None]] = {}  # of the banks whose files are being put together
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
         size = bytes_in(documents)
@@ -174,6 +176,8 @@ class BankWriter:
         async def do(bank: MemoryBank) -> None:
             async with few:
                 await self._in_lane(bank, _Call(lambda: work(bank)))
+                if tidying := self._tidying.get(bank.id):
+                    await tidying
 
         done = []
         errors = await asyncio.gather(*map(do, banks), return_exceptions=True)
@@ -223,6 +227,9 @@ class BankWriter:
                 ready[write] = to_write(write.documents, there, replace=write.replace)
             except StackError as error:
                 _refuse(write, error)
+        documents = [one for of_write in ready.values() for one in of_write]
+        if bank.id in self._tidying and not await opened.table.only_adds(documents):
+            await self._until_tidy(bank)
         await self._require_current()
         await _commit(opened, ready)
         self._commits[bank.id] += 1
@@ -236,6 +243,7 @@ class BankWriter:
         if row.written_at is None:
             return []
         opened = await self._begin(bank, 0)
+        await self._until_tidy(bank)
         await self._require_current()
         return await opened.table.delete(document_ids)
 
@@ -253,6 +261,7 @@ class BankWriter:
             raise Unavailable("another writer of the memory banks has taken over; repeat it")
 
     async def _maintain(self, bank: MemoryBank) -> None:
+        await self._until_tidy(bank)
         await self._require_current()
         self._commits.pop(bank.id, None)
         row = await asyncio.to_thread(self._store.memory_banks.get, bank.tenant, bank.id)
@@ -260,20 +269,34 @@ class BankWriter:
             return  # it was dropped meanwhile
         if bank.id in self._builds:
             return  # it is due until the index is there
-        size, due_at = 0, None
-        if (opened := await self._tables.get(row)) is not None:
-            due_at = await opened.table.next_expiry()  # asked first: none may expire between this and the deletion
-            expired = await opened.table.delete_expired()
-            if opened.graph is not None:
-                await opened.graph.maintain(opened.table)
+        if (opened := await self._tables.get(row)) is None:
+            await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, row, 0, None)
+            return
+        due_at = await opened.table.next_expiry()  # asked first: none may expire between this and the deletion
+        expired = await opened.table.delete_expired()
+        if opened.graph is not None:
+            await opened.graph.maintain(opened.table)
+        if expired or _is_new(row):
+            due_at = min(filter(None, (due_at, _now() + _until_old())))
+        self._tidying[bank.id] = asyncio.create_task(self._tidy(row, opened, due_at))
+
+    async def _tidy(self, bank: MemoryBank, opened: OpenBank, due_at: dt.datetime | None) -> None:
+        """The part of the maintenance of a bank, as it was then, beside which documents are added: in object storage it
+        takes long."""
+        try:
             await opened.table.maintain()
             size = await asyncio.to_thread(self._tables.size, bank)
-            if expired or _is_new(row):
-                due_at = min(filter(None, (due_at, _now() + _until_old())))
             if await opened.table.lacks_index():
                 due_at = _now()
                 self._begin_build(bank, opened)
-        await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, size, due_at)
+            await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, bank, size, due_at)
+        finally:
+            del self._tidying[bank.id]
+
+    async def _until_tidy(self, bank: MemoryBank) -> None:
+        """Waits until a bank's files are not being put together."""
+        if tidying := self._tidying.get(bank.id):
+            await asyncio.wait([tidying])
 
     def _begin_build(self, bank: MemoryBank, opened: OpenBank) -> None:
         """Builds a bank's index of vectors beside its lane, so that writes do not wait for it; one of all at a time."""
@@ -294,6 +317,7 @@ class BankWriter:
         """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""
         if bank.id in self._builds:
             return  # it still writes files; a sweep removes them all
+        await self._until_tidy(bank)
         await self._tables.remove(bank)
         await asyncio.to_thread(self._store.memory_banks.removed, bank.id)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import ColumnElement, Engine, delete, func, insert, select, tuple_, update
+from sqlalchemy import ColumnElement, Engine, case, delete, func, insert, select, tuple_, update
 
 from stack.store.connection import now
 from stack.store.schema import dropped_memory_banks, memory_banks, memory_writers
@@ -143,14 +143,18 @@ class MemoryBanks:
                 connection.execute(taken.values(tried_at=now()))
             return banks
 
-    def maintained(self, epoch: int, bank: MemoryBank, size: int, due_at: dt.datetime | None) -> None:
+    def maintained(self, epoch: int, seen: MemoryBank, size: int, due_at: dt.datetime | None) -> None:
         """Writes down what maintenance has found: how large a bank is, and when it is to be maintained again, if ever.
 
-        Nothing where another writer has taken over.
+        `seen` is the bank as it was when that began. One into which something was written since stays due, and has the
+        size of that, too. Nothing where another writer has taken over.
         """
-        values = {"bytes": size, "due_at": None if due_at is None else _time(due_at)}
+        columns = memory_banks.c
+        untouched = columns.written_at.is_not_distinct_from(seen.written_at)
+        again = case((untouched, None if due_at is None else _time(due_at)), else_=columns.due_at)
+        values = {"bytes": size + columns.bytes - seen.bytes, "due_at": again}
         with self._engine.begin() as connection:
-            query = update(memory_banks).where(memory_banks.c.id == bank.id, _is_of(epoch))
+            query = update(memory_banks).where(columns.id == seen.id, _is_of(epoch))
             connection.execute(query.values(**values))
 
 

@@ -304,7 +304,7 @@ async def test_a_writer_that_is_replaced_while_it_prepares_a_commit_does_not_mak
 
 async def test_expired_documents_go_and_the_others_stay(context: Context, writer: BankWriter, bank: MemoryBank) -> None:
     then = dt.datetime.now(dt.UTC)
-    past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(minutes=5)
+    past, future = then - dt.timedelta(seconds=1), then + dt.timedelta(minutes=2)
     await writer.write(bank, [document("old", expires_at=past), document("new", expires_at=future)], replace=False)
     assert await ids_in(context, bank, "old", "new") == ["new"]
     assert await writer.look_after() == 1
@@ -402,36 +402,44 @@ async def test_more_than_the_writer_can_hold_is_to_be_repeated(
     assert await ids_in(context, bank, "n0", "n1", "n2", "large") == ["large", "n0", "n1"]
 
 
-class Build:
-    """The building of an index, which waits until it is let go."""
+class Waits:
+    """Something that waits, once it has begun, until it is let go."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self) -> None:
         self.has_begun, self.may_go = asyncio.Event(), asyncio.Event()
-        build = BankTable.index_vectors
 
-        async def waits(table: BankTable) -> None:
-            self.has_begun.set()
-            async with asyncio.timeout(60):
-                await self.may_go.wait()
-            await build(table)
+    async def here(self) -> None:
+        self.has_begun.set()
+        async with asyncio.timeout(60):
+            await self.may_go.wait()
 
-        monkeypatch.setattr("stack.memory_banks.table.INDEX_FROM", 300)
-        monkeypatch.setattr(BankTable, "index_vectors", waits)
+    async def until_begun(self) -> None:
+        async with asyncio.timeout(30):
+            await self.has_begun.wait()
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> Build:
-    return Build(monkeypatch)
+def build(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """The building of an index, which waits until it is let go."""
+    waits = Waits()
+    build = BankTable.index_vectors
+
+    async def waiting(table: BankTable) -> None:
+        await waits.here()
+        await build(table)
+
+    monkeypatch.setattr("stack.memory_banks.table.INDEX_FROM", 300)
+    monkeypatch.setattr(BankTable, "index_vectors", waiting)
+    return waits
 
 
-async def vector_bank(context: Context, writer: BankWriter, build: Build) -> MemoryBank:
+async def vector_bank(context: Context, writer: BankWriter, build: Waits) -> MemoryBank:
     """One whose index is being built."""
     bank = MemoryBank(f"bank-{uuid.uuid4().hex}", "default", "a", None, {"type": "vector"}, DIMENSIONS, 0, now())
     context.store.memory_banks.add(bank)
     await writer.write(bank, [with_vectors(f"d{n}", f"the text {n}") for n in range(300)], replace=False)
     assert await writer.look_after() == 1
-    async with asyncio.timeout(30):
-        await build.has_begun.wait()
+    await build.until_begun()
     return bank
 
 
@@ -444,7 +452,7 @@ async def vector_indices(context: Context, bank: MemoryBank) -> list[str]:
 
 
 async def test_a_bank_is_written_and_others_are_maintained_while_its_index_is_built(
-    context: Context, writer: BankWriter, bank: MemoryBank, build: Build
+    context: Context, writer: BankWriter, bank: MemoryBank, build: Waits
 ) -> None:
     large = await vector_bank(context, writer, build)
     await writer.write(large, [with_vectors("late", "zebra")], replace=False)
@@ -465,7 +473,7 @@ async def test_a_bank_is_written_and_others_are_maintained_while_its_index_is_bu
 
 
 async def test_a_bank_that_is_dropped_while_its_index_is_built_leaves_no_files(
-    context: Context, writer: BankWriter, build: Build, home: Path
+    context: Context, writer: BankWriter, build: Waits, home: Path
 ) -> None:
     large = await vector_bank(context, writer, build)
     context.store.memory_banks.delete("default", large.id)
@@ -480,7 +488,7 @@ async def test_a_bank_that_is_dropped_while_its_index_is_built_leaves_no_files(
 async def test_an_index_that_cannot_be_built_is_told_and_tried_again(
     context: Context,
     writer: BankWriter,
-    build: Build,
+    build: Waits,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -497,6 +505,82 @@ async def test_an_index_that_cannot_be_built_is_told_and_tried_again(
     assert await writer.look_after() == 1
     await writer.until_built()
     assert await vector_indices(context, large) == ["vectors_of_300"]
+
+
+@pytest.fixture
+def tidying(monkeypatch: pytest.MonkeyPatch) -> Waits:
+    """The putting together of a bank's files, which waits until it is let go."""
+    waits = Waits()
+    maintain = BankTable.maintain
+
+    async def waiting(table: BankTable) -> None:
+        await waits.here()
+        await maintain(table)
+
+    monkeypatch.setattr(BankTable, "maintain", waiting)
+    return waits
+
+
+async def test_documents_are_added_while_a_banks_files_are_put_together_and_nothing_else_is_done(
+    context: Context, writer: BankWriter, bank: MemoryBank, tidying: Waits
+) -> None:
+    await writer.write(bank, [document("a"), document("b"), document("c")], replace=False)
+    maintaining = asyncio.create_task(writer.look_after())
+    await tidying.until_begun()
+    await writer.write(bank, [document("new")], replace=False)
+    replaced, deleted, keyed = await waiting(
+        writer,
+        writer.write(bank, [document("a", "another")], replace=True),
+        writer.delete(bank, ["b"]),
+        writer.write(bank, [replace(document("d"), metadata={"topic": "health"})], replace=False),
+    )
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    assert not any(one.done() for one in (maintaining, replaced, deleted, keyed))
+    assert await ids_in(context, bank, "a", "b", "c", "new") == ["a", "b", "c", "new"]
+    tidying.may_go.set()
+    assert await maintaining == 1
+    await asyncio.gather(replaced, deleted, keyed)
+    assert await ids_in(context, bank, "a", "b", "c", "d", "new") == ["a", "c", "d", "new"]
+    assert await writer.look_after() == 1, "what was written meanwhile"
+    assert await writer.look_after() == 0
+
+
+async def test_a_bank_that_is_dropped_while_its_files_are_put_together_leaves_none(
+    context: Context, writer: BankWriter, bank: MemoryBank, tidying: Waits, home: Path
+) -> None:
+    await writer.write(bank, [document("a")], replace=False)
+    maintaining = asyncio.create_task(writer.look_after())
+    await tidying.until_begun()
+    context.store.memory_banks.delete("default", bank.id)
+    (dropped,) = await waiting(writer, writer.drop(bank))
+    tidying.may_go.set()
+    await asyncio.gather(maintaining, dropped)
+    assert not list((home / "memory_banks").rglob(f"{bank.id}*"))
+
+
+async def test_what_is_added_while_files_are_put_together_is_there_once(
+    context: Context, writer: BankWriter, bank: MemoryBank
+) -> None:
+    async def insert(name: str) -> None:
+        for number in range(40):
+            await writer.write(bank, [document(f"{name}{number}")], replace=False)
+
+    async def maintain() -> None:
+        while not inserting.done():
+            await writer.look_after()
+
+    await insert("first")
+    inserting = asyncio.ensure_future(asyncio.gather(insert("second"), insert("third")))
+    await asyncio.gather(inserting, maintain())
+    await writer.look_after()
+    row = context.store.memory_banks.get("default", bank.id)
+    assert row is not None
+    opened = await Tables(context.config).get(row)
+    assert opened is not None
+    assert (await opened.table.counts()).documents == 120
+    names = [f"{name}{number}" for name in ("first", "second", "third") for number in range(40)]
+    assert await ids_in(context, bank, *names) == sorted(names)
 
 
 async def test_what_was_deleted_leaves_the_files_and_the_quota_though_nothing_is_written_any_more(
