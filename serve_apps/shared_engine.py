@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from serve_apps.actor_calls import NAMESPACE, Call, Calls, answer_of
 from stack.agentic_system.look_ups import LookUp
 from stack.channel import Receiver, Target
-from stack.config import Config, EmbeddingModel, SequenceClassifier
+from stack.config import ROOT, Config, EmbeddingModel, SequenceClassifier
 from stack.context import Context
 from stack.errors import Away
 from stack.models import Classifiable, Embeddable, Embeddings, Ended, Endpoint, Model, Scores
@@ -167,8 +167,8 @@ class _Patience:
 
 
 def fingerprint(config: Config) -> str:
-    """What tells actors of one config from those of another."""
-    return hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:16]
+    """What tells actors of one config, and of code in one folder, from those of others."""
+    return hashlib.sha256(f"{ROOT} {config.model_dump_json()}".encode()).hexdigest()[:16]
 
 
 def _found_or_started(config: Config) -> Any:

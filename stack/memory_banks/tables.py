@@ -7,8 +7,10 @@ import asyncio
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from stack.api.memory_banks import KeywordBankConfig
 from stack.config import Config
@@ -75,7 +77,9 @@ class Tables:
     def size(self, bank: MemoryBank) -> int:
         """How many bytes the files of a bank have, those of its old versions among them."""
         files, path = fsspec.core.url_to_fs(self._address(bank), use_listings_cache=False)
-        return int(files.du(path, total=True)) if files.exists(path) else 0
+        if not isinstance(files, LocalFileSystem):
+            return sum(file["size"] for file in files.find(path, detail=True).values())
+        return sum(map(_bytes_in, Path(path).rglob("*")))
 
     def _remove_files(self, bank: MemoryBank) -> None:
         files, path = fsspec.core.url_to_fs(self._address(bank), use_listings_cache=False)
@@ -91,6 +95,14 @@ class Tables:
 
     def _address(self, bank: MemoryBank) -> str:
         return f"{self._root}/{bank.tenant}/{bank.id}"
+
+
+def _bytes_in(file: Path) -> int:
+    """The bytes of a file; 0 for one that is gone meanwhile, as those that are being written get another name."""
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except FileNotFoundError:
+        return 0
 
 
 def _has_graph(bank: MemoryBank) -> bool:

@@ -2,8 +2,8 @@
 
 LanceDB takes several writers, but they and its compaction get into each other's way (lancedb#725, #1971). So whatever
 changes a bank passes through its lane here, one thing at a time: writes, deletions, maintenance, the end of the bank.
-Banks do not wait for each other. Only new documents do not wait for the longest part of a maintenance, which puts files
-together: rows that are added get into nobody's way.
+Banks do not wait for each other. Beside the longest part of a maintenance, which puts files together, new documents are
+written that bring no new key of metadata: rows that are added get into nobody's way.
 
 That there is one is a matter of the database: a new writer takes the next epoch, and one of an earlier epoch is refused
 before it writes anything and again right before a commit. What stays is the commit itself, some tens of milliseconds on
@@ -168,16 +168,20 @@ class BankWriter:
         return sorted(bank.id for bank in await self._in_each(left, self._remove, "removed"))
 
     async def _in_each(
-        self, banks: Sequence[MemoryBank], work: Callable[[MemoryBank], Awaitable[None]], what: str
+        self,
+        banks: Sequence[MemoryBank],
+        work: Callable[[MemoryBank], Awaitable["asyncio.Task[None] | None"]],
+        what: str,
     ) -> list[MemoryBank]:
-        """Does some work in the lanes of a few banks at once. Tells in which it has not failed."""
+        """Does some work in the lanes of a few banks at once, and waits for the task that it begins beside them, if it
+        does. Tells in which banks nothing has failed."""
         few = asyncio.Semaphore(BANKS_AT_ONCE)
 
         async def do(bank: MemoryBank) -> None:
             async with few:
-                await self._in_lane(bank, _Call(lambda: work(bank)))
-                if tidying := self._tidying.get(bank.id):
-                    await tidying
+                beside = await self._in_lane(bank, _Call(lambda: work(bank)))
+                if beside is not None:
+                    await asyncio.shield(beside)
 
         done = []
         errors = await asyncio.gather(*map(do, banks), return_exceptions=True)
@@ -260,32 +264,36 @@ class BankWriter:
             self.is_superseded = True
             raise Unavailable("another writer of the memory banks has taken over; repeat it")
 
-    async def _maintain(self, bank: MemoryBank) -> None:
+    async def _maintain(self, bank: MemoryBank) -> "asyncio.Task[None] | None":
+        """Deletes what has expired, and begins what is done beside the lane."""
         await self._until_tidy(bank)
         await self._require_current()
         self._commits.pop(bank.id, None)
         row = await asyncio.to_thread(self._store.memory_banks.get, bank.tenant, bank.id)
         if row is None:
-            return  # it was dropped meanwhile
+            return None  # it was dropped meanwhile
         if bank.id in self._builds:
-            return  # it is due until the index is there
+            return None  # it is due until the index is there
         if (opened := await self._tables.get(row)) is None:
             await asyncio.to_thread(self._store.memory_banks.maintained, self._epoch, row, 0, None)
-            return
+            return None
         due_at = await opened.table.next_expiry()  # asked first: none may expire between this and the deletion
         expired = await opened.table.delete_expired()
         if opened.graph is not None:
             await opened.graph.maintain(opened.table)
-        if expired or _is_new(row):
-            due_at = min(filter(None, (due_at, _now() + _until_old())))
-        self._tidying[bank.id] = asyncio.create_task(self._tidy(row, opened, due_at))
+        tidying = asyncio.create_task(self._tidy(row, opened, due_at, expired > 0))
+        self._tidying[bank.id] = tidying
+        return tidying
 
-    async def _tidy(self, bank: MemoryBank, opened: OpenBank, due_at: dt.datetime | None) -> None:
+    async def _tidy(self, bank: MemoryBank, opened: OpenBank, due_at: dt.datetime | None, has_expired: bool) -> None:
         """The part of the maintenance of a bank, as it was then, beside which documents are added: in object storage it
         takes long."""
         try:
-            await opened.table.maintain()
+            with _telling_full():
+                await opened.table.maintain()
             size = await asyncio.to_thread(self._tables.size, bank)
+            if has_expired or _is_new(bank):
+                due_at = min(filter(None, (due_at, _now() + _until_old())))
             if await opened.table.lacks_index():
                 due_at = _now()
                 self._begin_build(bank, opened)
@@ -315,9 +323,9 @@ class BankWriter:
 
     async def _remove(self, bank: MemoryBank) -> None:
         """Removes the files of a bank that was dropped. What writes into it in this lane later finds no row."""
+        await self._until_tidy(bank)  # which may begin to build an index
         if bank.id in self._builds:
             return  # it still writes files; a sweep removes them all
-        await self._until_tidy(bank)
         await self._tables.remove(bank)
         await asyncio.to_thread(self._store.memory_banks.removed, bank.id)
 

@@ -20,19 +20,23 @@ import httpx
 Outcome = Literal["ok", "refused", "broken", "failed"]
 
 # A host without power says nothing, not even that it has gone. So connections ask whether their other end is there when
-# it has said nothing for three seconds, and are broken off when it does not answer three times. (HAProxy: srvtcpka.)
+# it has said nothing for three seconds, and are broken off when it does not answer three times, or does not take for six
+# seconds what is sent. (HAProxy: srvtcpka, tcp-ut.)
 ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 6_000),
 )
 # What is not answered for so long is broken off; and streams that bring something every second or so, sooner.
 SILENCE_S = 45.0
 STALL_S = 15.0
 GIVE_UP_S = 240.0
 AGAIN_S = 0.5
-PAUSE_S = 0.4
+# Between two requests of a client. All clients together keep a machine of two cores about half busy, so that there is
+# room for what has to be started after a fault, as sizing.md plans for.
+PAUSE_S = 1.2
 # What Serve's proxy answers for a gateway that has died with the request; our own errors are JSON.
 DIED = "500 Internal Server Error"
 EACH = 2  # clients of each kind

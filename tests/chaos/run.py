@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.chaos import clients
@@ -64,6 +65,7 @@ class Result:
     missing: list[str] = field(default_factory=list)
     reasons: dict[str, int] = field(default_factory=dict)
     acknowledged: dict[str, int] = field(default_factory=dict)
+    busy: float = 0.0  # share of this machine's CPU time that was used
     planned: bool = False
     failed: str = ""  # why the fault itself, or its end, did not come about
 
@@ -95,9 +97,11 @@ class Run:
             with self._running():
                 threading.Event().wait(BEFORE_S)
             start = time.monotonic()
+            psutil.cpu_percent()
             with self._running():
                 threading.Event().wait(seconds)
-        result = self._result(Result("none", "no fault"), start, None)
+            busy = psutil.cpu_percent() / 100
+        result = self._result(Result("none", "no fault", busy=busy), start, None)
         self.slow = {kind: max(SLOW_S, 3 * seconds) for kind, seconds in result.p99.items()}
         return result
 
@@ -252,6 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
                 break
         jobs = run.finish()
     say(table(results))
+    say(f"without a fault {results[0].busy:.0%} of the CPU time was used")
     for job in jobs:
         say(f"job {job.uuid}: {job.status} with {job.rows} of {clients.ROWS} answers, attempts: {job.attempts}")
     write(given.json, given.seed, results, jobs)

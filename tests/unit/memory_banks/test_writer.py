@@ -559,6 +559,44 @@ async def test_a_bank_that_is_dropped_while_its_files_are_put_together_leaves_no
     assert not list((home / "memory_banks").rglob(f"{bank.id}*"))
 
 
+async def test_a_bank_that_is_dropped_right_before_its_index_is_built_leaves_no_files(
+    context: Context, writer: BankWriter, tidying: Waits, build: Waits, home: Path
+) -> None:
+    large = MemoryBank(f"bank-{uuid.uuid4().hex}", "default", "a", None, {"type": "vector"}, DIMENSIONS, 0, now())
+    context.store.memory_banks.add(large)
+    await writer.write(large, [with_vectors(f"d{n}", f"the text {n}") for n in range(300)], replace=False)
+    maintaining = asyncio.create_task(writer.look_after())
+    await tidying.until_begun()
+    context.store.memory_banks.delete("default", large.id)
+    (dropped,) = await waiting(writer, writer.drop(large))
+    tidying.may_go.set()
+    await asyncio.gather(maintaining, dropped)
+    await build.until_begun()
+    assert await writer.sweep() == []
+    build.may_go.set()
+    await writer.until_built()
+    assert await writer.sweep() == [large.id]
+    assert not list((home / "memory_banks").rglob(f"{large.id}*"))
+
+
+async def test_files_that_cannot_be_put_together_at_once_are_told(
+    context: Context,
+    writer: BankWriter,
+    bank: MemoryBank,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fails(_table: BankTable) -> None:
+        raise RuntimeError("a commit conflict")
+
+    await writer.write(bank, [document("a")], replace=False)
+    with monkeypatch.context() as failing:
+        failing.setattr(BankTable, "maintain", fails)
+        assert await writer.look_after() == 1
+    assert f"the memory bank {bank.id} cannot be maintained" in caplog.text
+    assert await writer.look_after() == 1
+
+
 async def test_what_is_added_while_files_are_put_together_is_there_once(
     context: Context, writer: BankWriter, bank: MemoryBank
 ) -> None:
