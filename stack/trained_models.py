@@ -14,7 +14,7 @@ from typing import Any
 
 from stack import disk
 from stack.config import home
-from stack.context import Context
+from stack.context import DEFAULT_TENANT, Context
 
 FOLDER = "trained"
 # Where in it copies are, by the names that stack.jobs gives to artifacts.
@@ -49,7 +49,8 @@ def forget(entry: Mapping[str, Any]) -> None:
 def sweep(context: Context) -> list[str]:
     """Removes copies that are no model's: of attempts that were lost while or after they copied. Returns the names.
 
-    One that was written to within SWEEP_AFTER stays: it may be under way, or about to become a model's.
+    One that was written to within SWEEP_AFTER stays: it may be under way, or about to become a model's. So does one of
+    a job that the database does not know: it may be another's, or was restored.
     """
     root = home() / FOLDER
     oldest = time.time() - SWEEP_AFTER.total_seconds()
@@ -58,11 +59,18 @@ def sweep(context: Context) -> list[str]:
         return []
     named = [model.path for model in context.config.all_models]
     named += [row.entry["path"] for row in context.store.models.list()]
-    known = {home() / Path(path).expanduser() for path in named}
-    unknown = [copy for copy in left if copy not in known]
+    known = {(home() / Path(path).expanduser()).resolve() for path in named}
+    unknown = [copy for copy in left if copy.resolve() not in known and _is_of_a_job(context, copy.relative_to(root))]
     for copy in unknown:
         shutil.rmtree(copy, ignore_errors=True)
     return [str(copy.relative_to(home())) for copy in unknown]
+
+
+def _is_of_a_job(context: Context, copy: Path) -> bool:
+    """Whether the job of `models/JOB@…` or `tenants/TENANT/models/JOB@…` has a row."""
+    tenant = copy.parts[1] if copy.parts[0] == "tenants" else DEFAULT_TENANT
+    uuid = copy.name.partition("@")[0]
+    return uuid in context.store.jobs.statuses(tenant, [uuid])
 
 
 def _written_at(copy: Path) -> float:

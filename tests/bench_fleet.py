@@ -207,6 +207,7 @@ def document(nodes: int, port: int, database: str, storage: str) -> dict[str, An
     made = stack_document(model, is_scripted=True)
     gateway = next(one for one in made["applications"] if one["name"] == GATEWAY)
     gateway["args"] |= {
+        "firewalled": True,  # its nodes are at loopback, whatever other addresses this machine has
         "store": database,
         "artifacts": f"{storage}/artifacts",
         "data_roots": [f"{storage}/data"],

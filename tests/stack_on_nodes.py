@@ -113,6 +113,8 @@ def write_serve_file(stack: Stack) -> Path:
     """The config of the stack, in its home."""
     places = {name: stack.place(name) for name in ("artifacts", "data", "memory_banks")}
     changes = CHANGES | {
+        # Its nodes are at loopback, whatever other addresses this machine has.
+        "firewalled": True,
         "otlp_address": stack.traces,
         "store": stack.database,
         "artifacts": places["artifacts"],

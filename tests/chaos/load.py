@@ -20,8 +20,8 @@ import httpx
 Outcome = Literal["ok", "refused", "broken", "failed"]
 
 # A host without power says nothing, not even that it has gone. So connections ask whether their other end is there when
-# it has said nothing for three seconds, and are broken off when it does not answer three times, or does not take for six
-# seconds what is sent. (HAProxy: srvtcpka, tcp-ut.)
+# it has said nothing for three seconds, and are broken off when it does not answer three times, or for six seconds does
+# not take what is sent. (HAProxy: srvtcpka, tcp-ut.)
 ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 3),

@@ -175,6 +175,30 @@ def test_the_version_of_ray_is_the_one_of_the_image(one: dict[str, Any]) -> None
 
 
 @every_ray
+def test_rays_own_autoscaler_starts_nodes_and_keeps_those_of_gpus_for_a_while(one: dict[str, Any]) -> None:
+    assert spec_of(one)["enableInTreeAutoscaling"] is True
+    options = spec_of(one)["autoscalerOptions"]
+    assert (options["version"], options["upscalingMode"]) == ("v2", "Default")
+    assert options["idleTimeoutSeconds"] > 0
+    for group in groups_of(one).values():
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_the_service_is_upgraded_beside_itself_and_no_client_reaches_its_head() -> None:
+    spec = named("RayService", "stack")["spec"]
+    assert spec["upgradeStrategy"] == {"type": "NewCluster"}
+    assert spec["excludeHeadPodFromServeSvc"] is True
+
+
+def test_the_training_ends_and_so_do_its_nodes() -> None:
+    (job,) = (one for one in RAY if one["kind"] == "RayJob")
+    assert (job["spec"]["submissionMode"], job["spec"]["backoffLimit"]) == ("HTTPMode", 0)
+    assert job["spec"]["shutdownAfterJobFinishes"] is True
+    for limit in ("ttlSecondsAfterFinished", "activeDeadlineSeconds", "preRunningDeadlineSeconds"):
+        assert job["spec"][limit] > 0
+
+
+@every_ray
 def test_every_model_fits_a_kind_of_node_that_is_no_spot_node(one: dict[str, Any]) -> None:
     if one["kind"] == "RayJob":
         return

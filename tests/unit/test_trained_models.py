@@ -74,22 +74,35 @@ def old(copy: Path) -> Path:
 
 @pytest.mark.parametrize("tenant", ["default", TENANT])
 def test_copies_that_no_model_has_are_swept(context: Context, made: Path, home: Path, tenant: str) -> None:
+    samples.add_job(context.store, "tune", tenant=tenant)
     name = artifact_name(tenant, "tune", whole=True)
     lost, served, removed = (old(trained_models.keep(name, made)) for _ in range(3))
+    of_another_database = old(trained_models.keep(artifact_name(tenant, "unknown", whole=True), made))
     samples.add_trained(context.store, "served", tenant, job_uuid="served", path=str(served))
     samples.add_trained(context.store, "removed", tenant, job_uuid="removed", path=str(removed))
     context.store.models.remove("removed", tenant)  # it ends its requests
-    killed = home / "trained" / f"{name}.0123abcd"  # while it was copied, by an older version
-    shutil.copytree(lost, killed)
-    old(killed)
     new = trained_models.keep(name, made)
-    assert sorted(jobs.sweep(context)) == sorted(str(copy.relative_to(home)) for copy in (lost, killed))
-    assert [copy.is_dir() for copy in (lost, killed, served, removed, new)] == [False, False, True, True, True]
+    assert jobs.sweep(context) == [str(lost.relative_to(home))]
+    left = [copy.is_dir() for copy in (lost, of_another_database, served, removed, new)]
+    assert left == [False, True, True, True, True]
     assert jobs.sweep(context) == []
+
+
+def test_the_copy_of_a_model_stays_where_the_home_has_another_name_since(
+    context: Context, made: Path, home: Path, tmp_path: Path
+) -> None:
+    samples.add_job(context.store, "tune", tenant=TENANT)
+    served = old(trained_models.keep(NAME, made))
+    (tmp_path / "before").symlink_to(home)
+    path = str(tmp_path / "before" / served.relative_to(home))
+    samples.add_trained(context.store, "served", TENANT, job_uuid="tune", path=path)
+    assert jobs.sweep(context) == []
+    assert served.is_dir()
 
 
 def test_a_copy_that_is_under_way_is_not_swept(context: Context, made: Path) -> None:
     """Its folder was made long ago, and the one file in it is large."""
+    samples.add_job(context.store, "tune", tenant=TENANT)
     copy = old(trained_models.keep(NAME, made))
     (copy / "model.safetensors").write_text("more")
     assert jobs.sweep(context) == []
