@@ -140,3 +140,9 @@ def test_configs_are_told_apart() -> None:
     other = Config.parse({"models": [SMALL], "agents": {"warm": 2}}, "another config")
     assert fingerprint(CONFIG) == fingerprint(CONFIG.model_copy())
     assert fingerprint(CONFIG) != fingerprint(other)
+
+
+def test_actors_of_code_in_another_folder_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_this = fingerprint(CONFIG)
+    monkeypatch.setattr("serve_apps.shared_engine.ROOT", "/mnt/stack/code/next")
+    assert fingerprint(CONFIG) != of_this
