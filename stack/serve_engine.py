@@ -109,8 +109,13 @@ class ServeEngine:
         deployments = application.deployments.values()
         if any(state == "RUNNING" for one in deployments for state in one.replica_states):
             return Unavailable(f"the model {id!r} has not answered within {served.request_timeout_s:g} s")
-        if application.status in ("DEPLOY_FAILED", "UNHEALTHY"):
+        if application.status == "DEPLOY_FAILED":
             return Unavailable(f"the model {id!r} cannot start: {_last_line(application.message)}", retry_after=30)
+        if application.status == "UNHEALTHY":  # it has been well, and Serve starts it again
+            return Away(
+                f"the model {id!r} has lost its replicas, which are started again: {_last_line(application.message)}",
+                retry_after=30,
+            )
         return Away(f"the model {id!r} has no running replica yet; it is being started", retry_after=30)
 
     async def _of(self, model: Model) -> Any:

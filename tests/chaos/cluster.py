@@ -201,7 +201,8 @@ def _document(store: str, bucket: str) -> dict[str, Any]:
     gateway = document["applications"][0]
     small = {
         "id": LANGUAGE_MODEL, "path": f"models/{TOKENIZER}", "min_replicas": 2, "max_replicas": 2, "adapters": 0,
-        "target_ongoing_requests": 64, "request_timeout_s": REQUEST_S, "cpus": 0.1,
+        "target_ongoing_requests": 64, "request_timeout_s": REQUEST_S,
+        "cpus": 1.2,  # of two: one replica on a worker, as one that fills the GPUs of its node
     }  # fmt: skip
     embedding = {
         "id": EMBEDDING_MODEL, "path": f"models/{EMBEDDING_MODEL}", "dimensions": 384, "cpus": 0.5, "min_replicas": 2,

@@ -3,20 +3,23 @@
 import asyncio
 import warnings
 from collections.abc import AsyncIterator, Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from stack.channel import Receiver, Sender, Target
 from stack.config import LanguageModel
-from stack.errors import BadInput, EngineFailed, StackError, TooManyRequests, Unavailable
+from stack.errors import Away, BadInput, EngineFailed, StackError, TooManyRequests, Unavailable
 from stack.models import Ended, Failure, Model
 from stack.serve_engine import ServeEngine
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from ray.serve.exceptions import BackPressureError
+    from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
 
 SOON_S = 5.0
 STREAMED = {"stream": True}
@@ -214,6 +217,33 @@ async def test_a_model_that_takes_too_long_is_given_up(
     with pytest.raises(Unavailable, match="not within the time"):
         await everything(asked(engine, handle, {"stream": stream}, model(seconds=0.05)))
     assert handle.calls[0].cancelled.is_set()
+
+
+@pytest.mark.parametrize(
+    ("status", "replicas", "passes", "told"),
+    [
+        (ApplicationStatus.RUNNING, {"RUNNING": 1}, False, "has not answered within 0.05 s"),
+        (ApplicationStatus.DEPLOYING, {"STARTING": 1}, True, "has no running replica yet"),
+        (ApplicationStatus.DEPLOY_FAILED, {}, False, "cannot start: No GPU."),
+        # It has been well: its node was lost, say, with all of its replicas.
+        (ApplicationStatus.UNHEALTHY, {"STARTING": 2}, True, "has lost its replicas, which are started again: No GPU."),
+    ],
+)
+async def test_a_model_without_a_replica_says_whether_one_comes(
+    engine: ServeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    status: ApplicationStatus,
+    replicas: dict[str, int],
+    passes: bool,
+    told: str,
+) -> None:
+    deployment = SimpleNamespace(replica_states=replicas)
+    application = ApplicationStatusOverview(status, "Seen:\nNo GPU.", 0.0, {"LLM": deployment})
+    monkeypatch.setattr(ray.serve, "status", lambda: ServeStatus(applications={"small": application}))
+    forever = asyncio.Event()
+    with pytest.raises(Unavailable, match=told) as caught:
+        await everything(asked(engine, Handle(answer=lambda *_: forever.wait()), {}, model(seconds=0.05)))
+    assert isinstance(caught.value, Away) == passes
 
 
 async def test_a_client_that_does_not_read_does_not_hold_the_engine(engine: ServeEngine, sender: Sender) -> None:
