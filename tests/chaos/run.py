@@ -48,7 +48,7 @@ ONCE = "work"
 @dataclass
 class Result:
     """What was found in a phase. Times are seconds: `recovery` of each kind of request, and `whole` until two gateways
-    take requests again, both from the fault."""
+    take requests again, both from the fault; from the end of one that is planned."""
 
     name: str
     what: str
@@ -123,6 +123,8 @@ class Run:
             except (AssertionError, RuntimeError, Again, Wrong, httpx.TransportError, pytest.fail.Exception) as error:
                 result.failed = f"{type(error).__name__}: {error}"
                 say(f"  {result.failed}")
+            if fault.planned:  # it takes minutes, in which nothing fails
+                struck = time.monotonic()
             calm = 0.0
             while calm < CALM_S and time.monotonic() - struck < MOST_S:
                 threading.Event().wait(0.5)
