@@ -114,6 +114,10 @@ class Away(Unavailable):
     """Nothing of what was asked has failed for a reason of its own."""
 
 
+class Superseded(Unavailable):
+    """Another process does this work from now on. This one has not begun what was asked."""
+
+
 class StorageFull(StackError):
     status = 507
     type = "server_error"

@@ -5,32 +5,45 @@ from collections.abc import Sequence
 from typing import Any
 
 from stack.config import GATEWAY
-from stack.errors import Away, StackError, Unavailable
+from stack.errors import Away, StackError, Superseded, Unavailable
 from stack.memory_banks.rows import Document
 from stack.store import MemoryBank
 
 NAME = "MemoryWriter"  # of the deployment
 SECONDS = 120
+AGAIN_S = 0.5
 
 
 class ServeWriter:
     """Implements stack.memory_banks.writer.Writer.
 
-    Where the writer dies, what it was doing may be done or not, which is Unavailable: every call can be repeated.
+    Where the writer dies, what it was doing may be done or not, which is Unavailable: every call can be repeated. One
+    that another writer has replaced has done nothing: the other one is asked, once Serve gives the way to it.
     """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     async def write(self, bank: MemoryBank, documents: Sequence[Document], replace: bool) -> None:
-        await _answer(self._handle.write.remote(bank, documents, replace))
+        await self._ask("write", bank, documents, replace)
 
     async def delete(self, bank: MemoryBank, document_ids: Sequence[str]) -> list[str]:
-        deleted: list[str] = await _answer(self._handle.delete.remote(bank, document_ids))
+        deleted: list[str] = await self._ask("delete", bank, document_ids)
         return deleted
 
     async def drop(self, bank: MemoryBank) -> None:
-        await _answer(self._handle.drop.remote(bank))
+        await self._ask("drop", bank)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SECONDS
+        while True:
+            try:
+                return await _answer(getattr(self._handle, method).remote(*arguments))
+            except Superseded:
+                if loop.time() > deadline:
+                    raise
+            await asyncio.sleep(AGAIN_S)
 
 
 async def find() -> ServeWriter:

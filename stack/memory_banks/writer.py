@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from stack import disk
 from stack.config import Config
-from stack.errors import NotFound, StackError, StorageFull, Unavailable
+from stack.errors import NotFound, StackError, StorageFull, Superseded, Unavailable
 from stack.memory_banks.rows import Document
 from stack.memory_banks.table import KEEP_VERSIONS, to_write
 from stack.memory_banks.tables import OpenBank, Tables
@@ -259,10 +259,10 @@ class BankWriter:
         return await self._tables.get_or_create(bank)
 
     async def _require_current(self) -> None:
-        """Raises Unavailable where another writer has taken over."""
+        """Raises Superseded where another writer has taken over."""
         if not await asyncio.to_thread(self._store.memory_banks.is_writer, self._epoch):
             self.is_superseded = True
-            raise Unavailable("another writer of the memory banks has taken over; repeat it")
+            raise Superseded("another writer of the memory banks has taken over; repeat it")
 
     async def _maintain(self, bank: MemoryBank) -> "asyncio.Task[None] | None":
         """Deletes what has expired, and begins what is done beside the lane."""

@@ -2,12 +2,13 @@
 
 import asyncio
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from stack.errors import Conflict, StackError, Unavailable
+from stack.errors import Conflict, StackError, Superseded, Unavailable
 from stack.memory_banks import serve_writer
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.store import MemoryBank, now
@@ -64,6 +65,19 @@ async def test_an_error_of_the_stack_is_itself_again() -> None:
     with pytest.raises(StackError) as told:
         await ServeWriter(Handle(raised(error))).write(BANK, [], replace=False)
     assert (type(told.value), told.value.message, told.value.param) == (Conflict, "it is taken", "documents")
+
+
+async def test_the_successor_of_a_writer_that_was_replaced_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_writer, "AGAIN_S", 0.0)
+    replaced = Call(raised(Superseded("another one has taken over; repeat it")))
+    handle = Handle(None)
+    ways = iter([replaced, replaced, Call(["a"])])
+    handle.delete = SimpleNamespace(remote=lambda *_: next(ways))  # type: ignore[assignment]
+    assert await ServeWriter(handle).delete(BANK, ["a"]) == ["a"]
+    monkeypatch.setattr(serve_writer, "SECONDS", -1.0)
+    ways = iter([replaced])
+    with pytest.raises(Superseded, match="repeat it"):
+        await ServeWriter(handle).delete(BANK, ["a"])
 
 
 @pytest.mark.parametrize("error", [TimeoutError("of its own"), ConnectionError("of its own"), RuntimeError("odd")])
