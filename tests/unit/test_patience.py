@@ -47,12 +47,12 @@ class Handler(BaseHTTPRequestHandler):
         assert isinstance(server, Server)
         server.asked.append(self.rfile.read(int(self.headers.get("content-length", 0))))
         answer = server.script.pop(0) if server.script else WELL
-        self.close_connection = True
+        self.close_connection = True  # which is told, or the next request might go there
         if answer is BREAKS:
             return
         status, headers, text = answer
         self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(text))}.items():
+        for name, value in {**headers, "Content-Length": str(len(text)), "Connection": "close"}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(text.encode())
