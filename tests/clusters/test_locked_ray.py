@@ -56,7 +56,7 @@ def test_a_gateway_starts_on_a_locked_ray_alone(
     file.write_text(yaml.safe_dump(document(firewalled)))
     (tmp_path / "home" / str(SCRIPTED_MODEL["path"])).mkdir(parents=True)
     given = environment | {"STACK_HOME": str(tmp_path / "home"), "STACK_CONFIG": str(file)}
-    given |= {"RAY_API_SERVER_ADDRESS": f"http://{INNER if dashboard == INNER else '127.0.0.1'}:8265"}
+    api = ("--address", f"http://{INNER if dashboard == INNER else '127.0.0.1'}:8265")
 
     def run(*command: str) -> str:
         done = host.run("env", "-C", str(local_stack.ROOT), *command, environment=given)
@@ -67,10 +67,10 @@ def test_a_gateway_starts_on_a_locked_ray_alone(
     if environment is TOKEN:
         run(f"{BIN}/ray", "get-auth-token", "--generate")
     run(f"{BIN}/ray", "start", "--head", f"--node-ip-address={address}", f"--dashboard-host={dashboard}")
-    run(f"{BIN}/serve", "deploy", str(file))
+    run(f"{BIN}/serve", "deploy", str(file), *api)
 
     def ended() -> bool:
-        gateway = yaml.safe_load(run(f"{BIN}/serve", "status"))["applications"][GATEWAY]
+        gateway = yaml.safe_load(run(f"{BIN}/serve", "status", *api))["applications"][GATEWAY]
         said.update(gateway)
         return gateway["status"] in ("RUNNING", "DEPLOY_FAILED")
 
