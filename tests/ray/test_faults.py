@@ -5,9 +5,10 @@ import threading
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from tests.running_stack import SCRIPTED, wait_for
+from tests.running_stack import MODEL, SCRIPTED, Stack, command_of, wait_for
 
 pytestmark = pytest.mark.alone
 
@@ -15,8 +16,8 @@ CHAT = "/v1/chat/completions"
 START_S = 180
 
 
-def body(text: str, tokens: int = 3, stream: bool = False) -> dict[str, Any]:
-    return {"model": SCRIPTED, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": stream}
+def body(text: str, tokens: int = 3, stream: bool = False, model: str = SCRIPTED) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": stream}
 
 
 def post(client: httpx.Client, text: str, **fields: Any) -> httpx.Response:
@@ -114,3 +115,18 @@ def test_clients_that_leave_give_their_places_back(client: httpx.Client, model: 
     replies = [post(client, "hello") for _ in range(3)]
     assert [reply.status_code for reply in replies] == [200] * 3
     assert replies[0].elapsed.total_seconds() < 2
+
+
+def test_an_engine_ends_with_its_replica_which_is_killed(client: httpx.Client, stack: Stack) -> None:
+    """Its successor, which starts meanwhile, would not have the memory that an engine without a replica keeps."""
+    replica = f"ServeReplica:{MODEL}:"
+    engines = [
+        engine
+        for engine in stack.processes("VLLM::EngineCore")
+        if (parent := engine.parent()) is not None and replica in command_of(parent)
+    ]
+    assert engines
+    stack.kill_9(replica)
+    _, left = psutil.wait_procs(engines, timeout=20)
+    assert not left
+    wait_for(lambda: post(client, "hello", model=MODEL).status_code == 200, START_S)
