@@ -56,7 +56,8 @@ def templates(one: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def pods() -> list[tuple[str, str, dict[str, Any]]]:
     """The spec of each pod that there can be: of what, of which group, and what Kubernetes is told."""
     found = [(one["kind"], name, pod["spec"]) for one in RAY for name, pod in templates(one).items()]
-    return [*found, ("StatefulSet", "redis", named("StatefulSet", "redis")["spec"]["template"]["spec"])]
+    redis = named("StatefulSet", "redis")["spec"]["template"]["spec"]
+    return [*found, ("StatefulSet", "redis", redis), ("Pod", "keys", named("Pod", "keys")["spec"])]
 
 
 every_pod = pytest.mark.parametrize(("kind", "group", "pod"), pods(), ids=lambda value: str(value)[:20])
@@ -137,7 +138,40 @@ def test_what_is_applied_together_is_there() -> None:
     assert resources[-1] == "../../serve_apps"
     assert all((FOLDER / name).is_file() for name in resources[:-1])
     others = {file.name for file in FOLDER.glob("*.yaml")} - set(resources)
-    assert others == {"kustomization.yaml", "cluster.yaml", "training.yaml"}
+    assert others == {"kustomization.yaml", "cluster.yaml", "keys.yaml", "training.yaml"}
+
+
+def test_the_first_key_is_made_before_what_needs_it() -> None:
+    """A gateway without one does not start, and Serve does not try for ever."""
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    steps = (
+        "kubectl apply -f clusters/kuberay/namespace.yaml",
+        "create secret generic stack-database",
+        "kubectl apply -n llama-stack -k serve_apps",
+        "kubectl create -n llama-stack -f clusters/kuberay/keys.yaml",
+        "pod/keys",
+        "kubectl exec -n llama-stack keys -- \\\n  python -m stack keys create",
+        "kubectl delete -n llama-stack pod keys",
+        "\nkubectl apply -k clusters/kuberay\n",
+    )
+    places = [page.index(step) for step in steps]
+    assert places == sorted(places)
+
+
+def test_keys_are_made_where_the_gateways_look_for_them() -> None:
+    """By the same code, config and password, where the database can be reached; and no log holds a key."""
+    pod = named("Pod", "keys")
+    (container,) = pod["spec"]["containers"]
+    head = templates(named("RayService", "stack"))["head"]["spec"]
+    (gateways,) = head["containers"]
+    assert container["image"] == gateways["image"]
+    assert container["volumeMounts"][0] in gateways["volumeMounts"]
+    assert pod["spec"]["volumes"][0] in head["volumes"]
+    assert {one["name"] for one in container["env"]} == {"STACK_CONFIG", "PGPASSWORD"}
+    assert all(one in gateways["env"] for one in container["env"])
+    assert pod["metadata"]["labels"] == policies()["ray"]["podSelector"]["matchLabels"]
+    assert container["command"] == ["sleep", "infinity"], "a key is shown by `kubectl exec` alone"
+    assert pod["spec"]["activeDeadlineSeconds"] > 0
 
 
 # What they hold
@@ -326,7 +360,7 @@ def test_no_container_has_a_right_that_it_does_not_need(kind: str, group: str, p
 
 @every_pod
 def test_every_pod_has_its_state_elsewhere(kind: str, group: str, pod: dict[str, Any]) -> None:
-    if group == "redis":
+    if group in ("redis", "keys"):
         return
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     claim = volumes["stack-files"]["persistentVolumeClaim"]["claimName"]
