@@ -276,8 +276,8 @@ def test_the_head_does_no_gpu_work_and_takes_no_tasks(one: dict[str, Any]) -> No
 
 
 def test_the_training_is_a_request_of_the_stack_for_a_model_that_it_serves() -> None:
-    text = named("ConfigMap", "training-request")["data"]["request.yaml"]
-    request = PostTrainingSFTRequest.model_validate(yaml.safe_load(text))
+    (config,) = (one for one in OBJECTS if one["kind"] == "ConfigMap")
+    request = PostTrainingSFTRequest.model_validate(yaml.safe_load(config["data"]["request.yaml"]))
     assert request.model in [model.id for model in Config.from_file(SERVE_FILE).models]
     job = named("RayJob", request.job_uuid)
     mounts = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
@@ -285,6 +285,18 @@ def test_the_training_is_a_request_of_the_stack_for_a_model_that_it_serves() -> 
     assert job["spec"]["entrypoint"].endswith(f"--config {mount['mountPath']}/request.yaml")
     training = groups_of(job)["training"]
     assert request.training_config.workers <= training["maxReplicas"] * ray_resources(training)["GPU"]
+
+
+def test_each_training_has_a_request_of_its_own() -> None:
+    """Another name for the job, wherever it stands, makes another job that reads another request."""
+    text = (FOLDER / "training.yaml").read_text().replace("tune-8b-1", "tune-8b-2")
+    config, job = yaml.safe_load_all(text)
+    assert config["metadata"]["name"] == job["metadata"]["name"] == "tune-8b-2"
+    assert yaml.safe_load(config["data"]["request.yaml"])["job_uuid"] == "tune-8b-2"
+    volumes = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert {"name": "request", "configMap": {"name": "tune-8b-2"}} in volumes
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    assert "sed s/tune-8b-1/tune-8b-2/ clusters/kuberay/training.yaml | kubectl create -n llama-stack -f -" in page
 
 
 # What is lost when, and what is not
