@@ -48,7 +48,7 @@ def groups_of(one: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def templates(one: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The templates of a cluster's pods, by group; labels as KubeRay adds them."""
+    """The templates of a cluster's pods, by group."""
     workers = {name: group["template"] for name, group in groups_of(one).items()}
     return {"head": spec_of(one)["headGroupSpec"]["template"]} | workers
 
@@ -322,16 +322,44 @@ def test_redis_is_on_disk_and_asks_for_its_password() -> None:
     assert redis["volumeClaimTemplates"]
 
 
-def test_every_kind_of_pod_that_serves_is_left_by_disruptions() -> None:
-    """Of pods of KubeRay, Kubernetes takes only a number that must stay."""
+def budgeted(labels: dict[str, str]) -> list[str]:
+    """The disruption budgets that hold for a pod with such labels."""
+    budgets = (one for one in OBJECTS if one["kind"] == "PodDisruptionBudget")
+    return [
+        one["metadata"]["name"] for one in budgets if one["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    ]
+
+
+@every_ray
+def test_every_kind_of_pod_that_serves_is_left_by_disruptions(one: dict[str, Any]) -> None:
+    """And no other: a head of a training that stays would let the one of what serves be taken."""
+    found = {}
+    for name, template in templates(one).items():
+        group, kind = ("headgroup", "head") if name == "head" else (name, "worker")
+        added = {"ray.io/group": group, "ray.io/node-type": kind}  # by KubeRay
+        found[name] = budgeted(template["metadata"]["labels"] | added)
+        if name == "head":  # the pod that empties Redis when a cluster ends is made from the head's, and may be taken
+            assert not budgeted(template["metadata"]["labels"] | {"ray.io/node-type": "redis-cleanup"})
+    if one["kind"] == "RayJob":
+        assert found == {"head": [], "training": []}
+    else:
+        assert found == {"head": ["ray-head"], "cpu": ["ray-cpu"], "serving": ["ray-serving"], "training": []}
+
+
+def test_a_node_is_emptied_as_the_page_says() -> None:
+    """Of pods of KubeRay, Kubernetes takes only a number that must stay: one that is alone is deleted by hand."""
     budgets = {one["metadata"]["name"]: one["spec"] for one in OBJECTS if one["kind"] == "PodDisruptionBudget"}
     assert set(budgets) == {"ray-head", "ray-cpu", "ray-serving", "redis"}
-    assert all(budget["minAvailable"] == 1 for budget in budgets.values())
+    assert all(set(budget) == {"minAvailable", "selector"} for budget in budgets.values())
+    assert budgets["redis"]["selector"] == named("StatefulSet", "redis")["spec"]["selector"]
     groups = groups_of(named("RayService", "stack"))
-    for name in ("cpu", "serving"):
-        assert budgets[f"ray-{name}"]["selector"]["matchLabels"] == OURS | {"ray.io/group": name}
-        assert groups[name]["minReplicas"] >= 1
-    assert groups["cpu"]["minReplicas"] > budgets["ray-cpu"]["minAvailable"], "one may be emptied"
+    numbers = {f"ray-{name}": groups[name]["minReplicas"] for name in ("cpu", "serving")} | {"ray-head": 1}
+    numbers["redis"] = named("StatefulSet", "redis")["spec"]["replicas"]
+    assert all(numbers[name] >= budget["minAvailable"] for name, budget in budgets.items())
+    waiting = {name for name, budget in budgets.items() if numbers[name] == budget["minAvailable"]}
+    assert waiting == {"ray-head", "ray-serving", "redis"}
+    page = " ".join((ROOT / "docs" / "clusters.md").read_text().split())
+    assert "of a head, of Redis and of the only node `serving`: `kubectl drain` would wait for ever" in page
 
 
 def test_draining_outlasts_the_longest_stream() -> None:
@@ -409,7 +437,7 @@ def test_nobody_may_talk_to_anybody_but_as_is_said() -> None:
     assert policies()["nobody"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     for one in RAY:
         for template in templates(one).values():
-            assert template["metadata"]["labels"] == OURS
+            assert template["metadata"]["labels"].items() >= OURS.items()
     assert policies()["ray"]["podSelector"]["matchLabels"] == OURS
 
 
