@@ -446,7 +446,8 @@ def test_from_elsewhere_only_the_gateways_port_answers() -> None:
     port = yaml.safe_load(SERVE_FILE.read_text())["http_options"]["port"]
     inside, operator, clients = policies()["ray"]["ingress"]
     assert inside == {"from": [{"podSelector": {"matchLabels": OURS}}]}
-    assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    # The label that both the chart of KubeRay 1.7 and its config/manager give: their app.kubernetes.io/name differ.
+    assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
     assert [one["port"] for one in operator["ports"]] == [8265, port]
     assert [one["port"] for one in clients["ports"]] == [port]
     for _, group, pod in pods():
