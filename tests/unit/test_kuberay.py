@@ -442,14 +442,20 @@ def test_nobody_may_talk_to_anybody_but_as_is_said() -> None:
 
 
 def test_from_elsewhere_only_the_gateways_port_answers() -> None:
-    """Beside Ray's own pods and the operator, which asks the dashboard."""
+    """Beside Ray's own pods, the operator, which asks the dashboard, and Prometheus."""
     port = yaml.safe_load(SERVE_FILE.read_text())["http_options"]["port"]
-    inside, operator, clients = policies()["ray"]["ingress"]
+    inside, operator, clients, prometheus = policies()["ray"]["ingress"]
     assert inside == {"from": [{"podSelector": {"matchLabels": OURS}}]}
     # The label that both the chart of KubeRay 1.7 and its config/manager give: their app.kubernetes.io/name differ.
     assert operator["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/component": "kuberay-operator"}
     assert [one["port"] for one in operator["ports"]] == [8265, port]
     assert [one["port"] for one in clients["ports"]] == [port]
+    assert prometheus["from"] == [{"namespaceSelector": {"matchLabels": {"llama-stack/metrics": "true"}}}]
+    assert [one["port"] for one in prometheus["ports"]] == [8080, port]
+    for one in RAY:
+        head = spec_of(one)["headGroupSpec"]
+        started = [group["rayStartParams"] for group in (head, *groups_of(one).values())]
+        assert not any("metrics-export-port" in params for params in started), "KubeRay's own is 8080"
     for _, group, pod in pods():
         ports = {one["name"]: one["containerPort"] for one in pod["containers"][0].get("ports", [])}
         assert ports.get("serve", port) == port, group
