@@ -399,6 +399,17 @@ def test_no_container_has_a_right_that_it_does_not_need(kind: str, group: str, p
 
 
 @every_pod
+def test_every_image_of_the_stack_is_one_that_may_be_in_a_private_registry(
+    kind: str, group: str, pod: dict[str, Any]
+) -> None:
+    """The secret is only needed there: kubelets pull without one that does not exist."""
+    assert kind == "StatefulSet" or pod["imagePullSecrets"] == [{"name": "registry"}]
+    (built,) = re.findall("podman build .* -t (.*-gpu) .", (ROOT / "clusters" / "Containerfile").read_text())
+    (container,) = pod["containers"]
+    assert container["image"] == ("redis:7.4-bookworm" if kind == "StatefulSet" else built)
+
+
+@every_pod
 def test_every_pod_has_its_state_elsewhere(kind: str, group: str, pod: dict[str, Any]) -> None:
     if group in ("redis", "keys"):
         return
