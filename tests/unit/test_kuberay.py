@@ -4,6 +4,7 @@ import copy
 import json
 import lzma
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from stack.api.post_training import PostTrainingSFTRequest
 from stack.config import ROOT, Config, LanguageModel
 from stack.draining import longest_stream_s
 from tests.kuberay import FOLDER, KINDS, crds, documents, problems, written
+from tests.kustomize import built
 
 KUBERNETES = "1.34"
 SERVE_FILE = ROOT / "serve_apps" / "cluster.yaml"
@@ -174,19 +176,48 @@ def test_keys_are_made_where_the_gateways_look_for_them() -> None:
     assert pod["spec"]["activeDeadlineSeconds"] > 0
 
 
+def test_what_is_applied_together_is_built_and_taken() -> None:
+    """Kustomize puts the Serve file where KubeRay reads it, as it is, and where pods do; all is in one namespace."""
+    objects = built(FOLDER)
+    by_name = {(one["kind"], one["metadata"]["name"]): one for one in objects}
+    assert len(by_name) == len(objects), "kustomize takes no two objects of a kind and name"
+    service = by_name.pop(("RayService", "stack"))
+    assert service["spec"]["serveConfigV2"] == SERVE_FILE.read_text()
+    assert not list(problems(service, SCHEMAS))
+    assert by_name["ConfigMap", "stack-config"]["data"] == {SERVE_FILE.name: SERVE_FILE.read_text()}
+    for one in by_name.values():
+        assert kubernetes_validate.validate(one, KUBERNETES, strict=True)
+    del by_name["Namespace", "llama-stack"]
+    assert all(one["metadata"]["namespace"] == "llama-stack" for one in [service, *by_name.values()])
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now", "message"),
+    [
+        ("[spec.serveConfigV2]", "[spec.serveConfig]", "serveConfig"),
+        ("name: stack-config,", "name: stack-conf,", "unpack"),
+        ("replacements:", "patches: []\nreplacements:", "patches"),
+    ],
+)
+def test_a_kustomization_that_puts_it_elsewhere_is_noticed(was: str, is_now: str, message: str, tmp_path: Path) -> None:
+    for folder in ("clusters/kuberay", "serve_apps"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    file = tmp_path / "clusters/kuberay/kustomization.yaml"
+    text = file.read_text()
+    assert text.count(was) == 1
+    file.write_text(text.replace(was, is_now))
+    with pytest.raises((AssertionError, ValueError), match=message):
+        built(file.parent)
+
+
 # What they hold
 
 
 def test_one_file_says_what_is_served_and_what_all_others_read() -> None:
-    """Kustomize puts the Serve file of clusters where KubeRay reads it, and where keys and jobs do."""
+    """Kustomize makes the Serve file of clusters a ConfigMap, and every pod finds it as STACK_CONFIG."""
     (config,) = yaml.safe_load((SERVE_FILE.with_name("kustomization.yaml")).read_text())["configMapGenerator"]
     assert config["files"] == [SERVE_FILE.name]
     assert config["options"] == {"disableNameSuffixHash": True}, "pods know it by this name"
-    (replacement,) = yaml.safe_load((FOLDER / "kustomization.yaml").read_text())["replacements"]
-    source = {"kind": "ConfigMap", "name": config["name"], "fieldPath": f"data.[{SERVE_FILE.name}]"}
-    target = {"select": {"kind": "RayService", "name": "stack"}, "fieldPaths": ["spec.serveConfigV2"]}
-    assert replacement == {"source": source, "targets": [target]}
-    assert "serveConfigV2" in named("RayService", "stack")["spec"], "or kustomize finds nothing to replace"
     for one in RAY:
         for group, template in templates(one).items():
             (container,) = template["spec"]["containers"]
