@@ -504,6 +504,18 @@ def test_from_elsewhere_only_the_gateways_port_answers() -> None:
         assert 10001 not in ports.values(), "Ray's client, which nobody needs: the head's service would have it"
 
 
+def test_the_clusters_are_gone_before_redis_and_their_namespace_go() -> None:
+    """KubeRay's finalizer empties Redis by a job, which a namespace that ends does not take."""
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    steps = (
+        "kubectl delete -n llama-stack rayservice stack",
+        "kubectl wait -n llama-stack --for=delete raycluster --all",
+        "kubectl delete -k clusters/kuberay",
+    )
+    places = [page.index(step) for step in steps]
+    assert places == sorted(places)
+
+
 def test_only_heads_reach_redis_and_the_clouds_own_keys_are_out_of_reach() -> None:
     (rule,) = policies()["redis"]["ingress"]
     (selector,) = rule["from"][0]["podSelector"]["matchExpressions"]
