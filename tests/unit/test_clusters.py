@@ -17,6 +17,7 @@ from ray._private.label_utils import parse_node_labels_string
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.docker import with_docker_exec
 from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
 from scripts.local_stack import read_serve_file
 from serve_apps.placement import NOT_HEAD
@@ -163,6 +164,21 @@ def test_trainings_have_spot_nodes_that_come_before_those_that_serve(file: Path)
     assert fits([kind.resources], node["resources"])
     training = engines.bundles_of_job(Config.from_file(SERVE_FILE).models[1])
     assert any(fits(training, one["resources"]) for one in spot.values())
+
+
+@every_cloud
+def test_a_container_gets_gpus_where_there_are_some(file: Path) -> None:
+    """NVIDIA's runtime brings in what these variables name, and fails where it is to and there is no GPU."""
+    config = AutoscalingConfig(read(file), skip_content_hash=True)
+    asked = {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"}
+    for name, one in read(file)["available_node_types"].items():
+        docker = config.get_docker_config(name)
+        options = docker["run_options"] + docker.get("worker_run_options", [])
+        words = shlex.split(" ".join(options))
+        given = {words[n + 1] for n, word in enumerate(words) if word == "--env" and "NVIDIA" in words[n + 1]}
+        assert given == (asked if one["resources"].get("GPU") else set()), name
+        assert not docker.get("disable_automatic_runtime_detection"), "Ray sets the runtime"
+        assert "head_run_options" not in docker
 
 
 @every_cloud
