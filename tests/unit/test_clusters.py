@@ -307,6 +307,16 @@ def test_on_aws_only_the_gateways_port_is_opened() -> None:
     assert all(not one["CidrIp"].startswith("0.") for one in rule["IpRanges"])
 
 
+@every_cloud
+def test_the_head_alone_has_the_rights_to_start_nodes(file: Path) -> None:
+    cluster = read(file)
+    key = {"aws": "IamInstanceProfile", "gcp": "serviceAccounts"}[cluster["provider"]["type"]]
+    head = cluster["available_node_types"][cluster["head_node_type"]]["node_config"][key]
+    workers = [one["node_config"][key] for one in node_types(cluster).values()]
+    assert "llama-stack-ray-head" in str(head)
+    assert all("llama-stack-ray-worker" in str(one) and "head" not in str(one) for one in workers)
+
+
 @every_file
 def test_every_port_is_fixed_and_none_is_taken_twice(file: Path) -> None:
     for kind, arguments in starts(read(file)).items():
