@@ -13,20 +13,28 @@ from typing import Any
 
 import pytest
 import yaml
+from moto import mock_aws
 from ray._private.label_utils import parse_node_labels_string
+from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
+from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.command_runner import _with_interactive
 from ray.autoscaler._private.docker import with_docker_exec
 from ray.autoscaler._private.util import hash_runtime_conf, prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.common_pb2 import LabelSelectorOperator
 
 from scripts.local_stack import read_serve_file
-from serve_apps.placement import NOT_HEAD
+from serve_apps.placement import NOT_HEAD, NOT_SPOT, WAITS
 from stack import engines
 from stack.config import ROOT, Config, LanguageModel
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Ray itself warns of as it is imported
     from ray.serve.schema import ServeDeploySchema
+
+    from serve_apps.session_pool import MEMORY_BYTES
 
 CLUSTERS = ROOT / "clusters"
 LOCAL = CLUSTERS / "local.yaml"
@@ -35,6 +43,8 @@ FILES = [LOCAL, *CLOUDS]
 SERVE_FILE = ROOT / "serve_apps" / "cluster.yaml"
 ENVIRONMENT = CLUSTERS / "environment.sh"
 SPOT, ON_DEMAND = {"ray.io/market-type": "spot"}, {"ray.io/market-type": "on-demand"}
+# What the clouds say of the machines of theirs that have no word of it in Ray.
+MACHINES_GIB = {"n2-standard-32": 128, "a3-highgpu-8g": 1872}
 SECRETS = re.compile(r"AKIA|BEGIN [A-Z ]*PRIVATE KEY|(?:password|secret|token)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{8,}", re.I)
 
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -179,6 +189,51 @@ def test_a_container_gets_gpus_where_there_are_some(file: Path) -> None:
         assert given == (asked if one["resources"].get("GPU") else set()), name
         assert not docker.get("disable_automatic_runtime_detection"), "Ray sets the runtime"
         assert "head_run_options" not in docker
+
+
+def filled_out(cluster: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The file as the autoscaler has it: `ray up` adds what AWS says of its machines; of Google's it asks nothing."""
+    if cluster["provider"]["type"] == "gcp":
+        return cluster
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "none")
+    with mock_aws():
+        filled: dict[str, Any] = AWSNodeProvider.fillout_available_node_types_resources(cluster)
+    return filled
+
+
+@every_cloud
+def test_a_node_is_started_for_the_session_that_no_node_has_memory_for(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = filled_out(read(file), monkeypatch)
+    for one in cluster["available_node_types"].values():
+        one["min_workers"] = 0
+    config = AutoscalingConfig(cluster, skip_content_hash=True)
+    elsewhere = NOT_SPOT | NOT_HEAD
+    assert (WAITS["num_cpus"], WAITS["label_selector"]) == (0, elsewhere)
+    assert all(value.startswith("!") for value in elsewhere.values())
+    without = [
+        (key, LabelSelectorOperator.LABEL_OPERATOR_NOT_IN, [value.removeprefix("!")])
+        for key, value in elsewhere.items()
+    ]
+    session = ResourceRequestUtil.make({"memory": MEMORY_BYTES}, label_selectors=[without])
+    request = SchedulingRequest(
+        disable_launch_config_check=True,
+        node_type_configs=config.get_node_type_configs(),
+        max_num_nodes=config.get_max_num_nodes(),
+        resource_requests=ResourceRequestUtil.group_by_count([session]),
+    )
+    reply = ResourceDemandScheduler().schedule(request)
+    assert not reply.infeasible_resource_requests
+    assert [(one.instance_type, one.count) for one in reply.to_launch if one.instance_type != "head"] == [("cpu", 1)]
+
+
+def test_on_google_cloud_every_node_says_what_memory_it_has() -> None:
+    """The same share as of AWS's, where Ray itself says it."""
+    for one in node_types(read(CLUSTERS / "gcp.yaml")).values():
+        machine = MACHINES_GIB[one["node_config"]["machineType"]] * 2**30
+        assert one["resources"]["memory"] == int(machine * (1 - DEFAULT_OBJECT_STORE_MEMORY_PROPORTION))
 
 
 @every_cloud
