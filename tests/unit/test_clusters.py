@@ -7,13 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from moto import mock_aws
+from packaging.requirements import Requirement
 from ray._private.label_utils import parse_node_labels_string
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
@@ -451,6 +454,19 @@ def test_the_image_is_of_fixed_parts_and_runs_without_rights() -> None:
     assert "HOME=/home/stack" in text, "by which Ray finds where to put what it mounts"
     for program in ("rsync", "openssh-client", "wget", "gcc"):
         assert program in text
+
+
+@pytest.mark.parametrize(
+    ("cloud", "module", "package"),
+    [("aws", "boto3", "boto3"), ("gcp", "googleapiclient", "google-api-python-client")],
+)
+def test_the_image_has_what_rays_autoscaler_imports_of_a_cloud(cloud: str, module: str, package: str) -> None:
+    """The head starts nodes from within its container."""
+    provider = Path(ray.__file__).parent / "autoscaler" / "_private" / cloud / "node_provider.py"
+    assert re.search(rf"^(import|from) {module}\b", provider.read_text(), re.M)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert package in [Requirement(text).name for text in extras["clouds"]]
+    assert "--extra clouds" in (CLUSTERS / "Containerfile").read_text()
 
 
 @pytest.mark.parametrize("written", [True, False], ids=["as the image has it", "without the image's profile"])

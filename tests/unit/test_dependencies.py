@@ -37,7 +37,7 @@ def pinned(lock: Path) -> dict[str, str]:
 def test_what_the_project_asks_for_is_pinned_to_what_it_takes(lock: Path, engine: str) -> None:
     versions = pinned(lock)
     extras = PROJECT["optional-dependencies"]
-    for text in (*PROJECT["dependencies"], *extras[engine], *extras["gcs"], *extras["dev"], "uv"):
+    for text in (*PROJECT["dependencies"], *extras[engine], *extras["gcs"], *extras["clouds"], *extras["dev"], "uv"):
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         if name == "torch":  # exactly, in pyproject.toml; which build of it is the set-up's choice
