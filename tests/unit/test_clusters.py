@@ -285,6 +285,32 @@ def test_a_new_file_system_is_given_to_the_images_user(file: Path, owner: int, g
     assert ran.stdout == (f"chown {user}:{user} /mnt/stack\n" if given else "")
 
 
+@every_cloud
+@pytest.mark.parametrize(("uid", "fails"), [(1000, False), (1001, True)])
+def test_a_node_whose_secrets_the_images_user_could_not_read_is_given_up_with_a_word(
+    file: Path, uid: int, fails: bool, tmp_path: Path
+) -> None:
+    (user,) = re.findall(r"useradd .*--uid (\d+)", (CLUSTERS / "Containerfile").read_text())
+    command = read(file)["initialization_commands"][0]
+    (tmp_path / "id").write_text(f"#!/bin/sh\necho {uid}\n")
+    (tmp_path / "id").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ran = subprocess.run(["bash", "-c", command], env={"PATH": path}, capture_output=True, text=True)
+    assert ran.returncode == int(fails)
+    assert (f"the uid {user}" in ran.stdout and f"it has {uid}" in ran.stdout) is fails
+
+
+@every_cloud
+def test_a_node_logs_in_to_the_registry_of_the_image(file: Path) -> None:
+    cluster = read(file)
+    registry, _, image = cluster["docker"]["image"].partition("/")
+    (login,) = (one for one in cluster["initialization_commands"] if "docker" in one)
+    assert login.split()[-1] == registry
+    assert cluster["provider"]["region"] in registry
+    assert re.search(r":[\w.-]+$", image), "each has a tag of its own"
+    assert cluster["docker"]["pull_before_run"] is False, "a login may have ended when `ray up` is run again"
+
+
 def test_on_google_cloud_every_disk_is_of_a_kind_that_all_machines_take() -> None:
     """Of A3, Google's own pd-standard is refused."""
     cluster = read(CLUSTERS / "gcp.yaml")
