@@ -350,6 +350,15 @@ def test_ray_asks_for_a_token_that_is_mounted(file: Path) -> None:
     assert environment["STACK_CONFIG"].endswith("/serve_apps/cluster.yaml")
 
 
+@every_cloud
+def test_the_database_of_a_cloud_is_known_by_its_certificate(file: Path) -> None:
+    """libpq's own default asks for none, and goes on in the clear."""
+    cluster = read(file)
+    environment = environment_of(cluster)
+    assert environment["PGSSLMODE"] == {"aws": "verify-full", "gcp": "verify-ca"}[cluster["provider"]["type"]]
+    assert environment["PGSSLROOTCERT"] == "/home/stack/secrets/database-ca.pem"
+
+
 @every_file
 def test_no_port_of_rays_is_open_to_more_than_the_nodes(file: Path) -> None:
     cluster = read(file)

@@ -155,6 +155,11 @@ def test_addresses_stay_as_they_are(home: Path) -> None:
     assert (config.store_url, config.artifacts_url) == (addresses["store"], addresses["artifacts"])
 
 
+def test_the_address_of_the_store_says_how_its_server_is_known(home: Path) -> None:
+    address = "postgresql://stack@db/stack?sslmode=verify-full&sslrootcert=/home/stack/secrets/database-ca.pem"
+    assert Config.parse({"store": address, "models": [MODEL]}, "test").store_url == address
+
+
 PASSWORDS = [
     "postgresql://ann:hunter2@db/stack",
     "postgresql+psycopg://ann:hunter2@db:5432/stack?sslmode=require",
