@@ -12,6 +12,7 @@ from scripts import local_stack
 from stack.config import home
 from stack.errors import StackError
 from stack.heads import HEAD
+from stack.serve_controller import NAME as RAY_SERVE
 from stack.shared_state import require_shared
 
 LOOK_S = 5.0
@@ -95,12 +96,13 @@ def serve(arguments: argparse.Namespace, file: local_stack.ServeFile) -> int:
 def watch_over(url: str, stop: threading.Event, look_s: float = LOOK_S, lost_s: float = LOST_S) -> None:
     """Waits for the stop. Raises StartFailed once the stack has not answered for `lost_s` seconds.
 
-    Its /health asks Ray too, so it falls silent with either. Serve restarts what dies of the gateway, in less time
+    Its /health asks Ray too, and says so where that is silent. Serve restarts what dies of the gateway, in less time
     than that, and a stack that waits for one of its models still answers.
     """
     seen = time.monotonic()
     while not stop.wait(look_s):
-        if local_stack.running_stack(url, just_deployed=True) is not None:
+        running = local_stack.running_stack(url, just_deployed=True)
+        if running is not None and RAY_SERVE not in running.waiting_for:
             seen = time.monotonic()
         elif time.monotonic() - seen >= lost_s:
             raise local_stack.StartFailed(

@@ -3,14 +3,13 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from starlette.routing import BaseRoute
 
@@ -24,6 +23,7 @@ from serve_apps.metrics import Measure, Metrics
 from serve_apps.middleware import Admit, Authenticate, Bounds, Faults, RequestId, Trace
 from serve_apps.placement import WAITS, addresses
 from serve_apps.ray_sessions import RaySessions
+from serve_apps.readiness import Readiness
 from serve_apps.replica_ports import listen_inside
 from serve_apps.routes import (
     agentic_system,
@@ -43,7 +43,6 @@ from serve_apps.routes import (
     synthetic_data_generation,
     telemetry,
 )
-from serve_apps.session_pool import NAME as SESSION_POOL
 from serve_apps.session_pool import SessionPool
 from stack import tracing
 from stack.added_models import Deployer
@@ -52,14 +51,15 @@ from stack.agentic_system.local_sessions import LocalSessions
 from stack.agentic_system.loop import Place
 from stack.agentic_system.sessions import Sessions
 from stack.agentic_system.toolbox import open_tools
-from stack.config import GATEWAY, Config
+from stack.config import Config
 from stack.context import Context
 from stack.draining import longest_stream_s
 from stack.keys import Keyring, is_loopback, require_keys
 from stack.memory_banks.banks import Memory
-from stack.memory_banks.serve_writer import NAME as MEMORY_WRITER
 from stack.memory_banks.serve_writer import ServeWriter
 from stack.memory_banks.writer import BankWriter
+from stack.serve_controller import Controller
+from stack.serve_engine import ServeEngine
 from stack.shared_state import require_one_home, require_shared
 from stack.store import Store
 
@@ -83,8 +83,8 @@ ROUTERS = (
     telemetry,
 )
 REFUSED_AT_ONCE = 1_000
-# The deployments of its application that it needs, and what they are called where one is not there.
-OTHERS = {MEMORY_WRITER: "memory writer", SESSION_POOL: "pool of sessions"}
+# What waits for the database, for the most part: Serve gives a deployment that has no CPU of its own no more than 5.
+THREADS = 16
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -120,37 +120,18 @@ class Gateway:
         tracing.start("gateway", config.otlp_address)
         nodes = addresses()
         require_shared(config, len(nodes))
-        self._context = Context.open(config)
+        controller = Controller()
+        self._context = Context.open(config, ServeEngine(controller))
         self._context.artifacts.open()
         require_one_home(config, self._context.store, len(nodes))
         require_closed(config, self._context.store, nodes)
-        self._supervisor = supervisor
+        self._ready = Readiness(config, controller, supervisor)
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "gateway"))
         return create_app(self._context, self._ready, memory=self._memory, sessions=self._sessions)
-
-    async def _ready(self) -> dict[str, str]:
-        """What is not ready, by name."""
-        status = await asyncio.to_thread(serve.status)
-        waiting = {}
-        for model in self._context.config.all_models:
-            application = status.applications.get(model.id)
-            if application is None or application.status != "RUNNING":
-                waiting[model.id] = application.status.value if application else "NOT DEPLOYED"
-        gateway = status.applications.get(GATEWAY)
-        for deployment, name in OTHERS.items():
-            other = gateway.deployments.get(deployment) if gateway is not None else None
-            if other is not None and other.status != "HEALTHY":
-                waiting[name] = other.status.value
-        try:
-            problem = await self._supervisor.problem.remote()
-        except (RayActorError, RayServeException) as error:
-            problem = str(error)
-        if problem:
-            waiting["job supervisor"] = problem
-        return waiting
 
 
 def require_closed(config: Config, store: Store, nodes: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from stack.channel import Receiver, Stream, Target
 from stack.config import EmbeddingModel, SequenceClassifier, ServedModel
 from stack.errors import Away, EngineFailed, StackError, TooManyRequests, Unavailable
 from stack.models import Classifiable, Embeddable, Embeddings, Ended, Endpoint, Failure, Model, Scores
+from stack.serve_controller import Controller
 
 # vLLM's error of a request to an engine whose process is gone; the gateway does not import vLLM.
 _DEAD = "EngineDeadError"
@@ -17,7 +18,8 @@ _DEAD = "EngineDeadError"
 class ServeEngine:
     """Implements stack.models.Engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, controller: Controller | None = None) -> None:
+        self._controller = controller or Controller()
         self._handles: dict[str, Any] = {}
         self._receiver: Receiver | None = None
 
@@ -100,10 +102,8 @@ class ServeEngine:
             raise Away(f"the model {id!r} cannot answer now: {_first_line(error)}") from error
 
     async def _too_late(self, id: str, served: ServedModel) -> Unavailable:
-        """Why a model has not answered in time: it has no replica, or it takes too long."""
-        from ray import serve
-
-        application = (await asyncio.to_thread(serve.status)).applications.get(served.id)
+        """Why a model has not answered in time: it has no replica, or it takes too long. Raises Away."""
+        application = (await self._controller.applications()).get(served.id)
         if application is None:
             return Away(f"the model {id!r} is not deployed", retry_after=30)
         deployments = application.deployments.values()
@@ -124,9 +124,7 @@ class ServeEngine:
 
     async def _handle(self, application: str) -> Any:
         if application not in self._handles:
-            from ray import serve
-
-            self._handles[application] = await asyncio.to_thread(serve.get_app_handle, application)
+            self._handles[application] = await self._controller.handle(application)
         return self._handles[application]
 
 

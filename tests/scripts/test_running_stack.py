@@ -252,6 +252,14 @@ def test_serving_ends_when_nothing_answers_any_more(free_port: int, monkeypatch:
         watch_over(f"http://127.0.0.1:{free_port}", lambda: False, monkeypatch)
 
 
+def test_serving_ends_where_the_gateway_answers_and_ray_does_not(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.will_answer((200, READY), (503, STARTING | {"waiting_for": {"Ray Serve": "it has not answered"}}))
+    with pytest.raises(StartFailed, match=r"Ray or the gateway .* has died"):
+        watch_over(server.url, lambda: server.asked == 3, monkeypatch)
+
+
 def test_serving_goes_on_while_a_stack_answers(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.will_answer((200, READY), (503, STARTING), (200, READY))
     watch_over(server.url, lambda: server.asked == 3, monkeypatch)
