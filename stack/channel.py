@@ -29,6 +29,7 @@ MAX_STRANGERS = 64
 # How long what a replica has sent may still be on its way after the replica has reported its end.
 LATE_S = 10.0
 _HEADER = struct.Struct("!QI")
+Address = tuple[str, int, bytes]  # of a receiver: host, port, key
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,9 @@ class Sender:
     """Sends streams from a replica, over one connection to each receiver."""
 
     def __init__(self) -> None:
-        self._connections: dict[tuple[str, int, bytes], _Outgoing] = {}
-        self._opening = asyncio.Lock()
+        self._connections: dict[Address, _Outgoing] = {}
+        # Connections that are being made. Each has its own, so that a receiver that is gone holds up no other one.
+        self._opening: dict[Address, asyncio.Task[_Outgoing]] = {}
 
     async def open(self, target: Target) -> "Outlet":
         """Where a stream is put in. Raises ConnectionError if the receiver cannot be reached."""
@@ -228,21 +230,30 @@ class Sender:
         return Outlet(connection, target.stream)
 
     async def _connected(self, target: Target) -> "_Outgoing":
+        """Who waits for the same connection gets it together, and hears together that it cannot be made."""
         address = (target.host, target.port, target.key)
-        async with self._opening:
-            if (connection := self._connections.get(address)) is None or connection.is_lost:
-                self._connections = {one: known for one, known in self._connections.items() if not known.is_lost}
-                loop = asyncio.get_running_loop()
-                try:
-                    async with asyncio.timeout(CONNECT_S):
-                        _, connection = await loop.create_connection(_Outgoing, target.host, target.port)
-                except (OSError, TimeoutError) as error:
-                    raise ConnectionError(f"who asked for the stream cannot be reached: {error}") from error
-                connection.begin(target.key)
-                self._connections[address] = connection
-            return connection
+        opening = self._opening.get(address)
+        if opening is None:
+            opening = self._opening[address] = asyncio.create_task(self._connect(address))
+            opening.add_done_callback(lambda _: self._opening.pop(address))
+        return await asyncio.shield(opening)
+
+    async def _connect(self, address: Address) -> "_Outgoing":
+        host, port, key = address
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, connection = await loop.create_connection(_Outgoing, host, port)
+        except (OSError, TimeoutError) as error:
+            raise ConnectionError(f"who asked for the stream cannot be reached: {error}") from error
+        connection.begin(key)
+        self._connections = {one: known for one, known in self._connections.items() if not known.is_lost}
+        self._connections[address] = connection
+        return connection
 
     def stop(self) -> None:
+        for opening in self._opening.values():
+            opening.cancel()
         for connection in self._connections.values():
             connection.abort()
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import socket
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import uvloop
@@ -220,6 +221,54 @@ async def test_nobody_there_is_a_connection_error(sender: Sender, receiver: Rece
     await receiver.stop()
     with pytest.raises(ConnectionError, match="cannot be reached"):
         await sender.open(target)
+
+
+@pytest.fixture
+def unreachable() -> Iterator[Target]:
+    """A receiver that takes no connection and refuses none, as that of a node that is gone: its queue is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, contextlib.ExitStack() as filling:
+        host, port = server.getsockname()
+        for _ in range(3):
+            client = filling.enter_context(socket.socket())
+            client.setblocking(False)
+            client.connect_ex((host, port))
+        yield Target(host, port, b"k" * channel.KEY_BYTES, 1)
+
+
+async def test_a_receiver_that_cannot_be_reached_holds_up_no_other_one(
+    receiver: Receiver, sender: Sender, unreachable: Target
+) -> None:
+    waiting = asyncio.create_task(sender.open(unreachable))
+    await asyncio.sleep(0)
+    stream = await receiver.open()
+    outlet = await asyncio.wait_for(sender.open(stream.target), SOON_S)
+    await outlet.send(b"here")
+    stream.finish(4)
+    assert await text(stream) == "here"
+    assert not waiting.done()
+    waiting.cancel()
+
+
+async def test_all_who_wait_for_a_connection_hear_together_that_it_cannot_be_made(
+    sender: Sender, unreachable: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel, "CONNECT_S", 0.5)
+    opening = asyncio.gather(*(sender.open(unreachable) for _ in range(20)), return_exceptions=True)
+    found = await asyncio.wait_for(opening, SOON_S)
+    assert [type(one) for one in found] == [ConnectionError] * 20
+    assert sender._opening == {}
+
+
+async def test_first_streams_at_once_share_one_connection_and_one_that_leaves_takes_it_from_nobody(
+    receiver: Receiver, sender: Sender
+) -> None:
+    targets = [(await receiver.open()).target for _ in range(5)]
+    leaves, *stay = [asyncio.create_task(sender.open(target)) for target in targets]
+    await asyncio.sleep(0)
+    leaves.cancel()
+    outlets = await asyncio.wait_for(asyncio.gather(*stay), SOON_S)
+    assert len({id(outlet._connection) for outlet in outlets}) == 1
+    assert len(sender._connections) == 1
 
 
 def test_it_works_on_the_event_loop_of_serves_replicas() -> None:
