@@ -50,11 +50,13 @@ def sweep(context: Context) -> list[str]:
     """Removes copies that are no model's: of attempts that were lost while or after they copied. Returns the names.
 
     One that was written to within SWEEP_AFTER stays: it may be under way, or about to become a model's. So does one of
-    a job that the database does not know: it may be another's, or was restored.
+    a job that the database does not know: it may be another's, or was restored. What is no folder is none of ours.
     """
     root = home() / FOLDER
     oldest = time.time() - SWEEP_AFTER.total_seconds()
-    left = sorted(copy for places in COPIES for copy in root.glob(places) if _written_at(copy) < oldest)
+    left = sorted(
+        copy for places in COPIES for copy in root.glob(places) if copy.is_dir() and _written_at(copy) < oldest
+    )
     if not left:
         return []
     named = [model.path for model in context.config.all_models]

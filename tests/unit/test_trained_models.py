@@ -88,6 +88,16 @@ def test_copies_that_no_model_has_are_swept(context: Context, made: Path, home: 
     assert jobs.sweep(context) == []
 
 
+def test_a_file_among_the_copies_keeps_none_from_being_swept(context: Context, made: Path) -> None:
+    samples.add_job(context.store, "tune", tenant=TENANT)
+    copy = old(trained_models.keep(NAME, made))
+    stray = copy.parent / ".nfs0001"
+    stray.write_text("")
+    os.utime(stray, (0, 0))
+    jobs.sweep(context)
+    assert (copy.exists(), stray.exists()) == (False, True)
+
+
 def test_the_copy_of_a_model_stays_where_the_home_has_another_name_since(
     context: Context, made: Path, home: Path, tmp_path: Path
 ) -> None:
