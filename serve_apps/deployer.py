@@ -16,6 +16,7 @@ from stack.added_models import Application
 from stack.api.models import ModelState
 from stack.config import LanguageModel, RewardModel
 from stack.errors import BadInput, StackError, Unavailable
+from stack.serve_controller import Controller
 
 # An application is built in a process of its own, which has to import vLLM.
 BUILD_S = 300.0
@@ -35,11 +36,11 @@ _STATES = {
 class ServeDeployer:
     """Implements stack.added_models.Deployer."""
 
+    def __init__(self, controller: Controller) -> None:
+        self._controller = controller
+
     def applications(self) -> dict[str, Application]:
-        try:
-            found = serve.status().applications
-        except (RayError, RayServeException) as error:
-            raise Unavailable("Ray Serve does not tell the state of the models") from error
+        found = self._controller.applications_now()
         return {name: application_of(one) for name, one in found.items() if one.status in _STATES}
 
     def deploy(self, model: LanguageModel | RewardModel, artifacts: str) -> None:

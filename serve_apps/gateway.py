@@ -120,18 +120,19 @@ class Gateway:
         tracing.start("gateway", config.otlp_address)
         nodes = addresses()
         require_shared(config, len(nodes))
-        controller = Controller()
-        self._context = Context.open(config, ServeEngine(controller))
+        self._controller = Controller()
+        self._context = Context.open(config, ServeEngine(self._controller))
         self._context.artifacts.open()
         require_one_home(config, self._context.store, len(nodes))
         require_closed(config, self._context.store, nodes)
-        self._ready = Readiness(config, controller, supervisor)
+        self._ready = Readiness(config, self._controller, supervisor)
         self._memory = Memory.open(config, ServeWriter(writer))
         self._sessions = RaySessions(pool)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(THREADS, "gateway"))
-        return create_app(self._context, self._ready, memory=self._memory, sessions=self._sessions)
+        deployer = ServeDeployer(self._controller)
+        return create_app(self._context, self._ready, deployer, self._memory, self._sessions)
 
 
 def require_closed(config: Config, store: Store, nodes: Sequence[str]) -> None:
@@ -177,7 +178,7 @@ def create_app(
     app.state.memory = memory
     app.state.sessions = sessions or local_sessions
     app.state.ready = ready
-    app.state.deployer = deployer or ServeDeployer()
+    app.state.deployer = deployer or ServeDeployer(Controller())
     app.state.metrics = Metrics(context.store)
     app.router.routes += _routes()
     add_error_handlers(app)

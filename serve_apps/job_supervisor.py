@@ -23,6 +23,7 @@ from stack.added_models import Reconciler
 from stack.config import Config
 from stack.context import Context
 from stack.errors import StackError
+from stack.serve_controller import Controller
 from stack.shared_state import require_one_home, require_shared
 from stack.store import Job, faults
 
@@ -41,7 +42,7 @@ class JobSupervisor:
         tracing.start("job-supervisor", config.otlp_address)
         self._context = Context.open(config)
         self._attempts = Attempts(config, self._context.store, _connect, _address, self._nodes, self._forget)
-        self._models = Reconciler(config, self._context.store, ServeDeployer())
+        self._models = Reconciler(config, self._context.store, ServeDeployer(Controller()))
         self._problem: str | None = None
         loop = asyncio.get_running_loop()
         self._watchers = [loop.create_task(self._watch()), loop.create_task(self._watch_models())]

@@ -42,6 +42,13 @@ class Controller:
             seen = await self._answer(self._look)
         return seen
 
+    def applications_now(self) -> "dict[str, ApplicationStatusOverview]":
+        """The same for a thread, and not from before: of now, or as others are being told it. Raises Away."""
+        try:
+            return self._ask(self._look).result(ANSWER_S)
+        except TimeoutError as error:
+            raise _silent() from error
+
     async def handle(self, application: str) -> Any:
         """The way to an application. Raises Away, and Serve's and Ray's own errors, where there is no such one, say."""
         from ray import serve
@@ -65,7 +72,7 @@ class Controller:
             # Others wait for the same, which one that goes must not cancel.
             return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._ask(ask, *about))), ANSWER_S)
         except TimeoutError as error:
-            raise Away(f"Ray Serve's controller has not answered within {ANSWER_S:g} s") from error
+            raise _silent() from error
 
     def _ask(self, ask: Callable[..., T], *about: Hashable) -> Future[T]:
         question = (ask, *about)
@@ -75,3 +82,7 @@ class Controller:
                 asked = self._asked[question] = self._threads.submit(ask, *about)
                 asked.add_done_callback(lambda _: self._asked.pop(question))
             return asked
+
+
+def _silent() -> Away:
+    return Away(f"Ray Serve's controller has not answered within {ANSWER_S:g} s")

@@ -22,6 +22,8 @@ with warnings.catch_warnings():
     from ray.serve.exceptions import RayServeException
     from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ServeStatus
 
+    from serve_apps.deployer import ServeDeployer
+
 SOON_S = 5.0
 RUNNING = ApplicationStatusOverview(ApplicationStatus.RUNNING, "", 0.0, {})
 
@@ -142,3 +144,20 @@ async def test_serves_own_faults_are_told(scripted: ScriptedServe) -> None:
         await controller.handle("unknown")
     scripted.status_fault = None
     assert await controller.applications() == {"small": RUNNING}
+
+
+async def test_threads_that_ask_for_the_models_wait_no_longer_either(scripted: ScriptedServe) -> None:
+    deployer = ServeDeployer(Controller())
+    asking = asyncio.gather(*(asyncio.to_thread(deployer.applications) for _ in range(3)), return_exceptions=True)
+    assert [type(answer) for answer in await asyncio.wait_for(asking, SOON_S)] == [Away] * 3
+    assert scripted.asked == ["status"]
+    scripted.answers.set()
+    assert list(await asyncio.to_thread(deployer.applications)) == ["small"]
+
+
+def test_the_models_are_asked_for_anew_each_time(scripted: ScriptedServe) -> None:
+    scripted.answers.set()
+    deployer = ServeDeployer(Controller())
+    for _ in range(2):
+        deployer.applications()
+    assert scripted.asked == ["status"] * 2
