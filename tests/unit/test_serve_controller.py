@@ -12,6 +12,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from stack import serve_controller
+from stack.config import LanguageModel
 from stack.errors import Away
 from stack.serve_controller import Controller
 from stack.serve_engine import ServeEngine
@@ -132,6 +133,13 @@ async def test_an_unanswered_way_does_not_hold_up_the_loops_own_threads(scripted
     assert await asyncio.wait_for(asyncio.to_thread(lambda: "free"), SOON_S) == "free"
     assert time.monotonic() - begun < SOON_S
     assert scripted.asked == ["small"]
+
+
+async def test_a_model_that_is_late_while_the_controller_is_silent_is_away(scripted: ScriptedServe) -> None:
+    engine = ServeEngine()
+    with pytest.raises(Away, match="has not answered within"):
+        async with engine._our_errors("small", LanguageModel(id="small", path="models/small")):
+            raise TimeoutError
 
 
 async def test_serves_own_faults_are_told(scripted: ScriptedServe) -> None:
