@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 NAME = "Ray Serve"  # what /health calls it where it does not answer
 ANSWER_S = 3.0
+# Of a way, for which a process that has not asked Serve before first has to find the controller.
+WAY_S = 10.0
 KEPT_S = 1.0
 # One for the state, which one call at a time asks for, and one for ways, so that first requests do not wait for it.
 THREADS = 2
@@ -39,7 +41,7 @@ class Controller:
         """The state of every application, as it was at most KEPT_S ago. Raises Away."""
         seen = self._seen
         if seen is None or time.monotonic() - self._seen_at > KEPT_S:
-            seen = await self._answer(self._look)
+            seen = await self._answer(ANSWER_S, self._look)
         return seen
 
     def applications_now(self) -> "dict[str, ApplicationStatusOverview]":
@@ -47,13 +49,13 @@ class Controller:
         try:
             return self._ask(self._look).result(ANSWER_S)
         except TimeoutError as error:
-            raise _silent() from error
+            raise _silent(ANSWER_S) from error
 
     async def handle(self, application: str) -> Any:
         """The way to an application. Raises Away, and Serve's and Ray's own errors, where there is no such one, say."""
         from ray import serve
 
-        return await self._answer(serve.get_app_handle, application)
+        return await self._answer(WAY_S, serve.get_app_handle, application)
 
     def _look(self) -> "dict[str, ApplicationStatusOverview]":
         from ray import serve
@@ -67,12 +69,12 @@ class Controller:
         self._seen, self._seen_at = seen, time.monotonic()
         return seen
 
-    async def _answer(self, ask: Callable[..., T], *about: Hashable) -> T:
+    async def _answer(self, seconds: float, ask: Callable[..., T], *about: Hashable) -> T:
         try:
             # Others wait for the same, which one that goes must not cancel.
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._ask(ask, *about))), ANSWER_S)
+            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._ask(ask, *about))), seconds)
         except TimeoutError as error:
-            raise _silent() from error
+            raise _silent(seconds) from error
 
     def _ask(self, ask: Callable[..., T], *about: Hashable) -> Future[T]:
         question = (ask, *about)
@@ -84,5 +86,5 @@ class Controller:
             return asked
 
 
-def _silent() -> Away:
-    return Away(f"Ray Serve's controller has not answered within {ANSWER_S:g} s")
+def _silent(seconds: float) -> Away:
+    return Away(f"Ray Serve's controller has not answered within {seconds:g} s")

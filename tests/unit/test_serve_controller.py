@@ -58,6 +58,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServe]:
     monkeypatch.setattr(serve, "status", scripted.status)
     monkeypatch.setattr(serve, "get_app_handle", scripted.get_app_handle)
     monkeypatch.setattr(serve_controller, "ANSWER_S", 0.1)
+    monkeypatch.setattr(serve_controller, "WAY_S", 0.1)
     yield scripted
     scripted.answers.set()
 
@@ -66,6 +67,7 @@ async def test_who_asks_meanwhile_waits_for_the_same_answer(
     scripted: ScriptedServe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve_controller, "ANSWER_S", 60.0)
+    monkeypatch.setattr(serve_controller, "WAY_S", 60.0)
     controller = Controller()
     asking = asyncio.gather(
         *(controller.applications() for _ in range(10)), *(controller.handle("small") for _ in range(10))
@@ -106,6 +108,7 @@ async def test_one_that_gives_up_takes_the_answer_from_nobody(
     scripted: ScriptedServe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve_controller, "ANSWER_S", 60.0)
+    monkeypatch.setattr(serve_controller, "WAY_S", 60.0)
     controller = Controller()
     leaves, stays = (asyncio.create_task(controller.handle("small")) for _ in range(2))
     await asyncio.sleep(0)
