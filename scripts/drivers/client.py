@@ -36,6 +36,10 @@ class Refused(Exception):
     """The stack has refused a request, or a job has not come to its end; the message says why."""
 
 
+class Missing(Refused):
+    """What was asked for is not there."""
+
+
 class Stack:
     """A stack that is asked by `client`, again where it is away for a while. While a job runs it is looked at again and
     again, `wait` seconds apart."""
@@ -112,7 +116,8 @@ def _answer(reply: httpx.Response) -> Any:
         why = _message(reply.json())
     except ValueError:
         why = reply.text[:500]
-    raise Refused(f"{reply.request.method} {reply.request.url.path} answered {reply.status_code}: {why}")
+    kind = Missing if reply.status_code == 404 else Refused
+    raise kind(f"{reply.request.method} {reply.request.url.path} answered {reply.status_code}: {why}")
 
 
 def _message(answer: Any) -> str:

@@ -8,11 +8,12 @@ for scripts.drivers.tune (see docs/synthetic-data.md).
 """
 
 import argparse
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
 
-from scripts.drivers.client import Refused, Stack, drive, new_id, say
+from scripts.drivers.client import Missing, Refused, Stack, drive, new_id, say
 
 API = "/synthetic_data_generation"
 
@@ -40,11 +41,26 @@ def run(stack: Stack, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def register(stack: Stack, uuid: str, rows: Path) -> str:
-    """Sends a file of dialogs and registers it as a data set; returns its id."""
-    described = {"columns": {"dialog": "dialog"}, "content_url": stack.upload(rows)}
+    """Sends a file of dialogs and registers it as a data set; returns its id.
+
+    A data set that has it already is taken, and nothing is sent. Raises Refused where its content is another one.
+    """
+    with rows.open("rb") as content:
+        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    # By the hash the stack itself tells whether it is the same.
+    url = _content_url(stack, uuid) or stack.upload(rows)
+    described = {"columns": {"dialog": "dialog"}, "content_url": url, "sha256": digest}
     stack.post("/datasets/create", {"uuid": uuid, "dataset": described})
     say(f"registered {rows} as {uuid}")
     return uuid
+
+
+def _content_url(stack: Stack, uuid: str) -> str | None:
+    """Where the content of a data set is that is registered already."""
+    try:
+        return str(stack.get("/datasets/get", dataset_uuid=uuid)["content_url"])
+    except Missing:
+        return None
 
 
 def generate(

@@ -62,6 +62,37 @@ def test_a_model_is_tuned_on_a_file_that_is_sent_and_is_served_then(
     assert tune.words(result) == "trained small:tune-1: loss 0.5"
 
 
+def uploads(client: TestClient) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = client.get("/datasets/uploads").json()
+    return found
+
+
+def test_a_run_that_was_broken_off_goes_on_with_the_same_rows_and_the_same_job(
+    client: TestClient, context: Context, rows: Path
+) -> None:
+    def breaks_off(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    def work(seconds: float) -> None:
+        start(context.store, "tune-1")
+        complete(context.store, "tune-1", {"checkpoints": []})
+
+    arguments = parsed(tune, "--rows", str(rows), "--job", "tune-1")
+    with pytest.raises(KeyboardInterrupt):
+        tune.run(Stack(client, breaks_off), arguments)
+    assert tune.run(Stack(client, work), arguments)["job_uuid"] == "tune-1"
+    assert len(uploads(client)) == 1, "nothing was sent again"
+
+
+def test_other_rows_under_the_name_of_a_data_set_are_refused_and_not_kept(client: TestClient, rows: Path) -> None:
+    stack = Stack(client)
+    generate.register(stack, "prompts", rows)
+    write_rows(rows, dialogs(5))
+    with pytest.raises(Refused, match=r"POST /datasets/create answered 409: .*another data set .* 'prompts'"):
+        generate.register(stack, "prompts", rows)
+    assert len(uploads(client)) == 1
+
+
 def test_a_job_that_fails_is_told_with_its_reason(client: TestClient, context: Context, rows: Path) -> None:
     stack = Stack(client, lambda seconds: fail(context.store, "evaluate-1", "the disk is full"))
     with pytest.raises(Refused, match="the job evaluate-1 failed: the disk is full"):
@@ -107,12 +138,14 @@ def test_what_the_stack_refuses_is_told_in_its_words(client: TestClient) -> None
 
 
 def scripted(answers: dict[str, Any], asked: dict[str, Any] | None = None) -> Stack:
-    """A stack that gives an answer to each path, and notes what it was asked by POST."""
+    """A stack that gives an answer to each path, 404 to others, and notes what it was asked by POST."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         path = request.url.path
         if asked is not None and request.method == "POST" and "json" in request.headers.get("content-type", ""):
             asked.setdefault(path, []).append(json.loads(request.content))
+        if path not in answers:
+            return httpx.Response(404, json={"error": {"message": f"there is nothing at {path}"}})
         found = answers[path]
         if callable(found):
             found = found(request)
