@@ -7,6 +7,7 @@ object. A key, where the stack asks for one, is in the environment variable STAC
 import argparse
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -130,8 +131,8 @@ def say(text: str) -> None:
 
 
 def new_id(what: str) -> str:
-    """An id for a job that is named by nobody."""
-    return f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}"
+    """An id for a job that is named by nobody: others may begin in the same second."""
+    return f"{what}-{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
 
 
 def drive(

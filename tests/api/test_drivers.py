@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,13 @@ def test_without_generations_it_learns_the_answers_that_are_there(rows: Path) ->
     assert "/synthetic_data_generation/jobs" not in asked
     assert asked["/post_training/supervised_fine_tune"][0]["dataset"] == "cycle-train"
     assert "turn" not in result
+
+
+def test_two_that_begin_in_one_second_have_two_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "gmtime", lambda: time.struct_time((2026, 1, 2, 3, 4, 5, 4, 2, 0)))
+    first, second = client.new_id("tune"), client.new_id("tune")
+    assert first.startswith("tune-20260102-030405-")
+    assert first != second
 
 
 # From the command line
