@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from scripts.drivers.client import Stack, drive, new_id, say
+from scripts.drivers.client import Refused, Stack, drive, new_id, say
 from scripts.drivers.tune import first_model
 
 API = "/agentic_system"
@@ -56,18 +56,35 @@ def open_session(stack: Stack, agent: str) -> str:
 
 
 def turn(stack: Stack, agent: str, session: str, message: str) -> dict[str, Any]:
-    """One turn, with its steps as they come: its id, its answer, and the kinds of its steps."""
+    """One turn, with its steps as they come: its id, its answer, and the kinds of its steps.
+
+    Raises Refused where its stream ends before it: it awaits an approval, or goes on without us.
+    """
     body = {
         "agent_id": agent, "session_id": session, "stream": True,
         "messages": [{"role": "user", "content": message}],
     }  # fmt: skip
-    whole: dict[str, Any] = {}
+    turn_id, whole = None, None
     for event in stack.events(f"{API}/turn/create", body):
         payload = event["event"]["payload"]
-        if payload["event_type"] == "step_complete":
-            say(told(payload["step_details"]))
-        elif payload["event_type"] == "turn_complete":
-            whole = payload["turn"]
+        match payload["event_type"]:
+            case "turn_start":
+                turn_id = payload["turn_id"]
+            case "step_complete":
+                say(told(payload["step_details"]))
+            case "turn_awaiting_approval":
+                ids = ", ".join(one["call_id"] for one in payload["tool_calls"])
+                raise Refused(
+                    f"the turn {payload['turn_id']} of the agent {agent} awaits approval of {_calls(payload)}: "
+                    f"POST {API}/turn/approve decides of {ids}, and GET {API}/turn/events follows it then"
+                )
+            case "turn_complete":
+                whole = payload["turn"]
+    if whole is None:
+        raise Refused(
+            f"the stream of the turn {turn_id} of the agent {agent} has ended before it, which goes on: "
+            f"GET {API}/turn/get tells how it is"
+        )
     steps = [step["step_type"] for step in whole["steps"]]
     return {"turn_id": whole["turn_id"], "answer": whole["output_message"]["content"], "steps": steps}
 
@@ -76,14 +93,17 @@ def told(step: dict[str, Any]) -> str:
     """What a step was, in a line."""
     match step["step_type"]:
         case "tool_execution":
-            calls = ", ".join(f"{one['tool_name']}({one['arguments']})" for one in step["tool_calls"])
-            return f"tools: {calls} → {[one['content'] for one in step['tool_responses']]}"
+            return f"tools: {_calls(step)} → {[one['content'] for one in step['tool_responses']]}"
         case "memory_retrieval":
             return f"memory: looked in {', '.join(step['memory_bank_ids'])}"
         case "shield_call":
             return "shield: " + ("violated" if step["response"].get("is_violation") else "well")
         case _:
             return "inference"
+
+
+def _calls(of: dict[str, Any]) -> str:
+    return ", ".join(f"{one['tool_name']}({one['arguments']})" for one in of["tool_calls"])
 
 
 def _lines() -> Iterator[str]:

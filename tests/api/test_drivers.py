@@ -212,6 +212,26 @@ def test_a_turn_that_breaks_off_is_told() -> None:
         agent.run(scripted(broken), parsed(agent, "Hello"))
 
 
+START = {"event_type": "turn_start", "turn_id": "turn-1"}
+AWAITING = {
+    "event_type": "turn_awaiting_approval",
+    "turn_id": "turn-1",
+    "tool_calls": [{"call_id": "call_7", "tool_name": "send_mail", "arguments": {"to": "Ann"}}],
+}
+
+
+@pytest.mark.parametrize(
+    ("payloads", "told"),
+    [
+        ((START, AWAITING), r"turn-1 of the agent agent-1 awaits .* of send_mail\({'to': 'Ann'}\): .* of call_7,"),
+        ((START,), "the stream of the turn turn-1 of the agent agent-1 has ended before it"),
+    ],
+)
+def test_a_turn_that_is_not_whole_when_its_stream_ends_is_told(payloads: tuple[dict[str, Any], ...], told: str) -> None:
+    with pytest.raises(Refused, match=told):
+        agent.run(scripted(AGENT | {"/agentic_system/turn/create": events(*payloads)}), parsed(agent, "Hello"))
+
+
 GENERATED = {
     "/datasets/upload": {"content_url": "upload://rows.jsonl"},
     "/datasets/create": {},
