@@ -28,7 +28,7 @@ _STATES = {
     ApplicationStatus.DEPLOYING: ModelState.starting,
     ApplicationStatus.RUNNING: ModelState.running,
     ApplicationStatus.DEPLOY_FAILED: ModelState.failed,
-    ApplicationStatus.UNHEALTHY: ModelState.failed,
+    ApplicationStatus.UNHEALTHY: ModelState.starting,  # it has been well, and Serve starts it again
     ApplicationStatus.DELETING: ModelState.stopping,
 }
 

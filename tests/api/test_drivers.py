@@ -16,7 +16,9 @@ from fastapi.testclient import TestClient
 
 from scripts.drivers import agent, client, evaluate, generate, life_cycle, serve, tune
 from scripts.drivers.client import Refused, Stack
+from stack.added_models import Application
 from stack.api.evaluations import CompareEvaluationsRequest, EvaluateQuestionAnsweringRequest
+from stack.api.models import ModelState
 from stack.api.post_training import PostTrainingSFTRequest
 from stack.api.synthetic_data_generation import SyntheticDataJobRequest
 from stack.config import ROOT
@@ -121,10 +123,50 @@ def test_a_model_is_added_and_waited_for(client: TestClient, deployer: ScriptedD
         deployer.running["other"] = RUNNING
 
     stack.post("/models/add", json.loads('{"id": "other", "path": "models/small", "context": 256}'))
-    models = serve.ready(stack, work)
+    models = serve.ready(stack, "other", work)
     assert {one["id"]: one["state"] for one in models} == {"small": "running", "other": "running"}
     assert arguments.add == entry
     assert "other  added, running, 1 replicas" in serve.words({"models": models})
+
+
+FAILED = Application(ModelState.failed, 0, "No GPU.")
+
+
+def test_a_model_that_ray_serve_starts_again_is_waited_for(
+    client: TestClient, deployer: ScriptedDeployer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(seconds: float) -> None:
+        deployer.running["small"] = RUNNING
+
+    deployer.running["small"] = Application(ModelState.starting, 0, "It is ill.")
+    assert [one["state"] for one in serve.ready(Stack(client), None, work)] == ["running"]
+    assert capsys.readouterr().err == "waiting for small (starting: It is ill.)\n"
+
+
+def test_only_the_model_that_was_added_is_refused_where_it_cannot_start(
+    client: TestClient, deployer: ScriptedDeployer, home: Path
+) -> None:
+    stack = Stack(client)
+    stack.post("/models/add", {"id": "other", "path": "models/small", "context": 256})
+    deployer.running |= {"small": FAILED, "other": RUNNING}
+    models = serve.ready(stack, "other")
+    assert {one["id"]: one["state"] for one in models} == {"small": "failed", "other": "running"}
+    assert "small  config, failed, 0 replicas: No GPU." in serve.words({"models": models})
+    assert serve.ready(stack) == models
+    deployer.running["other"] = FAILED
+    with pytest.raises(Refused, match=r"the model other cannot start: No GPU\."):
+        serve.ready(stack, "other")
+
+
+def test_a_model_that_was_removed_is_waited_for_until_it_is_gone(
+    client: TestClient, context: Context, deployer: ScriptedDeployer
+) -> None:
+    stack = Stack(client)
+    stack.post("/models/add", {"id": "other", "path": "models/small", "context": 256})
+    deployer.running |= {"small": Application(ModelState.starting), "other": RUNNING}
+    stack.post("/models/remove", {"model_id": "other"})
+    models = serve.ready(stack, "other", lambda seconds: context.store.models.forget("other"))
+    assert [one["id"] for one in models] == ["small"], "for others, which may take long, it does not wait"
 
 
 def test_what_the_stack_refuses_is_told_in_its_words(client: TestClient) -> None:

@@ -68,7 +68,7 @@ def overview(
             overview(ApplicationStatus.DEPLOY_FAILED, "Failed to update the deployments ['LLM:extra'].", FAILED),
             Application(ModelState.failed, 0, REASON),
         ),
-        (overview(ApplicationStatus.UNHEALTHY, "It is ill."), Application(ModelState.failed, 0, "It is ill.")),
+        (overview(ApplicationStatus.UNHEALTHY, "It is ill."), Application(ModelState.starting, 0, "It is ill.")),
     ],
 )  # fmt: skip
 def test_an_application_has_a_state_its_running_replicas_and_a_reason_if_it_does_not_run(
