@@ -2,7 +2,7 @@
 
 import logging
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import psutil
@@ -41,6 +41,11 @@ def listening_host() -> str | None:
 def host_of(details: Mapping[str, Any]) -> str:
     """The host in Serve's details, which leave out what was not set when Serve was started."""
     return str(details.get("http_options", {}).get("host", HTTPOptions().host))
+
+
+def is_open(nodes: Iterable[str]) -> bool:
+    """Whether a Ray with nodes at these addresses listens beyond loopback."""
+    return not set(nodes).issubset(LOOPBACK)
 
 
 def interfaces() -> set[str]:

@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.routing import BaseRoute
 
-from serve_apps.address import dashboard_hosts, interfaces, listening_host
+from serve_apps.address import dashboard_hosts, interfaces, is_open, listening_host
 from serve_apps.deployer import ServeDeployer
 from serve_apps.errors import ENVELOPE_SCHEMA, add_error_handlers
 from serve_apps.job_supervisor import JobSupervisor
@@ -138,13 +138,14 @@ class Gateway:
 def require_closed(config: Config, store: Store, nodes: Sequence[str]) -> None:
     """Raises Unauthorized where others could use the stack without a key, or Ray itself.
 
-    `nodes` are the addresses of Ray's. On one, where nobody can be asked where Serve listens, middleware.Authenticate
+    `nodes` are the addresses of Ray's; of what else they have, that of this one and of the head is looked at here, and
+    that of others by node_locks.py. On one, where nobody can be asked where Serve listens, middleware.Authenticate
     refuses other machines all the same. Of several, all but the head cannot ask: its dashboard is on its loopback.
     """
     host, are_several = listening_host(), len(nodes) > 1
     if host is not None or are_several:
         require_keys(store, host)
-    if are_several or (host is not None and not is_loopback(host)):
+    if are_several or is_open(nodes) or (host is not None and not is_loopback(host)):
         require_locked(os.environ, nodes, dashboard_hosts(), interfaces(), firewalled=config.firewalled)
 
 

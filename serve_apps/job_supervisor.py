@@ -1,8 +1,9 @@
 """The job supervisor: a Serve deployment of one replica that hands accepted jobs to Ray and watches the attempts.
 
 It brings Ray's jobs in line with the store once a second: see serve_apps/attempts.py. So it does with the applications
-of models that were added: see stack/added_models.py. A new replica starts from the store, so nothing is lost when one
-dies. Once a day it sweeps what interrupted uploads and jobs have left.
+of models that were added: see stack/added_models.py. It looks whether Ray is locked on nodes that join: see
+serve_apps/node_locks.py. A new replica starts from the store, so nothing is lost when one dies. Once a day it sweeps
+what interrupted uploads and jobs have left.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serve_apps.attempts import Attempts
 from serve_apps.deployer import ServeDeployer
-from serve_apps.placement import ON_HEAD, alive_nodes
+from serve_apps.node_locks import NodeLocks, addresses_of
+from serve_apps.placement import ON_HEAD, addresses_by_id, alive_nodes
 from serve_apps.replica_ports import listen_inside
 from stack import experiments, jobs, made_datasets, tracing, uploads
 from stack.added_models import Reconciler
@@ -30,6 +32,7 @@ from stack.store import Job, faults
 logger = logging.getLogger("ray.serve")
 
 INTERVAL_S = 1.0
+LOCKS_S = 10.0
 SWEEP_S = 24 * 3600.0
 
 
@@ -44,8 +47,11 @@ class JobSupervisor:
         self._attempts = Attempts(config, self._context.store, _connect, _address, self._nodes, self._forget)
         self._models = Reconciler(config, self._context.store, ServeDeployer(Controller()))
         self._problem: str | None = None
+        self._locks = NodeLocks(config.firewalled, addresses_of)
+        self._unlocked: str | None = None
         loop = asyncio.get_running_loop()
-        self._watchers = [loop.create_task(self._watch()), loop.create_task(self._watch_models())]
+        watching = (self._watch(), self._watch_models(), self._watch_locks())
+        self._watchers = [loop.create_task(one) for one in watching]
         self._sweeper = loop.create_task(self._sweep_daily())
 
     def check_health(self) -> None:
@@ -55,8 +61,8 @@ class JobSupervisor:
                 watcher.result()
 
     async def problem(self) -> str | None:
-        """Why jobs cannot be handed to Ray, if they cannot."""
-        return self._problem
+        """Why jobs cannot be handed to Ray, and on how many nodes Ray is not locked, if that is so."""
+        return "; ".join(one for one in (self._problem, self._unlocked) if one) or None
 
     def _nodes(self) -> list[dict[str, float]]:
         """What each node has. Raises BadInput where nodes have joined that do not reach what all share."""
@@ -87,6 +93,15 @@ class JobSupervisor:
             except (StackError, SQLAlchemyError) as error:  # Ray Serve or the database is away
                 logger.warning("the added models cannot be looked after: %s", _words_of(error))
             await asyncio.sleep(INTERVAL_S)
+
+    async def _watch_locks(self) -> None:
+        """Beside `_watch`, as a node may take a while to answer."""
+        while True:
+            try:
+                self._unlocked = await asyncio.to_thread(lambda: self._locks.look(addresses_by_id()))
+            except (OSError, RuntimeError, RayError) as error:  # Ray is away
+                logger.warning("it cannot be asked whether Ray is locked on its nodes: %s", error)
+            await asyncio.sleep(LOCKS_S)
 
     async def _sweep_daily(self) -> None:
         while True:

@@ -28,7 +28,12 @@ def alive_nodes() -> list[dict[str, float]]:
 
 def addresses() -> list[str]:
     """Those of the living nodes, to which Ray's ports are bound."""
-    return [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return list(addresses_by_id().values())
+
+
+def addresses_by_id() -> dict[str, str]:
+    """The same, by the ids of the nodes."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
 def of_bundles(options: dict[str, Any]) -> dict[str, Any]:

@@ -336,9 +336,9 @@ class Config(Wire):
     bodies of other requests. A gateway answers `max_requests` at once.
     Traces go to `otlp_address` (OTLP over HTTP), if there is one. `agents` bounds the turns of agents.
 
-    Ray listens at all addresses of its nodes: where some of them are of the internet, a gateway that others reach
-    starts only if the config says that the nodes are `firewalled`: that a firewall such as clusters/firewall.nft closes
-    Ray's ports at these.
+    Ray listens at all addresses of its nodes, but of one on 127.0.0.1: where some of them are of the internet, a
+    gateway starts only if the config says that the nodes are `firewalled`: that a firewall such as
+    clusters/firewall.nft closes Ray's ports at these.
 
     What a model is asked and what it answers passes the `shields` that `model_shields` names by the model's id, or by
     "*" for all models that it does not name.
