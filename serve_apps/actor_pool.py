@@ -307,7 +307,7 @@ class Pool:
             claim = self._claims[seat.session_id] = Claim(seat.tenant, seat.session_id, {})
             claim.member.set_result(member)
             self._do(self._attend(claim, member, is_taken=True))
-        else:  # another has been given the session: what this one writes is not written, and it ends by that
+        else:  # another has been given the session: what this one writes is not written, and it leaves it by that
             self._do(self._leave_alone(member))
 
     async def _leave_alone(self, member: Member) -> None:

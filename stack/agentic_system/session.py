@@ -114,7 +114,11 @@ class Session:
         self._when_idle(self)
 
     async def _run_all(self) -> None:
-        """Runs all turns that can be run. A database that is away is waited for, for some seconds."""
+        """Runs all turns that can be run. A database that is away is waited for, for some seconds.
+
+        Where another owner has taken a turn, the session is left to it, with all that waits in it: who takes back what
+        was taken from him breaks off the other's step each time, until the turn fails by that.
+        """
         failures = 0
         while failures <= RETRIES:
             try:
@@ -123,6 +127,10 @@ class Session:
                     failures = 0
                 for turn_id, stream in list(self._streams.items()):  # of turns that were cancelled while they waited
                     await self._tell_if_ended(turn_id, stream)
+                return
+            except Conflict:  # superseded
+                self._has_more = False
+                self._leave(Unavailable(ELSEWHERE))
                 return
             except (SQLAlchemyError, JournalLost) as error:
                 why = reason(error) if isinstance(error, SQLAlchemyError) else str(error)
@@ -143,6 +151,7 @@ class Session:
         return None
 
     async def _run_turn(self, turn: Turn) -> None:
+        """Runs a turn that was taken. Raises Conflict with the code "superseded" where it is run elsewhere by now."""
         stream = self._streams.setdefault(turn.id, begun(turn.id))
         run = TurnRun(self._place, turn, stream, self._past, self._keys.get(turn.id, {}))
         self._run = run
@@ -150,8 +159,6 @@ class Session:
             run.cancel()
         try:
             turn = await run.run()
-        except StackError:  # superseded: it is run elsewhere by now
-            stream.leave(Unavailable(ELSEWHERE))
         finally:
             self._current, self._run, self._is_to_cancel = None, None, False
         if run.is_cancelled and turn.state == TurnState.awaiting_approval:

@@ -123,6 +123,37 @@ async def test_a_session_that_fails_by_our_fault_is_left_and_not_held(
     assert said(await agents.look(turn)) == "Paris"
 
 
+async def test_who_has_lost_a_turn_to_another_does_not_take_it_back(agents_of: MakeAgents, model: Model) -> None:
+    begun, is_taken, is_left = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def look(_: Call) -> str:
+        if not begun.is_set():
+            begun.set()
+            await is_taken.wait()
+        elif not is_taken.is_set():
+            is_taken.set()
+            await is_left.wait()
+        return "all is well"
+
+    model.say = lambda body: "Fine." if len(body["messages"]) > 6 else call("look")
+    agents = agents_of(Tool("look", look))
+    session = await agents.session()
+    turn = await agents.begin(session, "Look!")
+    waiting = await agents.begin(session, "And now?")
+    readers = [asyncio.ensure_future(agents.events(one)) for one in (turn, waiting)]
+    await begun.wait()
+    others = LocalSessions(agents.place)
+    others.wake("default", session[1])
+    for reader in readers:
+        with pytest.raises(Unavailable, match="run elsewhere"):
+            await reader
+    await agents.sessions.until_idle()
+    is_left.set()
+    await others.until_idle()
+    ended = [await asyncio.to_thread(agents.context.store.turns.get, "default", one.id) for one in (turn, waiting)]
+    assert [(one.state, one.epoch) for one in ended if one] == [("completed", 2), ("completed", 1)]
+
+
 class LateSessions(LocalSessions):
     """A pool that has told an actor of a turn, and then does not answer in time."""
 
