@@ -90,7 +90,7 @@ class Bench:
         self._config = config
         self._store = store
         nodes = [{"CPU": 2.0, "GPU": 0.0}]
-        self._attempts = Attempts(config, store, EndlessJobs, lambda: "nowhere", lambda: nodes, lambda _: None)
+        self._attempts = Attempts(config, store, EndlessJobs, lambda: "nowhere", "bench", lambda: nodes, lambda _: None)
         self._home = home
         self._random = random.Random(1)  # the same at every run
         self._data = home / "data" / "questions.jsonl"

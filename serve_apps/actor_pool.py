@@ -5,12 +5,16 @@ one. A few actors wait for sessions, as starting one takes seconds; one that has
 or ends after a while. An actor that dies is replaced by another, which goes on by the journal; and once a second the
 pool looks for turns that nobody runs, as whoever was to tell of them has died. The actors outlive the pool: a new
 replica finds them by their names.
+
+Where another cluster works by the same database, the turns that it runs are left to it as long as its pool says that
+it lives.
 """
 
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +28,14 @@ from serve_apps.shared_engine import fingerprint
 from stack.config import Config
 from stack.errors import StackError, TooManyRequests, Unavailable
 from stack.store import Store, faults
+from stack.store.clusters import HEARD_S
 from stack.store.turns import Due
 
 logger = logging.getLogger("ray.serve")
 
 INTERVAL_S = 1.0
+# How often the pool says that its cluster lives.
+TELL_S = HEARD_S / 4
 MAX_WAITING = 1_000
 PREFIX = "session:"
 # How long a waiting actor may take to take a session, until the session is said to wait.
@@ -62,13 +69,14 @@ class Claim:
 
 
 class Pool:
-    """Actors, free ones and those of sessions. It looks after them while `watch` runs."""
+    """Actors of a cluster, free ones and those of sessions. It looks after them while `watch` runs."""
 
-    def __init__(self, config: Config, store: Store, actors: Actors) -> None:
+    def __init__(self, config: Config, store: Store, actors: Actors, cluster: str) -> None:
         self._config = config
         self._fingerprint = fingerprint(config)
         self._store = store
         self._actors = actors
+        self._cluster = cluster
         self._free: dict[Member, float] = {}  # since when, in the order of that
         self._claims: dict[str, Claim] = {}
         self._waiting: list[Claim] = []
@@ -100,10 +108,14 @@ class Pool:
     async def find(self, tenant: str, session_id: str, lost: str | None) -> Member:
         """The actor of a session that has something to be run, once it has one: another one than that named `lost`.
 
-        Raises TooManyRequests where too many sessions wait.
+        It has none while another cluster runs its turn. Raises TooManyRequests where too many sessions wait, and
+        Unavailable.
         """
         await self._look_first(session_id)
         while True:
+            if session_id not in self._claims and await self._is_elsewhere(session_id):
+                await asyncio.sleep(INTERVAL_S)
+                continue
             claim = self._claims.get(session_id) or self._claim(tenant, session_id, {})
             member = await asyncio.shield(claim.member)
             if member.name != lost:
@@ -120,14 +132,16 @@ class Pool:
         """Returns once it is known whether an actor of another pool has the session. Raises Unavailable."""
         await self._has_looked.wait()
         while self._unheard and session_id not in self._claims:
-            try:
+            with _looking_up():
                 owner = await asyncio.to_thread(self._store.turns.owner_of, session_id)
-            except SQLAlchemyError as error:
-                raise Unavailable(f"whether the session is run cannot be looked up: {faults.reason(error)}") from error
             heard = self._unheard.get(owner) if owner is not None else None
             if heard is None:
                 return
             await heard.wait()
+
+    async def _is_elsewhere(self, session_id: str) -> bool:
+        with _looking_up():
+            return await asyncio.to_thread(self._store.turns.is_elsewhere, session_id, self._cluster)
 
     # Claims and members
 
@@ -219,7 +233,7 @@ class Pool:
             member.handle.leave.remote()
 
     async def _start_one(self) -> None:
-        name = f"{PREFIX}{uuid.uuid4().hex}"
+        name = f"{PREFIX}{uuid.uuid4().hex}@{self._cluster}"  # which is the owner of the turns that it takes
         try:
             handle = await self._actors.launch(name)
         except (RayError, StackError) as error:  # the watcher has it tried again
@@ -248,10 +262,14 @@ class Pool:
         self._has_looked.set()
         self._most_starting = await self._actors.most_at_once()
         before: set[Due] = set()
+        told = -TELL_S
         last_round = asyncio.get_running_loop().time()
         while True:
             try:
-                due = set(await asyncio.to_thread(self._store.turns.due))
+                if (now := asyncio.get_running_loop().time()) - told >= TELL_S:
+                    await asyncio.to_thread(self._store.clusters.tell, self._cluster)
+                    told = now
+                due = set(await asyncio.to_thread(self._store.turns.due, self._cluster))
                 # Of one that was accepted just now, the gateway is about to tell.
                 self._take_up(due & before)
                 before = due
@@ -340,3 +358,12 @@ class Pool:
         except (RayError, StackError, TimeoutError):
             if self._free.pop(member, None) is not None:
                 await self._actors.kill(member.handle)
+
+
+@contextmanager
+def _looking_up() -> Iterator[None]:
+    """Raises Unavailable where the database is away."""
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise Unavailable(f"whether the session is run cannot be looked up: {faults.reason(error)}") from error

@@ -49,8 +49,8 @@ class Client(Protocol):
 
 
 class Attempts:
-    """`connect` makes a client of Ray's jobs, `address` is that of their Ray, `nodes` tells what each living node has,
-    and `forget` removes the data sets that a job has registered which has no result."""
+    """`connect` makes a client of Ray's jobs, `address` is that of their Ray and `cluster` its name, `nodes` tells what
+    each living node has, and `forget` removes the data sets that a job has registered which has no result."""
 
     def __init__(
         self,
@@ -58,6 +58,7 @@ class Attempts:
         store: Store,
         connect: Callable[[], Client],
         address: Callable[[], str],
+        cluster: str,
         nodes: Callable[[], list[dict[str, float]]],
         forget: Callable[[Job], None],
         clock: Callable[[], float] = time.monotonic,
@@ -66,6 +67,7 @@ class Attempts:
         self._store = store
         self._connect = connect
         self._address = address
+        self._cluster = cluster
         self._nodes = nodes
         self._forget = forget
         self._clock = clock
@@ -120,7 +122,7 @@ class Attempts:
     def _look_at(self, client: Client, job: Job, attempt: Attempt) -> None:
         details = _details(client, attempt.submission_id)
         if details is None:
-            if self._is_silent(attempt):
+            if self._is_silent(attempt) and not self._is_elsewhere(attempt):
                 self._lose(job, attempt, "its Ray job is gone: Ray was started anew while it ran")
         elif details.status in _ENDED:
             self._close(job, attempt, details)
@@ -135,6 +137,10 @@ class Attempts:
             self._silent[key] = (attempt.heartbeat, self._clock())
             return False
         return self._clock() - since >= LEASE_S
+
+    def _is_elsewhere(self, attempt: Attempt) -> bool:
+        """Whether an attempt is another living cluster's, where it may wait for long until its driver begins."""
+        return attempt.cluster is not None and attempt.cluster in self._store.clusters.others(self._cluster)
 
     def _close(self, job: Job, attempt: Attempt, details: JobDetails) -> None:
         """Closes an attempt whose driver has ended without saying how."""
@@ -212,7 +218,7 @@ class Attempts:
         number = job.attempts + 1
         submission_id = jobs.submission_id(job.tenant, job.uuid, number)
         # The row first: a Ray job without one is a stray, a row without a Ray job is an attempt that is lost.
-        if not self._store.jobs.open_attempt(job.id, number, submission_id):
+        if not self._store.jobs.open_attempt(job.id, number, submission_id, self._cluster):
             return
         # Ray tells a driver of the Ray that was started last on its machine, which may be another one. The code is that
         # of who submits it, which need not be what Ray was started with.

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from serve_apps.attempts import Attempts
 from serve_apps.deployer import ServeDeployer
 from serve_apps.node_locks import NodeLocks, addresses_of
-from serve_apps.placement import ON_HEAD, addresses_by_id, alive_nodes
+from serve_apps.placement import ON_HEAD, addresses_by_id, alive_nodes, cluster
 from serve_apps.replica_ports import listen_inside
 from stack import experiments, jobs, made_datasets, tracing, uploads
 from stack.added_models import Reconciler
@@ -44,7 +44,7 @@ class JobSupervisor:
     def __init__(self, config: Config) -> None:
         tracing.start("job-supervisor", config.otlp_address)
         self._context = Context.open(config)
-        self._attempts = Attempts(config, self._context.store, _connect, _address, self._nodes, self._forget)
+        self._attempts = Attempts(config, self._context.store, _connect, _address, cluster(), self._nodes, self._forget)
         self._models = Reconciler(config, self._context.store, ServeDeployer(Controller()))
         self._problem: str | None = None
         self._locks = NodeLocks(config.firewalled, addresses_of)

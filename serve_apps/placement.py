@@ -36,6 +36,11 @@ def addresses_by_id() -> dict[str, str]:
     return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
 
 
+def cluster() -> str:
+    """The name of this Ray: each that is started has another, and a head that is started again by Redis the same."""
+    return ray.get_runtime_context().get_session_name()
+
+
 def of_bundles(options: dict[str, Any]) -> dict[str, Any]:
     """The options of a deployment that has bundles of resources, with those nodes alone for each of the bundles."""
     return options | {"placement_group_bundle_label_selector": [NOT_SPOT for _ in options["placement_group_bundles"]]}

@@ -12,7 +12,7 @@ from ray import serve
 
 from serve_apps.actor_calls import NAMESPACE, answer_of
 from serve_apps.actor_pool import PREFIX, Pool
-from serve_apps.placement import WAITS
+from serve_apps.placement import WAITS, cluster
 from serve_apps.pool_members import Keys, Member
 from serve_apps.replica_ports import listen_inside
 from serve_apps.session_actor import SessionActor
@@ -83,7 +83,7 @@ class SessionPool:
 
     def __init__(self, config: Config) -> None:
         tracing.start("session-pool", config.otlp_address)
-        self._pool = Pool(config, Store(config.store_url), RayActors(config))
+        self._pool = Pool(config, Store(config.store_url), RayActors(config), cluster())
         self._watcher = asyncio.get_running_loop().create_task(self._pool.watch())
 
     def check_health(self) -> None:

@@ -129,7 +129,7 @@ class Session:
                     await self._tell_if_ended(turn_id, stream)
                 return
             except Conflict:  # superseded
-                self._has_more = False
+                self._current, self._has_more = None, False
                 self._leave(Unavailable(ELSEWHERE))
                 return
             except (SQLAlchemyError, JournalLost) as error:
@@ -140,7 +140,10 @@ class Session:
         self._leave(Unavailable("the journal of the turn cannot be written now; it goes on later"))
 
     async def _taken(self) -> Turn | None:
-        """The next turn, taken; None where there is none, or it awaits approval."""
+        """The next turn, taken; None where there is none, or it awaits approval.
+
+        Raises Conflict with the code "superseded" where another cluster runs it.
+        """
         while (turn := await asyncio.to_thread(self._context.store.turns.next_of, self.id)) is not None:
             if turn.state == TurnState.awaiting_approval:
                 break

@@ -8,6 +8,7 @@ for the job supervisor and the administrator, say so in their docstring.
 from stack.store.adapters import Adapter, Adapters
 from stack.store.agentic_system import Agents
 from stack.store.artifacts import Artifact, Artifacts
+from stack.store.clusters import Clusters
 from stack.store.connection import connect, now
 from stack.store.datasets import Datasets
 from stack.store.experiments import Experiments
@@ -37,6 +38,7 @@ class Store:
         self.keys = Keys(self.engine)
         self.datasets = Datasets(self.engine)
         self.home = Home(self.engine)
+        self.clusters = Clusters(self.engine)
         self.jobs = Jobs(self.engine)
         self.adapters = Adapters(self.engine)
         self.models = AddedModels(self.engine)

@@ -84,6 +84,7 @@ class Attempt:
     ended_at: str | None
     exit_reason: str | None
     retryable: bool | None
+    cluster: str | None = None
 
 
 @dataclass(frozen=True)
@@ -259,15 +260,15 @@ class Jobs:
             by_id = {row["id"]: Job(**row) for row in connection.execute(rows).mappings()}
         return [(by_id[attempt.job_id], attempt) for attempt in found]
 
-    def open_attempt(self, job_id: int, number: int, submission_id: str) -> bool:
-        """Opens an attempt at a waiting job; False if it does not wait any more."""
+    def open_attempt(self, job_id: int, number: int, submission_id: str, cluster: str | None = None) -> bool:
+        """Opens an attempt at a waiting job, on this cluster; False if it does not wait any more."""
         with self._taken(job_id) as connection:
             waits = (jobs.c.id == job_id) & (jobs.c.status == JobStatus.scheduled) & jobs.c.cancelled_at.is_(None)
             waiting = update(jobs).where(waits, ~_is_under_way()).values(waiting_for=None)
             # Another supervisor may have opened this one, and lost it too, since ours looked.
             if _has_attempt(connection, job_id, number) or connection.execute(waiting).rowcount != 1:
                 return False
-            _open_attempt(connection, job_id, number, submission_id)
+            _open_attempt(connection, job_id, number, submission_id, cluster)
         return True
 
     def set_waiting_for(self, job_id: int, reason: str | None) -> None:
@@ -470,9 +471,11 @@ def _is_further(connection: Connection, job_id: int, progress: dict[str, Any]) -
     return bool(progress["done"] > before)
 
 
-def _open_attempt(connection: Connection, job_id: int, number: int, submission_id: str) -> None:
+def _open_attempt(
+    connection: Connection, job_id: int, number: int, submission_id: str, cluster: str | None = None
+) -> None:
     row = dict(job_id=job_id, number=number, submission_id=submission_id, heartbeat=0, started_at=now())
-    connection.execute(insert(attempts).values(**row))
+    connection.execute(insert(attempts).values(**row, cluster=cluster))
 
 
 def _close_attempt(connection: Connection, job_id: int, number: int, reason: str, *, retryable: bool) -> bool:

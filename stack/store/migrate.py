@@ -10,7 +10,7 @@ from stack.store.connection import hold, writing
 from stack.store.schema import schema
 
 # The newest step. Every process asks whether a store has it as it opens the store, without loading alembic.
-HEAD = "0008"
+HEAD = "0009"
 # The tables of the first release, which wrote down no revision.
 FIRST = "0001"
 FIRST_TABLES = {"adapters", "datasets", "jobs", "metrics"}

@@ -54,6 +54,14 @@ home = Table(
     Column("id", String(32), nullable=False),
 )
 
+# Ray's clusters that work by this database, and when each has said the last time that it lives.
+clusters = Table(
+    "clusters",
+    schema,
+    Column("id", _Id, primary_key=True),
+    Column("told_at", _Time, nullable=False),
+)
+
 datasets = Table(
     "datasets",
     schema,
@@ -155,6 +163,7 @@ attempts = Table(
     Column("ended_at", _Time),
     Column("exit_reason", Text),
     Column("retryable", Boolean),
+    Column("cluster", _Id),
     # No two processes can open an attempt at the same job, whatever they have read before.
     Index("open_attempts", "job_id", unique=True, sqlite_where=_is_open, postgresql_where=_is_open),
 )

@@ -1,8 +1,9 @@
 """The rows of turns and of their steps: the journal, by which a turn goes on where it was, whoever runs it.
 
-A turn is run by the owner that took it last. Each `take` raises the turn's epoch, and whatever an owner writes is
-written only while the epoch is still its own: one that was given up for dead and lives on can write nothing more. It
-finds that out by the error Conflict with the code "superseded"; so it does where the turn was deleted.
+A turn is run by the owner that took it last; that of another living cluster (stack/store/clusters.py) is left to it.
+Each `take` raises the turn's epoch, and whatever an owner writes is written only while the epoch is still its own: one
+that was given up for dead and lives on can write nothing more. It finds that out by the error Conflict with the code
+"superseded"; so it does where the turn was deleted.
 """
 
 import uuid
@@ -16,6 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, exists, fu
 
 from stack.api.agentic_system import TurnState
 from stack.errors import Conflict
+from stack.store.clusters import cluster_of, others
 from stack.store.connection import now, past, writing
 from stack.store.schema import agent_sessions, steps, tool_runs, turns
 
@@ -324,15 +326,18 @@ class Turns:
 
     # What whoever runs turns does
 
-    def due(self) -> list[Due]:
-        """The sessions of all tenants that have a turn to be run, or one that is run."""
+    def due(self, cluster: str | None = None) -> list[Due]:
+        """The sessions of all tenants that have a turn to be run, or one that is run, but for those that are run by
+        another living cluster than this one."""
         first = select(turns.c.session_id, func.min(turns.c.number).label("number"))
         first_of = first.where(turns.c.state.in_(UNFINISHED)).group_by(turns.c.session_id).subquery()
         query = select(turns.c.tenant, turns.c.session_id, turns.c.id, turns.c.state, turns.c.owner)
         same = (first_of.c.session_id == turns.c.session_id) & (first_of.c.number == turns.c.number)
         query = query.join(first_of, same).where(turns.c.state != TurnState.awaiting_approval)
         with self._engine.connect() as connection:
-            return [Due(*row) for row in connection.execute(query.order_by(turns.c.accepted_at, turns.c.id))]
+            found = [Due(*row) for row in connection.execute(query.order_by(turns.c.accepted_at, turns.c.id))]
+            living = others(connection, cluster)
+        return [one for one in found if not _is_run_by(living, one.state, one.owner)]
 
     def next_of(self, session_id: str) -> Glimpse | None:
         """The first turn of a session that has not ended."""
@@ -347,13 +352,26 @@ class Turns:
         with self._engine.connect() as connection:
             return connection.execute(query.order_by(turns.c.number).limit(1)).scalar()
 
+    def is_elsewhere(self, session_id: str, cluster: str) -> bool:
+        """Whether the first turn of a session that has not ended is run by another living cluster than this one."""
+        first = self.next_of(session_id)
+        if first is None or first.owner is None:
+            return False
+        with self._engine.connect() as connection:
+            return _is_run_by(others(connection, cluster), first.state, first.owner)
+
     def take(self, id: str, owner: str) -> Turn | None:
-        """queued or running -> running, by a new owner; None if the turn has ended, awaits approval, or is gone."""
+        """queued or running -> running, by a new owner; None if the turn has ended, awaits approval, or is gone.
+
+        Raises Conflict with the code "superseded" where it is run by another living cluster than the owner's.
+        """
         with writing(self._engine) as connection:
             query = select(turns).where(turns.c.id == id).with_for_update()
             found = connection.execute(query).mappings().first()
             if found is None or found["state"] not in (TurnState.queued, TurnState.running):
                 return None
+            if _is_run_by(others(connection, cluster_of(owner)), found["state"], found["owner"]):
+                raise Conflict(f"the turn {id!r} is run by another cluster", code="superseded")
             taken: dict[str, Any] = dict(state=TurnState.running.value, epoch=found["epoch"] + 1, owner=owner)
             taken["started_at"] = found["started_at"] or now()
             _write(connection, id, **taken)
@@ -440,6 +458,11 @@ class Journal:
     def _set(self, **values: Any) -> Turn:
         _write(self._connection, self._turn.id, **values)
         return replace(self._turn, **values)
+
+
+def _is_run_by(living: Collection[str], state: str, owner: str | None) -> bool:
+    """Whether a turn of this state and owner is run by one of these clusters."""
+    return state == TurnState.running and cluster_of(owner) in living
 
 
 def _unfinished(connection: Connection, session_id: str) -> int:

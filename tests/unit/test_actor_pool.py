@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -23,8 +24,9 @@ from serve_apps.shared_engine import fingerprint
 from stack.config import Config
 from stack.errors import TooManyRequests
 from stack.store import Store
+from stack.store import clusters as clusters_module
 from stack.store.connection import past
-from stack.store.turns import NewTurn, Step, Turn
+from stack.store.turns import Due, NewTurn, Step, Turn
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of Ray Serve's own use of pydantic
@@ -34,6 +36,7 @@ MODEL = {"id": "small", "path": "models/small", "context": 256}
 CONFIG = Config.parse({"models": [MODEL], "agents": {"warm": 1, "idle_s": 0}}, "the tests' config")
 WITHOUT_WARM = Config.parse({"models": [MODEL], "agents": {"warm": 0}}, "the tests' config")
 KEYS = {"BRAVE_SEARCH_KEY": "hush"}
+CLUSTER = "session_1"
 
 
 class Method:
@@ -152,7 +155,7 @@ def rows(new_sqlite_file: Path, tmp_path: Path) -> Iterator[Store]:
 
 @asynccontextmanager
 async def running(rows: Store, actors: Actors, config: Config = CONFIG) -> AsyncIterator[Pool]:
-    pool = Pool(config, rows, actors)
+    pool = Pool(config, rows, actors, CLUSTER)
     mine = asyncio.all_tasks()
     watching = asyncio.ensure_future(pool.watch())
     try:
@@ -367,6 +370,59 @@ async def test_whatever_an_actor_fails_by_its_session_gets_another(rows: Store) 
         found = await pool.find("default", "one", lost.name)
         assert found.handle is actors.made[0]
         await actors.there[0].dead.wait()
+
+
+async def test_a_turn_that_another_living_cluster_runs_is_left_alone_until_it_falls_silent(
+    rows: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = rows.turns.accept(accepted(rows), 1)
+    waiting = accepted(rows)
+    assert isinstance(turn, Turn)
+    rows.clusters.tell("session_0")
+    assert rows.turns.take(turn.id, "session:0@session_0") is not None
+    actors = Actors(Actor(fingerprint(WITHOUT_WARM)), Actor(fingerprint(WITHOUT_WARM)))
+    async with running(rows, actors, WITHOUT_WARM) as pool:
+        reading = asyncio.ensure_future(pool.find("default", turn.session_id, None))
+        assert isinstance(await asyncio.to_thread(rows.turns.accept, waiting, 1), Turn)
+        other = await pool.find("default", waiting.session_id, None)
+        looks = Looks(rows, monkeypatch)
+        await looks.have_been(3)
+        assert await pool.known(turn.session_id) is None
+        assert not reading.done()
+        assert {CLUSTER, "session_0"} == rows.clusters.others(None)
+        monkeypatch.setattr(clusters_module, "HEARD_S", 0)
+        member = await reading
+        assert member != other
+        assert member.handle.session_id == turn.session_id
+
+
+async def test_a_turn_of_this_cluster_whose_actor_is_not_there_is_taken_up(rows: Store) -> None:
+    turn = rows.turns.accept(accepted(rows), 1)
+    assert isinstance(turn, Turn)
+    rows.clusters.tell(CLUSTER)
+    assert rows.turns.take(turn.id, f"session:gone@{CLUSTER}") is not None
+    actor = Actor(fingerprint(WITHOUT_WARM))
+    async with running(rows, Actors(actor), WITHOUT_WARM):
+        await actor.taken.wait()
+        assert actor.session_id == turn.session_id
+
+
+class Looks:
+    """Counts how often a pool looks for turns that nobody runs."""
+
+    def __init__(self, rows: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._looked = threading.Semaphore(0)
+        self._due = rows.turns.due
+        monkeypatch.setattr(rows.turns, "due", self._look)
+
+    def _look(self, cluster: str) -> list[Due]:
+        found = self._due(cluster)
+        self._looked.release()
+        return found
+
+    async def have_been(self, times: int) -> None:
+        for _ in range(times):
+            await asyncio.to_thread(self._looked.acquire)
 
 
 def accepted(rows: Store) -> NewTurn:

@@ -21,6 +21,7 @@ from stack.context import Context
 from stack.store import Job, Store
 from stack.store.jobs import NewJob
 from stack.store.schema import attempts as attempts_table
+from stack.store.schema import clusters
 from tests.scripted_engine import ScriptedEngine
 
 with warnings.catch_warnings():
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
 
 CONFIG = {"models": [{"id": "small", "path": "models/small", "context": 256}], "max_running_jobs": 10}
 RAY = "127.0.0.1:6379"
+CLUSTER = "session_1"
 NODES = [{"CPU": 8.0}]
 LONG_AGO = "2020-01-01T00:00:00.000Z"
 
@@ -108,7 +110,7 @@ class Cluster:
         artifacts = Artifacts(self.config.artifacts_url, cache=home() / "cache")
         self.context = Context(self.config, self.store, artifacts, ScriptedEngine())
         nodes, clock = lambda: self.ray.nodes, lambda: self.time
-        self._attempts = Attempts(self.config, self.store, connect, lambda: RAY, nodes, self._forget, clock)
+        self._attempts = Attempts(self.config, self.store, connect, lambda: RAY, CLUSTER, nodes, self._forget, clock)
 
     def _forget(self, job: Job) -> None:
         made_datasets.forget(self.context.of_tenant(job.tenant), job)
@@ -446,6 +448,36 @@ def test_an_attempt_that_ray_does_not_know_is_lost_when_it_has_been_silent_for_l
     cluster.wait()
     cluster.look()
     assert cluster.open() == ["default.job.2"]
+
+
+def test_an_attempt_that_waits_in_another_living_cluster_is_not_lost(cluster: Cluster) -> None:
+    """Its driver may begin late, as what it needs is used by others there."""
+    job = cluster.add()
+    cluster.store.clusters.tell(CLUSTER)
+    cluster.store.clusters.tell("session_0")
+    assert cluster.store.jobs.open_attempt(job.id, 1, "default.job.1", "session_0")
+    for _ in range(3):
+        cluster.look()
+        cluster.time += LEASE_S
+    assert cluster.open() == ["default.job.1"]
+    with cluster.store.engine.begin() as connection:  # it says nothing more
+        connection.execute(update(clusters).where(clusters.c.id == "session_0").values(told_at=LONG_AGO))
+    cluster.look()
+    assert cluster.reasons() == ["its Ray job is gone: Ray was started anew while it ran"]
+    cluster.wait()
+    cluster.look()
+    assert cluster.open() == ["default.job.2"]
+
+
+def test_an_attempt_of_this_cluster_that_ray_does_not_know_is_lost(cluster: Cluster) -> None:
+    cluster.add()
+    cluster.store.clusters.tell(CLUSTER)
+    cluster.look()
+    cluster.ray.jobs.clear()
+    cluster.look()
+    cluster.time += LEASE_S
+    cluster.look()
+    assert cluster.reasons() == ["its Ray job is gone: Ray was started anew while it ran"]
 
 
 def test_an_error_of_ray_about_one_attempt_is_told_and_holds_up_no_other(cluster: Cluster) -> None:

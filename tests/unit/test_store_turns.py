@@ -7,11 +7,15 @@ from functools import partial
 from typing import Any
 
 import pytest
+from sqlalchemy import update
 
 from stack.api.agentic_system import StepType, TurnState
 from stack.errors import Conflict
 from stack.store import MemoryBank, Store, now
-from stack.store.schema import agent_sessions, agent_versions, agents, steps, tool_runs, turns
+from stack.store import clusters as clusters_module
+from stack.store.clusters import HEARD_S
+from stack.store.connection import past
+from stack.store.schema import agent_sessions, agent_versions, agents, clusters, steps, tool_runs, turns
 from stack.store.turns import APPROVED, DENIED, Journal, NewTurn, Refused, Step, Turn
 from tests import threads
 
@@ -444,6 +448,78 @@ def test_a_session_that_awaits_approval_is_not_due(store: Store) -> None:
     first_left = store.turns.next_of(session_id)
     assert first_left is not None
     assert first_left.id == turn.id
+
+
+# Two clusters by one database
+
+
+def fall_silent(store: Store, cluster: str) -> None:
+    with store.engine.begin() as connection:
+        silent = update(clusters).where(clusters.c.id == cluster).values(told_at=past(HEARD_S + 1))
+        connection.execute(silent)
+
+
+def test_clusters_live_as_long_as_they_say_so(store: Store) -> None:
+    for cluster in ("old", "new", "old"):
+        store.clusters.tell(cluster)
+    assert store.clusters.others("new") == {"old"}
+    assert store.clusters.others(None) == {"old", "new"}
+    fall_silent(store, "old")
+    assert store.clusters.others("new") == set()
+    store.clusters.tell("old")
+    assert store.clusters.others("new") == {"old"}
+
+
+def test_a_cluster_that_is_silent_for_long_is_forgotten(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.clusters.tell("old")
+    fall_silent(store, "old")
+    monkeypatch.setattr(clusters_module, "KEPT_S", HEARD_S)
+    store.clusters.tell("new")
+    with store.engine.connect() as connection:
+        assert [row.id for row in connection.execute(clusters.select())] == ["new"]
+
+
+def test_a_turn_that_another_living_cluster_runs_is_left_to_it(store: Store) -> None:
+    session_id = session_in(store)
+    turn = accepted(store, session_id)
+    store.clusters.tell("old")
+    assert [one.turn_id for one in store.turns.due("new")] == [turn.id], "it waits, and is whose who is first"
+    assert not store.turns.is_elsewhere(session_id, "new")
+    taken = store.turns.take(turn.id, "one@old")
+    assert taken is not None
+    for owner in ("one@new", "a process"):
+        with pytest.raises(Conflict) as refused:
+            store.turns.take(turn.id, owner)
+        assert refused.value.code == "superseded"
+    assert store.turns.is_elsewhere(session_id, "new")
+    assert store.turns.due("new") == []
+    begin(store, taken)
+
+    # Whoever is of the same cluster knows whether the owner lives.
+    assert not store.turns.is_elsewhere(session_id, "old")
+    assert [one.turn_id for one in store.turns.due("old")] == [turn.id]
+    again = store.turns.take(turn.id, "two@old")
+    assert again is not None
+    assert again.epoch == 2
+
+    fall_silent(store, "old")
+    assert not store.turns.is_elsewhere(session_id, "new")
+    assert [one.turn_id for one in store.turns.due("new")] == [turn.id]
+    last = store.turns.take(turn.id, "one@new")
+    assert last is not None
+    assert last.epoch == 3
+
+
+def test_a_turn_that_was_approved_is_run_by_any_cluster(store: Store) -> None:
+    session_id = session_in(store)
+    store.clusters.tell("old")
+    turn = store.turns.take(accepted(store, session_id).id, "one@old")
+    assert turn is not None
+    ask(store, turn, "a")
+    store.turns.approve("default", turn.id, {"a": True})
+    assert not store.turns.is_elsewhere(session_id, "new")
+    assert [one.turn_id for one in store.turns.due("new")] == [turn.id]
+    assert store.turns.take(turn.id, "one@new") is not None
 
 
 # Cancelling and approving

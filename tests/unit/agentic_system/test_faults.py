@@ -154,6 +154,34 @@ async def test_who_has_lost_a_turn_to_another_does_not_take_it_back(agents_of: M
     assert [(one.state, one.epoch) for one in ended if one] == [("completed", 2), ("completed", 1)]
 
 
+async def test_a_turn_that_another_living_cluster_runs_is_not_broken_off(agents_of: MakeAgents, model: Model) -> None:
+    begun, is_free = asyncio.Event(), asyncio.Event()
+
+    async def look(_: Call) -> str:
+        begun.set()
+        await is_free.wait()
+        return "all is well"
+
+    model.script = [call("look"), "Fine."]
+    agents = agents_of(Tool("look", look))
+    store = agents.context.store
+    agents.sessions = LocalSessions(agents.place, "one@old")
+    store.clusters.tell("old")
+    session = await agents.session()
+    turn = await agents.begin(session, "Look!")
+    await begun.wait()
+    others = LocalSessions(agents.place, "one@new")
+    with pytest.raises(Unavailable, match="run elsewhere"):
+        [event async for event in others.events(agents.context, turn.id)]
+    await others.until_idle()
+    is_free.set()
+    await agents.events(turn)
+    found = await asyncio.to_thread(store.turns.get, "default", turn.id)
+    assert found is not None
+    assert (found.state, found.epoch, found.owner) == ("completed", 1, "one@old")
+    assert len(model.asked) == 2
+
+
 class LateSessions(LocalSessions):
     """A pool that has told an actor of a turn, and then does not answer in time."""
 
