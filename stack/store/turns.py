@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, Engine, Text, cast, exists, fu
 
 from stack.api.agentic_system import TurnState
 from stack.errors import Conflict
-from stack.store.clusters import cluster_of, others
+from stack.store.clusters import HEARD_S, cluster_of, others
 from stack.store.connection import now, past, writing
 from stack.store.schema import agent_sessions, steps, tool_runs, turns
 
@@ -327,17 +327,27 @@ class Turns:
     # What whoever runs turns does
 
     def due(self, cluster: str | None = None) -> list[Due]:
-        """The sessions of all tenants that have a turn to be run, or one that is run, but for those that are run by
-        another living cluster than this one."""
+        """The sessions of all tenants that have a turn to be run, or one that is run.
+
+        Where another cluster than this one lives, those that it runs are left out, and those whose turn was accepted
+        just now: the cluster that has accepted it has the keys that came with it, and may need a while to begin.
+        """
         first = select(turns.c.session_id, func.min(turns.c.number).label("number"))
         first_of = first.where(turns.c.state.in_(UNFINISHED)).group_by(turns.c.session_id).subquery()
         query = select(turns.c.tenant, turns.c.session_id, turns.c.id, turns.c.state, turns.c.owner)
+        query = query.add_columns(turns.c.epoch, turns.c.accepted_at)
         same = (first_of.c.session_id == turns.c.session_id) & (first_of.c.number == turns.c.number)
         query = query.join(first_of, same).where(turns.c.state != TurnState.awaiting_approval)
         with self._engine.connect() as connection:
-            found = [Due(*row) for row in connection.execute(query.order_by(turns.c.accepted_at, turns.c.id))]
+            found = connection.execute(query.order_by(turns.c.accepted_at, turns.c.id)).all()
             living = others(connection, cluster)
-        return [one for one in found if not _is_run_by(living, one.state, one.owner)]
+        lately = past(HEARD_S)
+        return [
+            Due(*row[:5])
+            for row in found
+            if not _is_run_by(living, row.state, row.owner)
+            and not (living and row.epoch == 0 and row.accepted_at >= lately)
+        ]
 
     def next_of(self, session_id: str) -> Glimpse | None:
         """The first turn of a session that has not ended."""
