@@ -29,7 +29,9 @@ def gateways(stack: Stack) -> Iterator[Pair]:
     with ExitStack() as held:
         found: dict[str, httpx.Client] = {}
         for _ in range(CONNECTIONS):
-            client = held.enter_context(stack.client())
+            # httpx itself would close a connection after 5 seconds without a request, and the next went anywhere.
+            limits = httpx.Limits(max_connections=1, keepalive_expiry=None)
+            client = held.enter_context(httpx.Client(base_url=stack.url, timeout=120, limits=limits))
             answering = {who_answers(client) for _ in range(ASKED)}
             if len(answering) == 1:
                 found.setdefault(answering.pop(), client)
